@@ -1,0 +1,38 @@
+# `make run` and `make test` install what they need into .venv; nothing but Python 3.11 and make is assumed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: run test test-slow coverage lint style foundation clean
+
+run: $(READY)
+	$(BIN)/python run_regression.py --overwrite_output_dir
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+coverage: $(READY)
+	$(BIN)/python -m pytest --cov --cov-report=term-missing
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+foundation: $(READY)
+	$(BIN)/python studies/foundation.py
+
+clean:
+	rm -rf $(VENV) outputs work
+
+$(READY): requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,403 @@
+"""Arguments that the scripts share, their parser, and the start of a run.
+
+    python run_regression.py --help
+
+`parse_arguments` takes command-line flags, or one .json or .yaml file; `setup_run` does logging, the seed and the
+output folder.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser, set_seed
+
+
+ROOT = Path(__file__).resolve().parent
+EMBEDDED_CHECKPOINT = str(ROOT / "models" / "molformer-mini")
+EMBEDDED_DATA = str(ROOT / "data" / "lipophilicity.csv")
+EMBEDDED_VOCABULARY = str(ROOT / "data" / "molformer_vocab.txt")
+UNFINISHED = "unfinished"  # an empty file that is there while a run is
+RUN_FILES = tuple(f"{stage}_results.json" for stage in ("all", "train", "eval", "predict"))
+RUN_FILES += ("trainer_state.json", "splits.json", "predictions.csv", "dropped_molecules.csv")
+RUN_FILES += ("parity.png", "loss_curves.png", UNFINISHED)
+
+logger = logging.getLogger("molformer.arguments")
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used; the message says what, the value, and what to do."""
+
+
+@dataclass
+class ModelArguments:
+    """Which model, from where, with which pooling and head."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint folder or Hub name. Without it and --config_name: models/molformer-mini."},
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Config file, folder or Hub name. Alone, it starts a model from scratch (random weights)."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer folder or Hub name, if not that of the checkpoint."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub model."})
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["cls", "mean"],
+            "help": "What the head reads: the state of <bos> or the masked mean. Default: the checkpoint's, else cls.",
+        },
+    )
+    regression_head: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["linear", "molformer"],
+            "help": "Dropout and linear, or the published residual head. Default: the checkpoint's, else linear.",
+        },
+    )
+    redraw_features: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether training redraws the random features of the attention at every step. "
+            "Default: as the checkpoint."
+        },
+    )
+    hidden_dropout_prob: float | None = field(
+        default=None, metadata={"help": "Dropout in the layers. Default: the checkpoint's."}
+    )
+    embedding_dropout_prob: float | None = field(
+        default=None, metadata={"help": "Dropout of the embeddings. Default: the checkpoint's."}
+    )
+    classifier_dropout_prob: float | None = field(
+        default=None, metadata={"help": "Dropout of the head. Default: the checkpoint's, else --hidden_dropout_prob."}
+    )
+
+    def __post_init__(self):
+        for name in ("hidden_dropout_prob", "embedding_dropout_prob", "classifier_dropout_prob"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"--{name} is {value}; give a number from 0 up to, not including, 1.")
+        if self.model_name_or_path is None and self.config_name is None:
+            self.model_name_or_path = EMBEDDED_CHECKPOINT
+
+    def config_overrides(self):
+        """Returns the configuration values that the user named, as a dictionary."""
+        names = ("pooling", "regression_head", "redraw_features", "hidden_dropout_prob", "embedding_dropout_prob")
+        names += ("classifier_dropout_prob",)
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which molecules, how they are read, checked and split."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub data set, such as scikit-fingerprints/MoleculeNet_Lipophilicity."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "CSV or TSV with SMILES and labels (.gz and .xz too). Default: data/lipophilicity.csv."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Separate file of validation molecules."})
+    test_file: str | None = field(default=None, metadata={"help": "Separate file of test molecules."})
+    smiles_column: str | None = field(
+        default=None, metadata={"help": "Column of the SMILES. Default: the one called smiles, in any case."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the label. Default: the one called label, exp, y or target."}
+    )
+    smiles_form: str = field(
+        default="canonical",
+        metadata={
+            "choices": ["canonical", "isomeric", "raw"],
+            "help": "RDKit-canonical without stereo (as MoLFormer was pre-trained), canonical with it, or as given.",
+        },
+    )
+    invalid_smiles: str = field(
+        default="error",
+        metadata={
+            "choices": ["error", "drop"],
+            "help": "Molecules that cannot be used: stop with a list, or drop them and write them to a file.",
+        },
+    )
+    max_length: int = field(
+        default=256,
+        metadata={"help": "Most tokens of a molecule, <bos> and <eos> included. Longer ones are never cut."},
+    )
+    split: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["random", "scaffold", "file"],
+            "help": "Random; by Bemis-Murcko scaffold; or given, in --split_file or as separate files. "
+            "Default: file if files are given, else random.",
+        },
+    )
+    split_file: str | None = field(
+        default=None, metadata={"help": "JSON with lists of row numbers: train, validation, test."}
+    )
+    test_fraction: float = field(default=0.2, metadata={"help": "Share of all molecules held out as test set."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the training side held out to choose the best epoch."}
+    )
+    split_seed: int | None = field(default=None, metadata={"help": "Seed of the split. Default: --seed."})
+    protocol: str = field(
+        default="default",
+        metadata={
+            "choices": ["default", "paper"],
+            "help": "paper: rows split without grouping stereo twins, no validation part, epoch chosen by test loss, "
+            "learning rate 1e-4. Its numbers are optimistic.",
+        },
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training molecules only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many validation molecules only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use this many test molecules only."})
+    ignore_split_mismatch: bool = field(
+        default=False,
+        metadata={"help": "Go on although the checkpoint was trained with another split of the data."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that the output folder holds."}
+    )
+
+    def __post_init__(self):
+        for name in ("test_fraction", "validation_fraction"):
+            value = getattr(self, name)
+            if not 0 < value < 1:
+                raise ValueError(f"--{name} is {value}; give a number between 0 and 1.")
+        for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; give a positive number.")
+        if self.dataset_name is not None and self.train_file is not None:
+            raise ValueError(
+                f"--dataset_name {self.dataset_name} and --train_file {self.train_file}: give one of them."
+            )
+        files = [f"--{n}" for n in ("split_file", "validation_file", "test_file") if getattr(self, n) is not None]
+        self.split = self.split or ("file" if files else "random")
+        if self.split == "file" and not files:
+            raise ValueError("--split file needs --split_file, or --test_file (and --validation_file).")
+        if self.split_file is not None and len(files) > 1:
+            raise ValueError(f"{' and '.join(files)}: give --split_file, or separate files.")
+        if self.split_seed is not None and self.split_seed < 0:
+            raise ValueError(f"--split_seed is {self.split_seed}; give a number from 0 up.")
+        if self.split != "file" and files:
+            raise ValueError(f"{' and '.join(files)} go with --split file, not with --split {self.split}.")
+        if self.train_file is None and self.dataset_name is None:
+            self.train_file = EMBEDDED_DATA
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """The library's arguments with this project's defaults, and a learning rate of the head."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where everything is written. Default: outputs/ and the script's name."}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the encoder. Default: the script's, see the README."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the regression head. Default: --learning_rate."}
+    )
+    num_train_epochs: float = field(default=7.0, metadata={"help": "Epochs."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Training batch of a device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation batch of a device."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps, or their share of all if below 1."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW (0 makes it Adam)."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the model of the best evaluation."})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "choices": ["random", "sequential", "group_by_length"],
+            "help": "Order of the training molecules. Batches of like length save a quarter of the work.",
+        },
+    )
+
+    def __post_init__(self):
+        # The library takes CPU training in bf16 or in several processes only where the flag says so.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not (self.do_train or self.do_eval or self.do_predict):
+            self.do_train = self.do_eval = self.do_predict = True
+        do_eval = self.do_eval
+        super().__post_init__()
+        self.do_eval = do_eval  # the library sets it wherever there is an evaluation during training
+        for name in ("learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"--{name} is {value}; give a positive number.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"--num_train_epochs is {self.num_train_epochs}; give a positive number.")
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the script's docstring with its own line breaks."""
+
+
+def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
+    """Returns one instance of each dataclass, from flags or from one .json or .yaml file.
+
+    Args:
+        defaults (`dict`, *optional*): a script's own defaults; they hold for argument files as well.
+        args (`list[str]`, *optional*): the command line, `sys.argv[1:]` if absent.
+    Raises:
+        SystemExit: for an unknown flag, after naming it; for an argument that a dataclass refuses, with its reason.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    parser = HfArgumentParser(dataclasses, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    defaults = {**(defaults or {})}
+    try:
+        if len(args) == 1 and Path(args[0]).suffix in (".json", ".yaml", ".yml"):
+            args = _read_argument_file(args[0])
+        parser.set_defaults(**defaults)
+        return parser.parse_args_into_dataclasses(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _read_argument_file(path):
+    """Returns the file as flags, so that its values are converted and checked as those of the command line."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no arguments. It needs one flag a line, such as learning_rate: 2.0e-4.")
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def run_script(main, dataclasses, defaults, description):
+    """Parses the command line and runs `main`; what the user can correct ends as one line, not as a traceback."""
+    arguments = parse_arguments(*dataclasses, defaults=defaults, description=description)
+    try:
+        main(*arguments)
+    except InputError as error:
+        logger.error("%s", error)
+        sys.exit(2)
+
+
+def setup_run(training_args, data_args):
+    """Starts a run: logging, seed, output folder. Returns the checkpoint to resume from, or `None`.
+
+    Raises:
+        InputError: if the output folder holds a run and no flag says what to do with it; if a checkpoint to resume
+            from is not there; if several processes were launched that would train separately.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    level = training_args.get_process_log_level()
+    if training_args.log_level == "passive":
+        level = logging.INFO if training_args.should_log else logging.WARNING
+    logging.getLogger("molformer").setLevel(level)  # the parent of this project's loggers
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and training_args.world_size == 1:
+        raise InputError(
+            f"WORLD_SIZE is {launched}, but this process trains alone: {launched} separate trainings would write one "
+            "folder. On CPU add --use_cpu to the script's flags; otherwise start the script without a launcher."
+        )
+    logger.info(
+        "Device %s, processes %d, bf16 %s, output folder %s",
+        training_args.device,
+        training_args.world_size,
+        training_args.bf16,
+        training_args.output_dir,
+    )
+    set_seed(training_args.seed)
+    return find_checkpoint(training_args, data_args)
+
+
+def find_checkpoint(training_args, data_args):
+    """Returns the checkpoint folder that --resume_from_checkpoint means, or `None` for a new run."""
+    output_dir = Path(training_args.output_dir)
+    resume = training_args.resume_from_checkpoint
+    if resume is not None and str(resume).lower() not in ("false", "no", "0"):
+        last = last_complete_checkpoint(output_dir)
+        path = last if str(resume).lower() in ("true", "yes", "1") else Path(resume)
+        if path is None or not _is_complete(path):
+            raise InputError(
+                f"There is no complete checkpoint in {path or output_dir}. Leave --resume_from_checkpoint out."
+            )
+        logger.info("Resuming from %s", path)
+        return str(path)
+    if output_dir.is_file():
+        raise InputError(f"The output folder {output_dir} is a file. Give another --output_dir.")
+    if not output_dir.is_dir() or data_args.overwrite_output_dir or not any(output_dir.iterdir()):
+        return None
+    if last_complete_checkpoint(output_dir) is not None and (output_dir / UNFINISHED).exists():
+        raise InputError(
+            f"The output folder {output_dir} holds an interrupted run. Continue it with --resume_from_checkpoint "
+            "true, replace it with --overwrite_output_dir, or give another --output_dir."
+        )
+    raise InputError(
+        f"The output folder {output_dir} is not empty. Replace the run in it with --overwrite_output_dir, or give "
+        "another --output_dir."
+    )
+
+
+def last_complete_checkpoint(output_dir):
+    """Returns the newest `checkpoint-N` folder of `output_dir` that was saved to its end, or `None`."""
+    folders = [f for f in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
+    complete = [f for f in folders if _is_complete(f)]
+    return max(complete, key=lambda f: int(f.name.split("-")[1]), default=None)
+
+
+def _is_complete(folder):
+    """Whether the trainer wrote the checkpoint to its end: its state is the last file and is whole."""
+    try:
+        json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def clear_run(output_dir):
+    """Removes what an earlier run left in `output_dir`, and nothing else. Called when all input was checked."""
+    output_dir = Path(output_dir)
+    for folder in output_dir.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            shutil.rmtree(folder)
+    for name in RUN_FILES:
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def begin_writing(training_args, checkpoint):
+    """Prepares the output folder when all input was checked: an old run goes, and the new one is marked unfinished."""
+    if training_args.should_save:
+        if checkpoint is None:
+            clear_run(training_args.output_dir)
+        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(training_args.output_dir) / UNFINISHED).touch()
+
+
+def end_writing(training_args):
+    """Marks the run in the output folder as finished."""
+    if training_args.should_save:
+        (Path(training_args.output_dir) / UNFINISHED).unlink(missing_ok=True)

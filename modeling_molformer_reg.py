@@ -1,0 +1,721 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); see LICENSE.
+"""MoLFormer with linear attention and rotary positions: encoder, masked language model and regression model.
+
+    python -c "from modeling_molformer_reg import *; print(MolformerModel.from_pretrained('models/molformer-mini'))"
+
+The file imports none of this project's modules, because it travels with every saved checkpoint. It reads checkpoints
+of the Hub's remote-code MoLFormer (`ibm/MoLFormer-XL-both-10pct`) by key name and needs no remote code itself.
+
+Ross et al., Large-scale chemical language representations capture molecular structure and properties, Nature Machine
+Intelligence 4 (2022), https://arxiv.org/abs/2106.09553. Shape letters: B batch, T tokens, H heads, D head size, C
+hidden size, F random features, L layers, K labels, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+
+
+ROTARY_BASE = 10000.0
+HEAD_PREFIXES = ("lm_head.", "classifier.")
+
+
+class MolformerConfig(PreTrainedConfig):
+    """Configuration of a MoLFormer; the defaults are those of MoLFormer-XL.
+
+    Args:
+        num_random_features (`int`, defaults to 32): F, the width of the random feature map of the attention.
+        feature_map_kernel (`str`, defaults to `"relu"`): activation of the feature map, a name in `ACT2FN`.
+        max_position_embeddings (`int`, defaults to 202): longest pre-training sequence, in tokens. Kept as a fact;
+            rotary positions have no limit.
+        deterministic_eval (`bool`, defaults to `False`): read for compatibility and ignored: evaluation never redraws
+            the random features here.
+        redraw_features (`bool`, defaults to `True`): whether training draws new random features at every forward.
+        pooling (`str`, *optional*): `"cls"` (state of `<bos>`, the default of the linear head) or `"mean"` (masked
+            mean, the default of the published head).
+        regression_head (`str`, *optional*): `"linear"` (dropout and linear, the default) or `"molformer"` (the
+            published residual head). While `pooling` and `regression_head` are `None`, the checkpoint's keys decide.
+        label_mean, label_std (`list[float]`, *optional*): K means and standard deviations of the training labels, in
+            label units. `None` stands for 0 and 1.
+        label_names (`list[str]`, *optional*): K names of the labels.
+
+    Raises:
+        ValueError: if a number or name cannot describe a model.
+    """
+
+    model_type = "molformer"
+
+    def __init__(
+        self,
+        vocab_size=2362,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=768,
+        hidden_act="gelu",
+        hidden_dropout_prob=0.1,
+        embedding_dropout_prob=0.2,
+        max_position_embeddings=202,
+        initializer_range=0.02,
+        layer_norm_eps=1e-12,
+        linear_attention_eps=1e-6,
+        num_random_features=32,
+        feature_map_kernel="relu",
+        deterministic_eval=False,
+        classifier_dropout_prob=None,
+        classifier_skip_connection=True,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        redraw_features=True,
+        pooling=None,
+        regression_head=None,
+        label_mean=None,
+        label_std=None,
+        label_names=None,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.embedding_dropout_prob = embedding_dropout_prob
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.linear_attention_eps = linear_attention_eps
+        self.num_random_features = num_random_features
+        self.feature_map_kernel = feature_map_kernel
+        self.deterministic_eval = deterministic_eval
+        self.classifier_dropout_prob = classifier_dropout_prob
+        self.classifier_skip_connection = classifier_skip_connection
+        self.redraw_features = redraw_features
+        self.pooling = pooling
+        self.regression_head = regression_head
+        self.label_mean = label_mean
+        self.label_std = label_std
+        self.label_names = label_names
+        if "id2label" not in kwargs:
+            kwargs.setdefault("num_labels", 1)  # a regression on one label, not the library's two classes
+        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.validate_values()
+
+    def to_diff_dict(self):
+        """Returns what is saved; the library would leave out two labels, its own default."""
+        return super().to_diff_dict() | {key: self.to_dict()[key] for key in ("id2label", "label2id")}
+
+    def validate_values(self):
+        """Raises `ValueError` for values that describe no model; also called with what `from_pretrained` overrides."""
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_random_features"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
+            )
+        if (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"The head size {self.hidden_size // self.num_attention_heads} is odd; rotary positions turn pairs. "
+                "Choose hidden_size and num_attention_heads with an even quotient."
+            )
+        for field in ("hidden_act", "feature_map_kernel"):
+            if getattr(self, field) not in ACT2FN:
+                raise ValueError(f"{field}={getattr(self, field)!r} is unknown. Choose one of {', '.join(ACT2FN)}.")
+        for field, known in (("pooling", ("cls", "mean")), ("regression_head", ("linear", "molformer"))):
+            if getattr(self, field) not in (None, *known):
+                raise ValueError(f"{field}={getattr(self, field)!r} is unknown. Choose one of {', '.join(known)}.")
+        for field in ("label_mean", "label_std", "label_names"):
+            value = getattr(self, field)
+            if value is not None and len(value) != self.num_labels:
+                raise ValueError(f"{field} has {len(value)} entries, but the model has {self.num_labels} labels.")
+        if self.label_std is not None and not all(std > 0 for std in self.label_std):
+            raise ValueError(f"label_std={self.label_std} must be positive.")
+
+
+def rotary_tables(position_ids, head_size, dtype):
+    """Returns the cosines and sines that turn queries and keys (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+
+    The angle of position p and pair i is p * base^(-2i/D). Computed at every forward: there is no buffer that could
+    come back uninitialized from a checkpoint, and the cost is T * D/2 numbers a forward, not a layer.
+
+    Args:
+        position_ids (`torch.Tensor`): shape (1 or B, T).
+    Returns:
+        Two `torch.Tensor` of shape (1 or B, T, 1, D), the halves of the last axis being equal.
+    """
+    precision = torch.promote_types(dtype, torch.float32)  # bf16 cannot count positions above 256
+    pairs = torch.arange(0, head_size, 2, device=position_ids.device, dtype=precision)
+    angles = position_ids[..., None].to(precision) * ROTARY_BASE ** (-pairs / head_size)  # (B, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # (B, T, 1, D)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(states, cos, sin):
+    """Returns `states` (B, T, H, D) turned by the tables of `rotary_tables`, the two halves of D being a pair."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def draw_random_features(count, head_size, num_random_features, device=None, dtype=torch.float32):
+    """Returns `count` independent random feature maps, shape (count, D, F).
+
+    Each block of D columns is the Q of the QR decomposition of a Gaussian matrix, column j scaled by the norm of that
+    matrix's row j (orthogonal random features, Choromanski et al. 2021, https://arxiv.org/abs/2009.14794). ceil(F / D)
+    blocks stand side by side, cut to F columns. All blocks of all layers take one batched QR.
+    """
+    blocks = math.ceil(num_random_features / head_size)
+    precision = torch.promote_types(dtype, torch.float32)  # there is no QR in half precision
+    gaussian = torch.randn(count, blocks, head_size, head_size, device=device, dtype=precision)
+    orthogonal, _ = torch.linalg.qr(gaussian)
+    weights = orthogonal * gaussian.norm(dim=-1).unsqueeze(-2)  # (count, blocks, D, D)
+    weights = weights.transpose(1, 2).reshape(count, head_size, blocks * head_size)
+    return weights[..., :num_random_features].contiguous().to(dtype)
+
+
+def linear_attention(query, key, value, attention_mask, eps):
+    """Returns softmax-free attention in time linear in T (Katharopoulos et al. 2020, https://arxiv.org/abs/2006.16236).
+
+    out = q (kᵀ v) / clamp(q · Σ k, eps), where the mask multiplies the mapped keys.
+
+    Args:
+        query, key (`torch.Tensor`): mapped by the feature map, shape (B, T, H, F).
+        value (`torch.Tensor`): shape (B, T, H, D).
+        attention_mask (`torch.Tensor`, *optional*): shape (B, T), 1 for a token and 0 for padding.
+    Returns:
+        `torch.Tensor` of shape (B, T, H, D), and the masked keys (B, T, H, F).
+    """
+    if attention_mask is not None:
+        key = key * attention_mask[:, :, None, None].to(key.dtype)
+    query, masked_key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, ·)
+    key_value = masked_key.transpose(-1, -2) @ value  # (B, H, F, D)
+    key_sum = masked_key.sum(dim=-2).unsqueeze(-1)  # (B, H, F, 1)
+    normalizer = (query @ key_sum).clamp(min=eps)  # (B, H, T, 1)
+    return ((query @ key_value) / normalizer).transpose(1, 2), key
+
+
+class MolformerEmbeddings(nn.Module):
+    """Word embeddings and dropout: no positions, no LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.dropout = nn.Dropout(config.embedding_dropout_prob)
+
+    def forward(self, input_ids=None, inputs_embeds=None):
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)  # (B, T, C)
+        return self.dropout(inputs_embeds)
+
+
+class MolformerFeatureMap(nn.Module):
+    """kernel(x W): the random feature map, one a layer, shared by the layer's heads. W is saved with the weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.kernel = ACT2FN[config.feature_map_kernel]
+        head_size = config.hidden_size // config.num_attention_heads
+        self.register_buffer("weight", torch.empty(head_size, config.num_random_features))
+
+    def forward(self, states, weight=None):
+        return self.kernel(states @ (self.weight if weight is None else weight).to(states.dtype))  # (B, T, H, F)
+
+
+class MolformerSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.eps = config.linear_attention_eps
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.feature_map = MolformerFeatureMap(config)
+
+    def forward(self, hidden_states, attention_mask, cos, sin, feature_weight=None, output_attentions=False):
+        batch, length, _ = hidden_states.shape
+        shape = (batch, length, self.num_heads, -1)
+        query = apply_rotary(self.query(hidden_states).view(shape), cos, sin)  # (B, T, H, D)
+        key = apply_rotary(self.key(hidden_states).view(shape), cos, sin)
+        value = self.value(hidden_states).view(shape)
+        query = self.feature_map(query, feature_weight)  # (B, T, H, F)
+        key = self.feature_map(key, feature_weight)
+        context, key = linear_attention(query, key, value, attention_mask, self.eps)
+        attentions = None
+        if output_attentions:  # the quadratic form of the same thing: rows that sum to one
+            scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)  # (B, H, T, T)
+            attentions = scores / scores.sum(dim=-1, keepdim=True).clamp(min=self.eps)
+        return context.reshape(batch, length, -1), attentions
+
+
+class MolformerResidualOutput(nn.Module):
+    """dense -> dropout -> + residual -> LayerNorm, after the attention and after the feed-forward layer."""
+
+    def __init__(self, config, input_size):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states, residual):
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class MolformerAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self = MolformerSelfAttention(config)
+        self.output = MolformerResidualOutput(config, config.hidden_size)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        context, attentions = self.self(hidden_states, *args, **kwargs)
+        return self.output(context, hidden_states), attentions
+
+
+class MolformerIntermediate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states):
+        return self.activation(self.dense(hidden_states))
+
+
+class MolformerLayer(GradientCheckpointingLayer):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = MolformerAttention(config)
+        self.intermediate = MolformerIntermediate(config)
+        self.output = MolformerResidualOutput(config, config.intermediate_size)
+
+    def forward(self, hidden_states, attention_mask, cos, sin, feature_weight=None, output_attentions=False):
+        attended, attentions = self.attention(
+            hidden_states, attention_mask, cos, sin, feature_weight=feature_weight, output_attentions=output_attentions
+        )
+        return self.output(self.intermediate(attended), attended), attentions
+
+
+class MolformerEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.ModuleList(MolformerLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class MolformerPreTrainedModel(PreTrainedModel):
+    """Weight initialization, and loading that never leaves a weight at random in silence."""
+
+    config_class = MolformerConfig
+    base_model_prefix = "molformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MolformerLayer"]
+    # rotary tables that some published checkpoints carry; ours are computed
+    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\."]
+
+    head_is_new = True  # until a checkpoint brings one
+
+    def __init__(self, config, *args, **kwargs):
+        config.validate_values()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MolformerFeatureMap):
+            weight = module.weight
+            init.copy_(weight, draw_random_features(1, *weight.shape, device=weight.device, dtype=weight.dtype)[0])
+        for name in {self.config.hidden_act, self.config.feature_map_kernel}:
+            fresh = ACT2FN[name]
+            if type(module) is type(fresh):  # prelu and xielu have weights of their own
+                for key, value in fresh.state_dict().items():
+                    init.copy_(getattr(module, key), value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Loads as `PreTrainedModel.from_pretrained` does, and refuses what would leave random weights behind.
+
+        Raises:
+            ValueError: if weights of the encoder are missing from the checkpoint, if a head is there in part, or if
+                the checkpoint holds weights that fit no module; the message names the keys.
+        """
+        return_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        model._check_loaded_keys(pretrained_model_name_or_path, info)
+        return (model, info) if return_info else model
+
+    def _check_loaded_keys(self, source, info):
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        missing += sorted(entry[0] for entry in info["mismatched_keys"])  # with ignore_mismatched_sizes
+        encoder = [key for key in missing if not key.startswith(HEAD_PREFIXES)]
+        if encoder:
+            raise ValueError(
+                f"{source} lacks weights of the encoder: {_some(encoder)}. It is no MoLFormer checkpoint."
+            )
+        if type(self) is MolformerModel:  # the encoder alone leaves every head aside
+            unexpected = [key for key in unexpected if not key.startswith(HEAD_PREFIXES)]
+        if unexpected:  # the other task's head is not in this list
+            raise ValueError(f"{source} holds weights that fit nothing in {type(self).__name__}: {_some(unexpected)}.")
+        head = {k for k in self.state_dict() if k.startswith(HEAD_PREFIXES)} - self.all_tied_weights_keys.keys()
+        if missing and set(missing) != head:
+            raise ValueError(f"{source} holds the head of {type(self).__name__} in part; missing: {_some(missing)}.")
+        self.head_is_new = bool(missing)
+        # names the source's remote code; set to our classes when the model is saved
+        self.config.__dict__.pop("auto_map", None)
+
+
+def _some(keys, limit=5):
+    """Returns the first keys as text, and how many more there are."""
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
+
+
+class MolformerModel(MolformerPreTrainedModel):
+    """The encoder: embeddings, L post-LayerNorm layers with linear attention, a last LayerNorm, a masked mean."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = MolformerEmbeddings(config)
+        self.encoder = MolformerEncoder(config)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    def feature_maps(self):
+        """Returns the feature maps of the layers, first layer first."""
+        return [layer.attention.self.feature_map for layer in self.encoder.layer]
+
+    @torch.no_grad()
+    def redraw_random_features(self):
+        """Draws new random features for all layers in one batched QR and returns them, shape (L, D, F).
+
+        The buffers get the values too, so that evaluation and the saved checkpoint use the last draw. The forward
+        computes with the returned tensor: a buffer that a later forward overwrites must not be part of the graph.
+        """
+        maps = self.feature_maps()
+        buffer = maps[0].weight
+        weights = draw_random_features(len(maps), *buffer.shape, device=buffer.device, dtype=buffer.dtype)
+        for feature_map, weight in zip(maps, weights, strict=True):
+            feature_map.weight.copy_(weight)
+        return weights
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
+        """Returns `BaseModelOutputWithPooling`: states (B, T, C) after the last LayerNorm, their masked mean (B, C).
+
+        Args:
+            input_ids (`torch.LongTensor`): shape (B, T); or `inputs_embeds`, shape (B, T, C), in their place.
+            attention_mask (`torch.Tensor`, *optional*): shape (B, T), 1 for a token, 0 for padding; default all ones.
+            position_ids (`torch.LongTensor`, *optional*): shape (B, T) or (1, T), in any order; 0 to T-1 if absent.
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
+
+        hidden_states = self.embeddings(input_ids, inputs_embeds)  # (B, T, C)
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        cos, sin = rotary_tables(position_ids, head_size, hidden_states.dtype)
+        redraw = self.training and self.config.redraw_features
+        weights = self.redraw_random_features() if redraw else [None] * len(self.encoder.layer)
+
+        all_states, all_attentions = (hidden_states,), ()
+        for layer, weight in zip(self.encoder.layer, weights, strict=True):
+            hidden_states, attentions = layer(
+                hidden_states, attention_mask, cos, sin, feature_weight=weight, output_attentions=output_attentions
+            )
+            if output_hidden_states:
+                all_states += (hidden_states,)
+            if output_attentions:
+                all_attentions += (attentions,)
+        last_hidden_state = self.LayerNorm(hidden_states)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=masked_mean(last_hidden_state, attention_mask),
+            hidden_states=all_states if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def masked_mean(hidden_states, attention_mask=None):
+    """Returns the mean of `hidden_states` (B, T, C) over the tokens that the mask (B, T) keeps, shape (B, C)."""
+    if attention_mask is None:
+        return hidden_states.mean(dim=1)
+    mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (B, T, 1)
+    return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
+
+
+class MolformerPredictionTransform(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states):
+        return self.LayerNorm(self.activation(self.dense(hidden_states)))
+
+
+class MolformerLMHead(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.transform = MolformerPredictionTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden_states):
+        return self.decoder(self.transform(hidden_states))
+
+
+class MolformerForMaskedLM(MolformerPreTrainedModel):
+    """MoLFormer with the masked-language-modeling head; `tie_word_embeddings` shares the decoder's weights."""
+
+    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^classifier\."]
+    _tied_weights_keys = {"lm_head.decoder.weight": "molformer.embeddings.word_embeddings.weight"}
+    accepts_loss_kwargs = True  # forward takes num_items_in_batch, so accumulated batches weigh every token alike
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.molformer = MolformerModel(config)
+        self.lm_head = MolformerLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head.decoder = new_embeddings
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        num_items_in_batch=None,
+    ):
+        """Returns `MaskedLMOutput`: the mean cross-entropy over labeled tokens, and logits (B, T, V).
+
+        In training with `labels` the logits are computed at the N labeled tokens only, shape (N, V): they are 15 % of
+        the tokens and the decoder is wide.
+
+        Args:
+            labels (`torch.LongTensor`, *optional*): shape (B, T), token ids, -100 where nothing is to be predicted.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): labeled tokens in all accumulated batches; the
+                loss is then the sum divided by it.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.molformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        states, loss = outputs.last_hidden_state, None
+        if labels is not None and self.training:
+            labeled = labels != -100
+            states, labels = states[labeled], labels[labeled]  # (N, C), (N,)
+        logits = self.lm_head(states)
+        if labels is not None:
+            total = nn.functional.cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.shape[-1]),
+                labels.reshape(-1),
+                reduction="sum",
+            )
+            count = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = total / count
+        output = MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class MolformerLinearHead(nn.Module):
+    """dropout -> linear, the head of the paper that this project follows."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, pooled):
+        return self.out_proj(self.dropout(pooled))
+
+
+class MolformerResidualHead(nn.Module):
+    """The published classification head: two dense blocks with skip connections, then a linear layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.activation = ACT2FN[config.hidden_act]
+        self.skip_connection = config.classifier_skip_connection
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, pooled):
+        for dense in (self.dense, self.dense2):
+            block = self.activation(self.dropout(dense(pooled)))
+            pooled = block + pooled if self.skip_connection else block
+        return self.out_proj(pooled)
+
+
+def _classifier_dropout(config):
+    return config.hidden_dropout_prob if config.classifier_dropout_prob is None else config.classifier_dropout_prob
+
+
+REGRESSION_HEADS = {"linear": MolformerLinearHead, "molformer": MolformerResidualHead}
+
+
+class MolformerForRegression(MolformerPreTrainedModel):
+    """MoLFormer with a regression head that knows its unit.
+
+    It differs from a `…ForSequenceClassification` in what it answers: the loss is the mean squared error of labels
+    standardized with `config.label_mean` and `config.label_std` (those of the training part), `logits` are in label
+    units. Pooling and head are choices of the configuration, so that the checkpoints of the Hub's
+    `MolformerForSequenceClassification` load by key name.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^lm_head\."]
+    accepts_loss_kwargs = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._head_was_named = config.regression_head is not None
+        self._pooling_was_named = config.pooling is not None
+        config.regression_head = config.regression_head or "linear"
+        config.pooling = config.pooling or ("mean" if config.regression_head == "molformer" else "cls")
+        self.num_labels = config.num_labels
+        self.molformer = MolformerModel(config)
+        self.classifier = REGRESSION_HEADS[config.regression_head](config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Loads a checkpoint; one with the published head is recognized by its keys if its config names no head."""
+        return_info = kwargs.pop("output_loading_info", False)
+        kwargs["output_loading_info"] = True
+        # The parent's parent: the keys are judged after the head is known.
+        load = super(MolformerPreTrainedModel, cls).from_pretrained
+        model, info = load(pretrained_model_name_or_path, *model_args, **kwargs)
+        if "classifier.dense.weight" in info["unexpected_keys"] and not model._head_was_named:
+            config = model.config
+            config.regression_head = "molformer"
+            config.pooling = config.pooling if model._pooling_was_named else "mean"
+            kwargs = {k: v for k, v in kwargs.items() if k == "dtype" or not hasattr(config, k)}
+            model, info = load(pretrained_model_name_or_path, *model_args, **{**kwargs, "config": config})
+        model._check_loaded_keys(pretrained_model_name_or_path, info)
+        return (model, info) if return_info else model
+
+    def label_scale(self, reference):
+        """Returns mean and standard deviation of the labels, each (K,), on `reference`'s device and in its dtype."""
+        mean = self.config.label_mean or [0.0] * self.num_labels
+        std = self.config.label_std or [1.0] * self.num_labels
+        return reference.new_tensor(mean), reference.new_tensor(std)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        num_items_in_batch=None,
+    ):
+        """Returns `SequenceClassifierOutput`: loss on standardized labels, and predictions (B, K) in label units.
+
+        Args:
+            labels (`torch.Tensor`, *optional*): shape (B,) or (B, K), in label units.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): labels in all accumulated batches; the loss is
+                then the sum of squared errors divided by it.
+        Raises:
+            ValueError: if the shape of `labels` is not that of the predictions.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.molformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        pooled = outputs.last_hidden_state[:, 0] if self.config.pooling == "cls" else outputs.pooler_output  # (B, C)
+        standardized = self.classifier(pooled)  # (B, K)
+        standardized = standardized.to(torch.promote_types(standardized.dtype, torch.float32))
+        mean, std = self.label_scale(standardized)
+        loss = None
+        if labels is not None:
+            if labels.shape != standardized.shape and (self.num_labels > 1 or labels.shape != standardized.shape[:1]):
+                raise ValueError(f"labels have shape {tuple(labels.shape)}, predictions {tuple(standardized.shape)}.")
+            target = (labels.view_as(standardized).to(standardized.dtype) - mean) / std
+            squares = nn.functional.mse_loss(standardized, target, reduction="sum")
+            loss = squares / (target.numel() if num_items_in_batch is None else num_items_in_batch)
+        output = SequenceClassifierOutput(
+            loss=loss,
+            logits=standardized * std + mean,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+AutoConfig.register("molformer", MolformerConfig, exist_ok=True)
+AutoModel.register(MolformerConfig, MolformerModel, exist_ok=True)
+AutoModelForMaskedLM.register(MolformerConfig, MolformerForMaskedLM, exist_ok=True)
+AutoModelForSequenceClassification.register(MolformerConfig, MolformerForRegression, exist_ok=True)
+AutoTokenizer.register(MolformerConfig, tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+# A saved checkpoint carries this file and says which class is for which Auto class, for readers without this project.
+MolformerConfig.register_for_auto_class()
+MolformerModel.register_for_auto_class("AutoModel")
+MolformerForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+MolformerForRegression.register_for_auto_class("AutoModelForSequenceClassification")
+
+__all__ = ["MolformerConfig", "MolformerModel", "MolformerForMaskedLM", "MolformerForRegression"]

@@ -1,0 +1,306 @@
+"""Masked language modeling on SMILES with MoLFormer, from a checkpoint or from scratch.
+
+    python run_mlm.py                                      # adapts models/molformer-mini to the training molecules
+    python run_mlm.py --train_file corpus.txt.xz --config_name configs/molformer-mini.json --max_steps 10000
+
+With a table that has a label column (by default data/lipophilicity.csv) the split is the one that run_regression.py
+makes from the same seed, and only its training molecules are learned; any other file (text with one SMILES a line,
+CSV, TSV, .gz, .xz, Hub data set) is a corpus of which a part is held out. Writes to --output_dir the checkpoint,
+which `run_regression.py --model_name_or_path` takes, all_results.json with perplexity and masked accuracy of the
+held-out part, and loss curves.
+
+Devlin et al., BERT, 2019, https://arxiv.org/abs/1810.04805 (the masking).
+"""
+
+import logging
+import math
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arguments import (
+    DataTrainingArguments,
+    InputError,
+    ModelArguments,
+    TrainingArguments,
+    begin_writing,
+    end_writing,
+    run_script,
+    setup_run,
+)
+
+
+DEFAULTS = {"output_dir": "outputs/mlm", "learning_rate": 6e-4, "per_device_eval_batch_size": 128}
+TEXT_SUFFIXES = (".txt", ".smi", ".smiles")
+MOST_HELD_OUT = 10_000  # molecules of a corpus; more would cost time and tell nothing new
+
+logger = logging.getLogger("molformer.mlm")
+
+
+@dataclass
+class MlmArguments:
+    """What is masked, and how a corpus is read."""
+
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that read a corpus. Default: one a core."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read the corpus again although it is cached."})
+
+    def __post_init__(self):
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"--mlm_probability is {self.mlm_probability}; give a number between 0 and 1.")
+        self.preprocessing_num_workers = self.preprocessing_num_workers or os.cpu_count()
+
+
+def is_corpus(path):
+    """Whether a file is text with one SMILES a line, by its name without .gz, .xz, .bz2 or .zst."""
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".xz", ".bz2", ".zst")]
+    return bool(suffixes) and suffixes[-1] in TEXT_SUFFIXES
+
+
+def read_corpus(path, data_args, cache_dir=None):
+    """Returns a memory-mapped `datasets.Dataset` with one column `smiles`.
+
+    Raises:
+        InputError: if the file is absent, empty, not UTF-8 or has no SMILES column.
+    """
+    import datasets
+
+    from utils_molecules import SMILES_COLUMNS, find_column
+
+    if not Path(path).is_file():
+        raise InputError(f"There is no file {path}. Pass --train_file FILE with a text file, CSV or TSV.")
+    text = is_corpus(path)
+    options = {"encoding": "utf-8-sig"} if text else {"encoding": "utf-8-sig", "dtype": str, "keep_default_na": False}
+    if not text and ".tsv" in Path(path).suffixes:
+        options["sep"] = "\t"
+    try:
+        corpus = datasets.load_dataset(
+            "text" if text else "csv", data_files=str(path), split="train", cache_dir=cache_dir, **options
+        )
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        reason = error.__cause__ or error
+        raise InputError(f"{path} cannot be read as UTF-8 {'text' if text else 'CSV'}: {reason}") from error
+    columns = corpus.column_names
+    column = (
+        columns[0] if text else find_column(columns, data_args.smiles_column, SMILES_COLUMNS, "--smiles_column", path)
+    )
+    if column is None:
+        raise InputError(f"{path} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
+    if not len(corpus):
+        raise InputError(f"{path} holds no molecule.")
+    return corpus.select_columns([column]).rename_column(column, "smiles") if column != "smiles" else corpus
+
+
+def encode_batch(batch, tokenizer, smiles_form, max_length):
+    """Returns token ids, lengths and what is wrong with each SMILES ("" if nothing), for `datasets.Dataset.map`."""
+    from utils_molecules import canonicalize, encode_smiles
+
+    # a .smi line may name its molecule after the SMILES
+    texts = [(line.split() or [""])[0] for line in batch["smiles"]]
+    if smiles_form != "raw":
+        texts = [canonicalize(text, smiles_form) for text in texts]
+    ids, problems = encode_smiles([text or "" for text in texts], tokenizer)
+    reasons = [
+        "invalid" if not text else problem or ("too_long" if len(row) > max_length else "")
+        for text, row, problem in zip(texts, ids, problems, strict=True)
+    ]
+    return {"input_ids": ids, "length": [len(row) for row in ids], "reason": reasons}
+
+
+def encode_corpus(corpus, tokenizer, data_args, mlm_args, source):
+    """Returns the corpus as memory-mapped token ids with lengths, cached on disk, and a table of the dropped rows.
+
+    Raises:
+        InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if none is left.
+    """
+    import datasets
+    import numpy as np
+    import pandas as pd
+
+    from utils_molecules import REASONS, describe_unusable
+
+    features = datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("uint16")),
+            "length": datasets.Value("int32"),
+            "reason": datasets.Value("string"),
+        }
+    )
+    encoded = corpus.map(
+        encode_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "smiles_form": data_args.smiles_form, "max_length": data_args.max_length},
+        num_proc=min(mlm_args.preprocessing_num_workers, max(1, len(corpus) // 1000)),
+        remove_columns=corpus.column_names,
+        features=features,
+        load_from_cache_file=not mlm_args.overwrite_cache,
+        desc="Canonicalizing and encoding SMILES",
+    )
+    reasons = encoded.with_format("arrow")["reason"]
+    reasons = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in reasons[:].chunks])
+    bad = np.flatnonzero(reasons != "")
+    if len(bad):
+        smiles = corpus[bad[:1000]]["smiles"]
+        message = describe_unusable(reasons[bad[:1000]], bad[:1000], smiles, len(corpus), source)
+        if len(bad) > 1000:
+            message = f"{len(bad)} of {len(corpus)} molecules cannot be used; of the first 1000: {message}"
+        if data_args.invalid_smiles == "error":
+            raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
+        logger.warning("%s Dropped.", message)
+        dropped = pd.DataFrame({"row": bad, "smiles": corpus[bad]["smiles"], "reason": reasons[bad]})
+        dropped = dropped.replace({"reason": REASONS}).assign(source=str(source))
+        encoded = encoded.select(np.flatnonzero(reasons == ""))
+    else:
+        dropped = pd.DataFrame()
+    if len(encoded) < 2:
+        raise InputError(f"{source} has {len(encoded)} usable molecules; masked language modeling needs at least 2.")
+    return encoded.remove_columns("reason"), dropped
+
+
+class SmilesMaskingCollator:
+    """Pads a batch and masks its tokens: of the chosen ones 80 % become `<mask>`, 10 % another token, 10 % stay.
+
+    What is masked is a function of the batch and the seed, not of a random state: a resumed run masks as the
+    uninterrupted one, whatever was prefetched.
+    """
+
+    def __init__(self, tokenizer, mlm_probability, seed):
+        self.tokenizer = tokenizer
+        self.mlm_probability = mlm_probability
+        self.seed = seed
+
+    def __call__(self, examples):
+        import torch
+
+        batch = self.tokenizer.pad([{"input_ids": e["input_ids"]} for e in examples], return_tensors="pt")
+        ids = batch["input_ids"]  # (B, T)
+        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(ids.numpy().tobytes()))
+        specials = torch.tensor(
+            [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id]
+        )
+        draws, fates = torch.rand((2, *ids.shape), generator=generator)
+        chosen = (draws < self.mlm_probability) & ~torch.isin(ids, specials)
+        batch["labels"] = torch.where(chosen, ids, -100)
+        batch["input_ids"] = torch.where(chosen & (fates < 0.8), self.tokenizer.mask_token_id, ids)
+        others = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
+        batch["input_ids"] = torch.where(chosen & (fates >= 0.9), others, batch["input_ids"])
+        return batch
+
+
+def score_tokens(logits, labels):
+    """Returns for each molecule how many labeled tokens were predicted right, their summed loss and number, (B, 3).
+
+    In this form an evaluation set takes three numbers a molecule, not T times V logits.
+    """
+    import torch
+
+    labeled = labels != -100
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none"
+    )  # (B, T)
+    right = (logits.argmax(dim=-1) == labels) & labeled
+    return torch.stack((right.sum(dim=1), losses.sum(dim=1), labeled.sum(dim=1)), dim=1).float()
+
+
+def mlm_metrics(output):
+    """Returns perplexity and accuracy over all labeled tokens, from the sums of `score_tokens`."""
+    right, loss, count = output.predictions.astype("float64").sum(axis=0)
+    return {"masked_accuracy": right / count, "perplexity": math.exp(loss / count), "masked_tokens": int(count)}
+
+
+def load_data(tokenizer, model_args, data_args, mlm_args, training_args):
+    """Returns training data, held-out data, the hash of the split (`None` for a corpus) and the dropped rows."""
+    import pandas as pd
+
+    from trainer_regression import to_dataset
+    from utils_molecules import LABEL_COLUMNS, find_column, load_molecules, read_header
+
+    path = data_args.train_file
+    if path is not None and not is_corpus(path):
+        columns = read_header(path)[0]
+        labeled = find_column(columns, data_args.label_column, LABEL_COLUMNS, "--label_column", path) is not None
+    else:
+        labeled = path is None
+    if labeled:
+        molecules, digest, _ = load_molecules(tokenizer, model_args, data_args, training_args)
+        parts = [molecules[molecules["split"] == part] for part in ("train", "validation")]
+        logger.info("%s has labels: learning the %d training molecules of its split alone", path, len(parts[0]))
+        train, held_out = (to_dataset(part, with_labels=False) for part in parts)
+    else:
+        digest = None
+        train, dropped = encode_corpus(
+            read_corpus(path, data_args, model_args.cache_dir), tokenizer, data_args, mlm_args, path
+        )
+        if data_args.validation_file is not None:
+            held_out = read_corpus(data_args.validation_file, data_args, model_args.cache_dir)
+            held_out, more = encode_corpus(held_out, tokenizer, data_args, mlm_args, data_args.validation_file)
+            dropped = pd.concat([dropped, more], ignore_index=True)
+        else:
+            size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
+            seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
+            parts = train.train_test_split(test_size=size, seed=seed)
+            train, held_out = parts["train"], parts["test"]
+    if data_args.max_train_samples is not None:
+        train = train.select(range(min(len(train), data_args.max_train_samples)))
+    if data_args.max_eval_samples is not None:
+        held_out = held_out.select(range(min(len(held_out), data_args.max_eval_samples)))
+    return train, held_out.sort("length", reverse=True), digest, dropped
+
+
+def main(model_args, data_args, mlm_args, training_args):
+    checkpoint = setup_run(training_args, data_args)
+
+    from modeling_molformer_reg import MolformerForMaskedLM
+    from trainer_regression import MolformerTrainer, check_split, load_model, load_tokenizer
+    from utils_molecules import plot_losses, write_csv
+
+    # Data, tokenizer and model
+    tokenizer = load_tokenizer(model_args)
+    train, held_out, digest, dropped = load_data(tokenizer, model_args, data_args, mlm_args, training_args)
+    model = load_model(MolformerForMaskedLM, model_args, tokenizer)
+    check_split(model.config, digest, data_args, checkpoint)
+    if digest is not None:
+        model.config.split_hash = digest
+    logger.info("%d training molecules, %d held out, %d parameters", len(train), len(held_out), model.num_parameters())
+
+    # Trainer
+    training_args.remove_unused_columns = False  # the collator takes what it needs
+    trainer = MolformerTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=SmilesMaskingCollator(tokenizer, mlm_args.mlm_probability, training_args.seed),
+        compute_metrics=mlm_metrics,
+        preprocess_logits_for_metrics=score_tokens,
+    )
+    begin_writing(training_args, checkpoint)
+    if len(dropped) and trainer.is_world_process_zero():
+        write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
+
+    # Train
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        metrics = {**result.metrics, "train_samples": len(train), "train_steps": trainer.state.global_step}
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+
+    # Evaluate
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["eval_samples"] = len(held_out)
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        if trainer.is_world_process_zero():
+            plot_losses(trainer.state.log_history, Path(training_args.output_dir) / "loss_curves.png", "held-out")
+    end_writing(training_args)
+
+
+if __name__ == "__main__":
+    run_script(main, (ModelArguments, DataTrainingArguments, MlmArguments, TrainingArguments), DEFAULTS, __doc__)

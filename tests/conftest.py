@@ -1,0 +1,65 @@
+"""Fixtures that the test files share: a tiny checkpoint, a small table of molecules, a call of a script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test needs a network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pandas as pd
+import pytest
+import torch
+
+from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM
+from trainer_regression import build_tokenizer
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "num_random_features": 8,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A masked language model of two layers with random weights, and the tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    torch.manual_seed(0)
+    MolformerForMaskedLM(MolformerConfig(**TINY)).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small_table(tmp_path_factory):
+    """The first 160 molecules of the embedded data set, as a CSV."""
+    path = tmp_path_factory.mktemp("data") / "small.csv"
+    pd.read_csv(ROOT / "data" / "lipophilicity.csv", nrows=160).to_csv(path, index=False)
+    return str(path)
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs `python SCRIPT flags…` in a process of its own; `launcher` stands in for `python`."""
+
+    def run(script, *flags, launcher=(sys.executable,), timeout=300, **environment):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), **environment}
+        return subprocess.run(
+            [*launcher, str(ROOT / script), *map(str, flags)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run

@@ -1,0 +1,679 @@
+"""Arguments, argument files, and what the start of a run does with the folder that it finds.
+
+python -m pytest tests/test_arguments.py
+"""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import run_regression
+from arguments import (
+    EMBEDDED_CHECKPOINT,
+    EMBEDDED_DATA,
+    UNFINISHED,
+    DataTrainingArguments,
+    InputError,
+    ModelArguments,
+    TrainingArguments,
+    begin_writing,
+    clear_run,
+    end_writing,
+    find_checkpoint,
+    last_complete_checkpoint,
+    parse_arguments,
+    run_script,
+    setup_run,
+)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DATACLASSES = (ModelArguments, DataTrainingArguments, TrainingArguments)
+DEFAULTS = {"output_dir": "outputs/script", "learning_rate": 6e-4, "per_device_eval_batch_size": 128}
+
+
+def parse(*args, defaults=DEFAULTS):
+    return parse_arguments(*DATACLASSES, defaults=defaults, args=[str(arg) for arg in args])
+
+
+def refusal(capsys, *args):
+    """The message of arguments that are refused, after the checks that every refusal has to pass."""
+    with pytest.raises(SystemExit) as error:
+        parse(*args)
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def own_fields(dataclass):
+    """The fields that this project defines, without those of the library."""
+    return [field for field in dataclasses.fields(dataclass) if field.name in dataclass.__annotations__]
+
+
+# ---------------------------------------------------------------------------------------------------------- defaults
+
+
+def test_the_defaults_are_the_embedded_model_and_data():
+    model_args, data_args, training_args = parse()
+    assert model_args.model_name_or_path == EMBEDDED_CHECKPOINT == str(ROOT / "models" / "molformer-mini")
+    assert model_args.config_name is None and model_args.model_revision == "main"
+    assert model_args.config_overrides() == {}
+    assert data_args.train_file == EMBEDDED_DATA == str(ROOT / "data" / "lipophilicity.csv")
+    assert (data_args.split, data_args.protocol, data_args.smiles_form) == ("random", "default", "canonical")
+    assert (data_args.test_fraction, data_args.validation_fraction) == (0.2, 0.1)
+    assert (data_args.max_length, data_args.invalid_smiles) == (256, "error")
+    assert not data_args.overwrite_output_dir and not data_args.ignore_split_mismatch
+    assert data_args.split_seed is data_args.max_train_samples is None
+
+
+def test_the_defaults_of_training_are_the_papers():
+    """Reference: batch 16, 7 epochs, Adam (AdamW without decay), the best model kept (shared/DESIGN.md, section 1)."""
+    training_args = parse(defaults=None)[2]
+    assert training_args.num_train_epochs == 7
+    assert training_args.per_device_train_batch_size == 16
+    assert (training_args.optim, training_args.weight_decay) == ("adamw_torch_fused", 0)
+    assert training_args.load_best_model_at_end
+    assert training_args.eval_strategy == training_args.save_strategy == training_args.logging_strategy == "epoch"
+    assert training_args.train_sampling_strategy == "group_by_length"
+    assert training_args.learning_rate is training_args.head_learning_rate is None  # the script's, by its protocol
+    assert training_args.report_to in ("none", [])
+    assert training_args.use_cpu == (not torch.accelerator.is_available())
+
+
+def test_the_dataclasses_work_without_a_parser():
+    """As a notebook or a test makes them."""
+    model_args, data_args, training_args = (dataclass() for dataclass in DATACLASSES)
+    assert model_args == parse()[0]
+    assert data_args == parse()[1]
+    assert training_args.num_train_epochs == 7
+
+
+def test_a_configuration_alone_names_no_checkpoint():
+    assert parse("--config_name", "c.json")[0].model_name_or_path is None
+    assert parse("--config_name", "c.json", "--model_name_or_path", "m")[0].model_name_or_path == "m"
+
+
+def test_only_what_the_user_named_overrides_the_configuration():
+    flags = ("--pooling", "mean", "--redraw_features", "false", "--hidden_dropout_prob", "0")
+    expected = {"pooling": "mean", "redraw_features": False, "hidden_dropout_prob": 0.0}
+    assert parse(*flags)[0].config_overrides() == expected
+
+
+def test_a_scripts_defaults_hold_under_the_users_flags():
+    training_args = parse("--learning_rate", "1e-5")[2]
+    assert training_args.output_dir == "outputs/script"
+    assert training_args.per_device_eval_batch_size == 128
+    assert training_args.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    "flags, train, evaluate, predict",
+    [
+        ((), True, True, True),
+        (("--do_train",), True, False, False),
+        (("--do_eval",), False, True, False),
+        (("--do_predict",), False, False, True),
+        (("--do_train", "--do_predict"), True, False, True),
+        (("--do_train", "--do_eval", "--do_predict"), True, True, True),
+        (("--do_train", "--eval_strategy", "steps", "--save_strategy", "steps"), True, False, False),
+    ],
+)
+def test_without_a_stage_all_are_done_else_those_given(flags, train, evaluate, predict):
+    """The library turns do_eval on wherever training evaluates; here it means the stage of its own."""
+    training_args = parse(*flags)[2]
+    assert training_args.eval_strategy != "no"
+    assert (training_args.do_train, training_args.do_eval, training_args.do_predict) == (train, evaluate, predict)
+
+
+@pytest.mark.parametrize(
+    "flags, split",
+    [
+        ((), "random"),
+        (("--split", "scaffold"), "scaffold"),
+        (("--split_file", "s.json"), "file"),
+        (("--split", "file", "--split_file", "s.json"), "file"),
+        (("--test_file", "t.csv"), "file"),
+        (("--test_file", "t.csv", "--validation_file", "v.csv"), "file"),
+    ],
+)
+def test_the_split_is_by_file_where_files_are_given(flags, split):
+    assert parse(*flags)[1].split == split
+
+
+def test_a_hub_data_set_takes_the_place_of_the_embedded_file():
+    data_args = parse("--dataset_name", "someone/molecules")[1]
+    assert (data_args.dataset_name, data_args.train_file) == ("someone/molecules", None)
+
+
+# -------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("dataclass", DATACLASSES)
+def test_every_argument_of_ours_has_a_help_text(dataclass):
+    fields = own_fields(dataclass)
+    assert len(fields) > 10
+    for field in fields:
+        text = field.metadata.get("help", "")
+        assert len(text) > 5 and text.endswith("."), field.name
+
+
+def test_help_shows_every_argument_its_text_and_the_description(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_arguments(*DATACLASSES, defaults=DEFAULTS, description="First line.\n\n    a command", args=["--help"])
+    assert error.value.code == 0
+    shown = capsys.readouterr().out
+    assert "First line.\n\n    a command" in shown
+    words = "".join(shown.split())  # whatever the width of the terminal
+    for dataclass in DATACLASSES:
+        for field in own_fields(dataclass):
+            assert f"--{field.name}" in words
+            assert "".join(field.metadata["help"].split()) in words, field.name
+    assert "(default:outputs/script)" in words
+
+
+# ---------------------------------------------------------------------------------------------------- argument files
+
+
+FLAGS = {
+    "--train_file": "my.csv",
+    "--pooling": "mean",
+    "--redraw_features": "false",
+    "--hidden_dropout_prob": "0.05",
+    "--max_length": "128",
+    "--split": "scaffold",
+    "--overwrite_output_dir": "true",
+    "--learning_rate": "2e-4",
+    "--num_train_epochs": "3",
+    "--bf16": "false",
+    "--do_train": "true",
+    "--seed": "7",
+}
+JSON_FILE = """{"train_file": "my.csv", "pooling": "mean", "redraw_features": false, "hidden_dropout_prob": 0.05,
+"max_length": 128, "split": "scaffold", "overwrite_output_dir": true, "learning_rate": 2e-4, "num_train_epochs": 3,
+"bf16": false, "do_train": true, "seed": 7}"""
+YAML_FILE = """
+train_file: my.csv
+pooling: mean
+redraw_features: false
+hidden_dropout_prob: 0.05
+max_length: 128  # a comment
+split: scaffold
+overwrite_output_dir: true
+learning_rate: 2.0e-4
+num_train_epochs: 3
+bf16: false
+do_train: true
+seed: 7
+"""
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("run.json", JSON_FILE),
+        ("run.yaml", YAML_FILE),
+        ("run.yml", YAML_FILE),
+        ("run.yaml", YAML_FILE.replace("2.0e-4", "2e-4")),
+        ("run.json", JSON_FILE.replace("128", '"128"').replace("0.05", '"0.05"')),
+    ],
+    ids=["json", "yaml", "yml", "yaml: 2e-4 is text by its rules", "json with numbers as text"],
+)
+def test_an_argument_file_gives_the_same_as_flags(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_text(content)
+    from_file = parse(file)
+    from_flags = parse(*(part for flag in FLAGS.items() for part in flag))
+    assert from_file[:2] == from_flags[:2]
+    assert from_file[2].to_dict() == from_flags[2].to_dict()
+    assert from_file[2].learning_rate == 2e-4
+
+
+@pytest.mark.parametrize("name, content", [("run.json", '{"seed": 1}'), ("run.yaml", "seed: 1\n")])
+def test_a_scripts_defaults_hold_under_an_argument_file(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_text(content)
+    training_args = parse(file)[2]
+    assert (training_args.output_dir, training_args.learning_rate) == ("outputs/script", 6e-4)
+    assert training_args.seed == 1
+
+
+def test_an_argument_file_holds_over_a_scripts_defaults(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text('{"output_dir": "elsewhere", "learning_rate": 1e-5}')
+    training_args = parse(file)[2]
+    assert (training_args.output_dir, training_args.learning_rate) == ("elsewhere", 1e-5)
+
+
+@pytest.mark.parametrize("name, content", [("run.json", '{"learningrate": 1}'), ("run.yaml", "learningrate: 1\n")])
+def test_an_unknown_key_of_an_argument_file_is_named(tmp_path, capsys, name, content):
+    file = tmp_path / name
+    file.write_text(content)
+    assert "learningrate" in refusal(capsys, file)
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ({"split": "radnom"}, "radnom"),
+        ({"protocol": "papr"}, "papr"),
+        ({"smiles_form": "Raw"}, "Raw"),
+        ({"pooling": "max"}, "max"),
+        ({"test_fraction": 2}, "--test_fraction is 2"),
+        ({"max_length": "many"}, "many"),
+    ],
+)
+def test_values_of_an_argument_file_are_checked_like_flags(tmp_path, capsys, values, named):
+    """`"split": "radnom"` would else be a random split that nobody asked for."""
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(values))
+    assert named in refusal(capsys, file)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("run.json", '{"seed": 1'),
+        ("run.json", "[1]"),
+        ("run.json", ""),
+        ("run.json", b'{"train_file": "caf\xe9.csv"}'),
+        ("run.yaml", "seed: [1\nb: {"),
+        ("run.yaml", "just text"),
+        ("run.yaml", ""),
+    ],
+)
+def test_an_argument_file_that_cannot_be_read_is_refused_with_its_name(tmp_path, capsys, name, content):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert str(file) in refusal(capsys, file)
+
+
+def test_an_absent_argument_file_is_refused_with_its_name(tmp_path, capsys):
+    assert str(tmp_path / "absent.json") in refusal(capsys, tmp_path / "absent.json")
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["--learning_rat", "1e-4"], "--learning_rat"),
+        (["--overwrite_cache"], "--overwrite_cache"),
+        (["--evaluation_strategy", "epoch"], "--evaluation_strategy"),
+        (["data.csv"], "data.csv"),
+    ],
+    ids=["abbreviation", "another script's", "an older library's", "positional"],
+)
+def test_an_unknown_flag_is_named(capsys, args, named):
+    assert named in refusal(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        *(
+            ([f"--{name}", value], f"--{name} is {shown}; give a number from 0 up to, not including, 1.")
+            for name in ("hidden_dropout_prob", "embedding_dropout_prob", "classifier_dropout_prob")
+            for value, shown in (("1", "1.0"), ("-0.1", "-0.1"), ("nan", "nan"))
+        ),
+        *(
+            ([f"--{name}", value], f"--{name} is {shown}; give a number between 0 and 1.")
+            for name in ("test_fraction", "validation_fraction")
+            for value, shown in (("0", "0.0"), ("1", "1.0"), ("1.5", "1.5"), ("nan", "nan"))
+        ),
+        *(
+            ([f"--{name}", value], f"--{name} is {value}; give a positive number.")
+            for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples")
+            for value in ("0", "-5")
+        ),
+        *(
+            ([f"--{name}", value], f"--{name} is {shown}; give a positive number.")
+            for name in ("learning_rate", "head_learning_rate")
+            for value, shown in (("0", "0.0"), ("-0.1", "-0.1"), ("nan", "nan"), ("inf", "inf"))
+        ),
+        (["--num_train_epochs", "0"], "--num_train_epochs is 0.0; give a positive number."),
+        (
+            ["--dataset_name", "someone/molecules", "--train_file", "my.csv"],
+            "--dataset_name someone/molecules and --train_file my.csv: give one of them.",
+        ),
+        (["--split", "file"], "--split file needs --split_file, or --test_file (and --validation_file)."),
+        (
+            ["--split", "random", "--split_file", "s.json"],
+            "--split_file go with --split file, not with --split random",
+        ),
+        (
+            ["--split", "scaffold", "--validation_file", "v.csv", "--test_file", "t.csv"],
+            "--validation_file and --test_file go with --split file, not with --split scaffold.",
+        ),
+        (["--split_file", "s.json", "--test_file", "t.csv"], "--test_file"),
+        (["--split_seed", "-1"], "--split_seed is -1"),
+        (["--split", "radnom"], "invalid choice: 'radnom'"),
+        (["--max_length", "many"], "invalid int value: 'many'"),
+        (["--eval_strategy", "no"], "--load_best_model_at_end"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_argument_that_cannot_be_used_is_refused_with_its_value_and_what_to_do(capsys, args, message):
+    assert message in refusal(capsys, *args)
+
+
+@pytest.mark.parametrize("args", [["--hidden_dropout_prob", "0"], ["--test_fraction", "0.999"], ["--max_length", "1"]])
+def test_values_at_the_edge_are_taken(args):
+    parse(*args)
+
+
+def test_max_steps_takes_the_place_of_epochs():
+    assert parse("--num_train_epochs", "0", "--max_steps", "3")[2].max_steps == 3
+
+
+# ---------------------------------------------------------------------------------------------------- start of a run
+
+
+def arguments_for(folder, **flags):
+    flags = {"output_dir": folder, "use_cpu": True, **flags}
+    _, data_args, training_args = parse(*(f"--{name}={value}" for name, value in flags.items()))
+    return training_args, data_args
+
+
+def checkpoint(folder, step, state="{}"):
+    """A checkpoint folder as the trainer leaves it; without a state it was interrupted."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"weights")
+    if state is not None:
+        (path / "trainer_state.json").write_text(state)
+    return path
+
+
+def test_a_new_folder_starts_a_new_run(tmp_path):
+    assert find_checkpoint(*arguments_for(tmp_path / "new")) is None
+    assert not (tmp_path / "new").exists()
+    assert find_checkpoint(*arguments_for(tmp_path)) is None  # an empty one
+
+
+def test_a_finished_run_is_refused_with_the_flag_that_replaces_it(tmp_path):
+    checkpoint(tmp_path, 10)
+    (tmp_path / "all_results.json").write_text("{}")
+    with pytest.raises(InputError, match="--overwrite_output_dir") as error:
+        find_checkpoint(*arguments_for(tmp_path))
+    assert str(tmp_path) in str(error.value) and "--output_dir" in str(error.value)
+    assert "--resume_from_checkpoint" not in str(error.value)
+
+
+def test_an_interrupted_run_is_refused_with_the_flags_that_continue_and_replace_it(tmp_path):
+    """Killed while it evaluates, a run has results of its training already."""
+    training_args, _ = arguments_for(tmp_path)
+    begin_writing(training_args, None)
+    checkpoint(tmp_path, 10)
+    (tmp_path / "all_results.json").write_text("{}")
+    with pytest.raises(InputError, match="interrupted") as error:
+        find_checkpoint(*arguments_for(tmp_path))
+    for flag in ("--resume_from_checkpoint true", "--overwrite_output_dir", "--output_dir"):
+        assert flag in str(error.value)
+
+
+@pytest.mark.parametrize("state", [None, '{"global_step": 1'])
+def test_a_run_interrupted_before_its_first_whole_checkpoint_cannot_be_continued(tmp_path, state):
+    checkpoint(tmp_path, 10, state)
+    with pytest.raises(InputError, match="not empty") as error:
+        find_checkpoint(*arguments_for(tmp_path))
+    assert "--resume_from_checkpoint" not in str(error.value)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty.*--overwrite_output_dir"):
+        find_checkpoint(*arguments_for(tmp_path))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_overwrite_starts_a_new_run_and_touches_nothing_yet(tmp_path, finished):
+    kept = checkpoint(tmp_path, 10)
+    if finished:
+        (tmp_path / "all_results.json").write_text("{}")
+    assert find_checkpoint(*arguments_for(tmp_path, overwrite_output_dir=True)) is None
+    assert (kept / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize("word", ["true", "True", "yes", "1"])
+def test_resume_takes_the_newest_complete_checkpoint(tmp_path, word):
+    """10 is newer than 9; 11 has no state, the state of 12 was cut, and the others are no checkpoints of a trainer."""
+    checkpoint(tmp_path, 9)
+    newest = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 11, state=None)
+    checkpoint(tmp_path, 12, state='{"global_step": 12, "log_history": [')
+    checkpoint(tmp_path, 13, state="")
+    checkpoint(tmp_path, "99-old")
+    checkpoint(tmp_path, "best")
+    assert last_complete_checkpoint(tmp_path) == newest
+    assert find_checkpoint(*arguments_for(tmp_path, resume_from_checkpoint=word)) == str(newest)
+
+
+def test_resume_in_an_argument_file_may_be_a_truth_value(tmp_path):
+    newest = checkpoint(tmp_path / "run", 3)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": True}))
+    _, data_args, training_args = parse(file)
+    assert find_checkpoint(training_args, data_args) == str(newest)
+
+
+def test_resume_takes_the_checkpoint_that_is_named(tmp_path):
+    older = checkpoint(tmp_path / "run", 9)
+    checkpoint(tmp_path / "run", 10)
+    training_args, data_args = arguments_for(tmp_path / "run", resume_from_checkpoint=older)
+    assert find_checkpoint(training_args, data_args) == str(older)
+
+
+@pytest.mark.parametrize("word", ["false", "False", "no", "0"])
+def test_resume_may_be_turned_off(tmp_path, word):
+    assert find_checkpoint(*arguments_for(tmp_path / "new", resume_from_checkpoint=word)) is None
+
+
+@pytest.mark.parametrize("state", [None, '{"global_step": 1'])
+def test_resume_without_a_complete_checkpoint_is_refused(tmp_path, state):
+    folder = checkpoint(tmp_path, 10, state)
+    for value, named in (("true", tmp_path), (folder, folder), (tmp_path / "absent", tmp_path / "absent")):
+        with pytest.raises(InputError, match="no complete checkpoint in .*--resume_from_checkpoint") as error:
+            find_checkpoint(*arguments_for(tmp_path, resume_from_checkpoint=value))
+        assert str(named) in str(error.value)
+
+
+def test_resume_into_a_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        find_checkpoint(*arguments_for(tmp_path / "new", resume_from_checkpoint="true"))
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path, overwrite):
+    file = tmp_path / "results"
+    file.write_text("mine")
+    with pytest.raises(InputError, match="is a file.*--output_dir"):
+        find_checkpoint(*arguments_for(file, overwrite_output_dir=overwrite))
+    assert file.read_text() == "mine"
+
+
+@pytest.fixture
+def log_level():
+    """Sets the project's log level back to what it was before a run."""
+    logger = logging.getLogger("molformer")
+    level = logger.level
+    yield logger
+    logger.setLevel(level)
+
+
+def test_the_start_of_a_run_seeds_and_logs(tmp_path, log_level, caplog):
+    assert setup_run(*arguments_for(tmp_path / "new", seed=3)) is None
+    drawn = torch.rand(3)
+    transformers.set_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
+    assert f"output folder {tmp_path / 'new'}" in caplog.text
+    assert log_level.level == logging.INFO
+
+
+def test_the_log_level_is_the_users(tmp_path, log_level):
+    setup_run(*arguments_for(tmp_path / "new", log_level="error"))
+    assert log_level.level == logging.ERROR
+
+
+def test_the_start_of_a_run_returns_the_checkpoint_to_resume(tmp_path, log_level):
+    newest = checkpoint(tmp_path, 3)
+    assert setup_run(*arguments_for(tmp_path, resume_from_checkpoint="true")) == str(newest)
+
+
+def test_a_launcher_whose_processes_would_train_separately_is_refused(tmp_path, log_level, monkeypatch):
+    """As torchrun starts them on a CPU without --use_cpu."""
+    training_args, data_args = arguments_for(tmp_path / "new")
+    assert training_args.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE is 2.*--use_cpu"):
+        setup_run(training_args, data_args)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert setup_run(training_args, data_args) is None
+
+
+# --------------------------------------------------------------------------------------------------- end of an old run
+
+
+RUN_FILES = [
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "predict_results.json",
+    "trainer_state.json",
+    "splits.json",
+    "predictions.csv",
+    "parity.png",
+    "loss_curves.png",
+]
+USER_FILES = [
+    "notes.txt",
+    "my_molecules.csv",
+    "figure.png",
+    "figures/parity.png",
+    "my_results.json",
+    "splits-old.json",
+]
+
+
+def test_clearing_a_run_removes_its_own_files_and_no_other(tmp_path):
+    for step in (5, 10):
+        checkpoint(tmp_path, step)
+    for name in ("best", "10-copy", "x1"):
+        checkpoint(tmp_path, name)
+    (tmp_path / "figures").mkdir()
+    for name in [*RUN_FILES, *USER_FILES]:
+        (tmp_path / name).write_text("{}")
+    clear_run(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    kept = {
+        f"checkpoint-{name}/{file}"
+        for name in ("best", "10-copy", "x1")
+        for file in ("model.safetensors", "trainer_state.json")
+    }
+    assert left == {*USER_FILES, *kept}
+    assert not (tmp_path / "checkpoint-5").exists()
+
+
+def test_clearing_a_folder_that_does_not_exist_does_nothing(tmp_path):
+    clear_run(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("stale", [True, False], ids=["over an older run", "in an empty folder"])
+def test_a_run_keeps_the_list_of_the_molecules_that_it_dropped(tmp_path, log_level, stale):
+    config = {"model_type": "molformer", "vocab_size": 2362, "hidden_size": 16, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "intermediate_size": 16, "num_random_features": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows = [f"{'C' * carbons}O,{carbons}" for carbons in range(1, 21)]
+    (tmp_path / "t.csv").write_text("\n".join(["SMILES,label", *rows, "C1CC,3"]))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if stale:
+        (folder / "dropped_molecules.csv").write_text("row,smiles,reason\n99,X,of an older run\n")
+    flags = {"config_name": tmp_path / "config.json", "train_file": tmp_path / "t.csv", "output_dir": folder}
+    flags |= {
+        "invalid_smiles": "drop",
+        "overwrite_output_dir": True,
+        "do_train": True,
+        "max_steps": 1,
+        "use_cpu": True,
+    }
+    flags |= {"disable_tqdm": True}
+    run_regression.main(*parse(*(f"--{name}={value}" for name, value in flags.items())))
+    assert (folder / "train_results.json").exists()
+    lines = (folder / "dropped_molecules.csv").read_text().splitlines()
+    assert lines == ["source,row,smiles,reason", f"{tmp_path / 't.csv'},20,C1CC,do not parse as SMILES"]
+
+
+def test_a_run_is_marked_unfinished_until_it_ends(tmp_path):
+    training_args, _ = arguments_for(tmp_path / "run")
+    begin_writing(training_args, None)
+    assert (tmp_path / "run" / UNFINISHED).exists()
+    (tmp_path / "run" / "predictions.csv").write_text("kept by a resumed run")
+    begin_writing(training_args, "checkpoint-5")
+    assert (tmp_path / "run" / "predictions.csv").exists()
+    end_writing(training_args)
+    assert not (tmp_path / "run" / UNFINISHED).exists()
+    begin_writing(training_args, None)
+    assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
+# --------------------------------------------------------------------------------------------------- running a script
+
+
+def run(monkeypatch, folder, main):
+    monkeypatch.setattr(sys, "argv", ["run_x.py", "--seed", "5"])
+    run_script(main, DATACLASSES, {"output_dir": str(folder)}, "What it does.")
+
+
+def test_a_script_gets_its_parsed_arguments(monkeypatch, tmp_path):
+    seen = []
+    run(monkeypatch, tmp_path, lambda *arguments: seen.extend(arguments))
+    assert [type(arguments) for arguments in seen] == list(DATACLASSES)
+    assert (seen[2].output_dir, seen[2].seed) == (str(tmp_path), 5)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), KeyboardInterrupt()])
+def test_errors_that_the_user_cannot_correct_keep_their_traceback(monkeypatch, tmp_path, error):
+    def main(*arguments):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run(monkeypatch, tmp_path, main)
+    assert caught.value is error
+
+
+SCRIPT = """
+from arguments import *
+
+def main(model_args, data_args, training_args):
+    if data_args.overwrite_output_dir:
+        setup_run(training_args, data_args)  # with logging set up, and without
+    raise InputError("Column 'exp' is not in t.csv. Pass --label_column.")
+
+run_script(main, (ModelArguments, DataTrainingArguments, TrainingArguments), {"output_dir": "x"}, None)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir"]], ids=["before logging is set up", "after"])
+def test_bad_input_ends_a_script_as_one_line_and_exit_status_2(tmp_path, flags):
+    finished = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *flags, "--output_dir", tmp_path / "x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1].endswith("Column 'exp' is not in t.csv. Pass --label_column.")
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout == ""
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,228 @@
+"""run_mlm.py: files, the split it respects, corpora in every form, masking, resumption, bad input."""
+
+import gzip
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import run_mlm
+from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, parse_arguments
+from run_mlm import MlmArguments, SmilesMaskingCollator, mlm_metrics, score_tokens
+from trainer_regression import build_tokenizer
+
+
+QUICK = ("--num_train_epochs", "2", "--disable_tqdm", "true")
+TIMES = ("runtime", "per_second", "preparation_time")
+
+
+def parse(*flags):
+    classes = (ModelArguments, DataTrainingArguments, MlmArguments, TrainingArguments)
+    return parse_arguments(*classes, defaults=run_mlm.DEFAULTS, args=[str(flag) for flag in flags])
+
+
+def results(folder):
+    values = json.loads((folder / "all_results.json").read_text())
+    return {name: value for name, value in values.items() if not any(time in name for time in TIMES)}
+
+
+@pytest.fixture(scope="module")
+def corpus(small_table, tmp_path_factory):
+    """The SMILES of the small table as text, one a line."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(pd.read_csv(small_table)["SMILES"]) + "\n")
+    return path
+
+
+def test_main_writes_its_result_files_and_regression_takes_the_checkpoint(tiny_checkpoint, small_table, tmp_path):
+    out = tmp_path / "mlm"
+    run_mlm.main(
+        *parse("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", out, *QUICK)
+    )
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "all_results.json", "loss_curves.png"):
+        assert (out / name).stat().st_size > 0
+    values = results(out)
+    assert values["eval_perplexity"] == pytest.approx(np.exp(values["eval_loss"]), rel=0.05)
+    assert 0 <= values["eval_masked_accuracy"] <= 1 and values["train_samples"] == 115
+
+    import run_regression
+
+    flags = ["--model_name_or_path", str(out), "--train_file", small_table, "--output_dir", str(tmp_path / "reg"),
+        "--max_steps", "1", "--disable_tqdm", "true"]  # fmt: skip
+    classes = (ModelArguments, DataTrainingArguments, TrainingArguments)
+    run_regression.main(*parse_arguments(*classes, defaults=run_regression.DEFAULTS, args=flags))
+    with pytest.raises(InputError, match="another split"):  # its test molecules were learned
+        flags[flags.index(str(tmp_path / "reg"))] = str(tmp_path / "reg2")
+        run_regression.main(*parse_arguments(*classes, defaults=run_regression.DEFAULTS, args=[*flags, "--seed", "1"]))
+
+
+def test_labeled_table_gives_the_training_molecules_of_the_regression_split_alone(
+    tiny_checkpoint, small_table, tmp_path
+):
+    """Reference: the split of run_regression.py from the same seed."""
+    from utils_molecules import load_molecules
+
+    parsed = parse(
+        "--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x"
+    )
+    tokenizer = build_tokenizer()
+    train, held_out, digest, _ = run_mlm.load_data(tokenizer, *parsed)
+    molecules, expected_digest, _ = load_molecules(tokenizer, parsed[0], parsed[1], parsed[3])
+    by_split = {name: sorted(map(tuple, rows["input_ids"])) for name, rows in molecules.groupby("split")}
+    assert digest == expected_digest
+    assert sorted(tuple(row["input_ids"]) for row in train) == by_split["train"]
+    assert sorted(tuple(row["input_ids"]) for row in held_out) == by_split["validation"]
+    assert not set(by_split["test"]) & {tuple(row["input_ids"]) for row in train}
+
+
+@pytest.mark.parametrize("form", ["txt", "crlf", "bom", "gz", "xz", "csv", "named.smi"])
+def test_corpus_is_read_alike_in_every_form(form, corpus, tiny_checkpoint, tmp_path):
+    """Reference: the plain text file."""
+    text = corpus.read_text()
+    path = tmp_path / {"gz": "c.txt.gz", "xz": "c.txt.xz", "csv": "c.csv", "named.smi": "c.smi"}.get(form, "c.txt")
+    if form == "gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif form == "xz":
+        path.write_bytes(lzma.compress(text.encode()))
+    elif form == "csv":
+        path.write_text("id,smiles\n" + "".join(f"{i},{line}\n" for i, line in enumerate(text.splitlines())))
+    elif form == "named.smi":
+        path.write_text("".join(f"{line} molecule {i}\n" for i, line in enumerate(text.splitlines())))
+    else:
+        path.write_bytes({"txt": b"", "bom": b"\xef\xbb\xbf", "crlf": b""}[form]
+            + (text.replace("\n", "\r\n") if form == "crlf" else text).encode())  # fmt: skip
+
+    def load(file):
+        cache = tmp_path / f"cache-{file.name}"
+        parsed = parse("--train_file", file, "--model_name_or_path", tiny_checkpoint, "--cache_dir", cache,
+            "--output_dir", tmp_path / "x", "--preprocessing_num_workers", 1)  # fmt: skip
+        train, held_out, digest, _ = run_mlm.load_data(build_tokenizer(), *parsed)
+        assert digest is None and train.cache_files  # memory-mapped, not in memory
+        return [row["input_ids"] for row in train], [row["input_ids"] for row in held_out]
+
+    assert load(path) == load(corpus)
+
+
+def test_masking_follows_the_stated_shares_and_spares_special_tokens():
+    """80 % <mask>, 10 % another token, 10 % unchanged, of 15 % of the tokens (Devlin et al. 2019)."""
+    tokenizer = build_tokenizer()
+    examples = [{"input_ids": ids} for ids in tokenizer(["CC(=O)Nc1ccc(O)cc1"] * 3000)["input_ids"]]
+    batch = SmilesMaskingCollator(tokenizer, 0.15, seed=0)(examples)
+    original = torch.tensor([example["input_ids"] for example in examples])
+    chosen = batch["labels"] != -100
+    assert not chosen[:, [0, -1]].any()
+    assert torch.equal(batch["labels"][chosen], original[chosen])
+    assert torch.equal(batch["input_ids"][~chosen], original[~chosen])
+    assert chosen[:, 1:-1].float().mean() == pytest.approx(0.15, abs=0.005)
+    inputs = batch["input_ids"][chosen]
+    assert (inputs == tokenizer.mask_token_id).float().mean() == pytest.approx(0.8, abs=0.02)
+    assert (inputs == original[chosen]).float().mean() == pytest.approx(0.1, abs=0.015)
+
+
+def test_masks_are_a_function_of_batch_and_seed():
+    tokenizer = build_tokenizer()
+    examples = [{"input_ids": ids} for ids in tokenizer(["CCO", "c1ccccc1", "CC(=O)O"] * 5)["input_ids"]]
+    one = SmilesMaskingCollator(tokenizer, 0.15, seed=0)
+    first = one(examples)["input_ids"]
+    torch.manual_seed(99)
+    assert torch.equal(one(examples)["input_ids"], first)
+    assert not torch.equal(one(examples[::-1])["input_ids"].flip(0), first)
+    assert not torch.equal(SmilesMaskingCollator(tokenizer, 0.15, seed=1)(examples)["input_ids"], first)
+
+
+def test_perplexity_and_accuracy_are_over_tokens_not_batches():
+    """Reference: the mean over all labeled tokens, computed at once."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 9, 20, generator=generator)
+    labels = torch.randint(0, 20, (6, 9), generator=generator)
+    labels[torch.rand(6, 9, generator=generator) < 0.5] = -100
+    scores = torch.cat([score_tokens(logits[:2], labels[:2]), score_tokens(logits[2:], labels[2:])]).numpy()
+
+    class Output:
+        predictions = scores
+
+    known = labels != -100
+    loss = torch.nn.functional.cross_entropy(logits[known], labels[known])
+    metrics = mlm_metrics(Output)
+    assert metrics["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert metrics["masked_accuracy"] == pytest.approx(float((logits.argmax(-1) == labels)[known].float().mean()))
+    assert metrics["masked_tokens"] == int(known.sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt", "", "holds no molecule|cannot be read"),
+        ("c.txt", "CCO\nC1CC\nCCC\n", "1 of 3 SMILES .* row 1: 'C1CC'"),
+        ("c.txt", "CCO\n" + "C" * 300 + "\n", "more tokens than --max_length"),
+        ("c.csv", "name,mass\nCCO,1\n", "no SMILES column"),
+    ],
+)
+def test_bad_corpora_are_refused_before_training(name, content, message, tiny_checkpoint, tmp_path):
+    (tmp_path / name).write_text(content)
+    parsed = parse("--train_file", tmp_path / name, "--model_name_or_path", tiny_checkpoint, "--output_dir",
+        tmp_path / "x", "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1)  # fmt: skip
+    with pytest.raises(InputError, match=message):
+        run_mlm.main(*parsed)
+    assert not (tmp_path / "x").exists()
+
+
+def test_corpus_that_is_not_utf8_is_refused(tiny_checkpoint, tmp_path):
+    (tmp_path / "c.txt").write_bytes("CCO\ncaf\xe9\n".encode("latin-1"))
+    parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--output_dir",
+        tmp_path / "x", "--cache_dir", tmp_path / "cache")  # fmt: skip
+    with pytest.raises(InputError, match="UTF-8"):
+        run_mlm.main(*parsed)
+
+
+def test_unusable_lines_are_dropped_on_request(tiny_checkpoint, tmp_path, caplog):
+    (tmp_path / "c.txt").write_text("CCO\nC1CC\nCCC\nCCCC\n" * 3)
+    parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--output_dir",
+        tmp_path / "x", "--cache_dir", tmp_path / "cache", "--invalid_smiles", "drop")  # fmt: skip
+    train, held_out, _, dropped = run_mlm.load_data(build_tokenizer(), *parsed)
+    assert len(train) + len(held_out) == 9
+    assert "3 of 12 SMILES" in caplog.text
+    assert dropped["row"].tolist() == [1, 5, 9] and set(dropped["reason"]) == {"do not parse as SMILES"}
+
+
+def test_help_exits_zero(run_script):
+    done = run_script("run_mlm.py", "--help")
+    assert done.returncode == 0 and "--mlm_probability" in done.stdout
+
+
+def test_run_killed_in_mid_epoch_resumes_to_the_same_metrics(tiny_checkpoint, corpus, tmp_path):
+    """Reference: the uninterrupted run. Checkpoints fall inside an epoch, so order and masks must repeat."""
+    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", str(corpus), "--cache_dir", str(tmp_path / "c"),
+        "--preprocessing_num_workers", "1", "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
+        "--eval_strategy", "steps", "--eval_steps", "25", "--save_strategy", "steps", "--save_steps", "25",
+        "--disable_tqdm", "true", "--redraw_features", "true"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "run_mlm.py"), *flags, "--output_dir"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run([*command, str(tmp_path / "whole")], env=environment, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*command, str(folder)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    deadline = time.time() + 120
+    while not list(folder.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "all_results.json").exists()
+    resume = [*command, str(folder), "--resume_from_checkpoint", "true"]
+    resumed = subprocess.run(resume, env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    expected, values = results(tmp_path / "whole"), results(folder)
+    for name in expected:
+        assert values[name] == pytest.approx(expected[name], rel=1e-6), name

@@ -1,0 +1,317 @@
+"""run_regression.py, through `main` and as a process: files, numbers, resumption, two processes, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import run_regression
+from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, parse_arguments
+from modeling_molformer_reg import MolformerForRegression
+from utils_molecules import regression_metrics
+
+
+FILES = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "modeling_molformer_reg.py",
+    "all_results.json",
+    "predictions.csv",
+    "splits.json",
+    "parity.png",
+    "loss_curves.png",
+)
+QUICK = ("--num_train_epochs", "2", "--learning_rate", "1e-3", "--disable_tqdm", "true")
+TIMES = ("runtime", "per_second", "preparation_time")
+
+
+def call_main(*flags):
+    """Parses `flags` as the script does and calls its `main`."""
+    run_regression.main(
+        *parse_arguments(
+            ModelArguments,
+            DataTrainingArguments,
+            TrainingArguments,
+            defaults=run_regression.DEFAULTS,
+            args=[str(flag) for flag in flags],
+        )
+    )
+
+
+def results(folder):
+    """The metrics of a run, without those that tell time."""
+    values = json.loads((folder / "all_results.json").read_text())
+    return {name: value for name, value in values.items() if not any(time in name for time in TIMES)}
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_checkpoint, small_table, tmp_path_factory):
+    """A run on the small table with the default stages."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    call_main("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", folder, *QUICK)
+    return folder
+
+
+def test_main_writes_its_result_files(finished_run):
+    for name in FILES:
+        assert (finished_run / name).stat().st_size > 0, name
+    for name in ("parity.png", "loss_curves.png"):
+        colors = Image.open(finished_run / name).convert("RGB").getcolors(maxcolors=2**24)
+        assert len(colors) > 10, f"{name} is blank"
+
+
+def test_predictions_and_metrics_agree_with_the_saved_model(finished_run, small_table):
+    """Reference: metrics recomputed from predictions.csv, and the saved model run molecule by molecule."""
+    table = pd.read_csv(finished_run / "predictions.csv")
+    given = pd.read_csv(small_table)
+    assert table["SMILES"].tolist() == given["SMILES"].tolist()
+    assert np.allclose(table["label"], given["label"])
+    assert np.allclose(table["error"], table["prediction"] - table["label"])
+    values = results(finished_run)
+    for part in ("train", "validation", "test"):
+        rows = table[table["split"] == part]
+        expected = regression_metrics(rows["prediction"], rows["label"])
+        for name, value in expected.items():
+            assert values[f"{part}_{name}"] == pytest.approx(value, rel=1e-9)
+    model = MolformerForRegression.from_pretrained(finished_run).eval()
+    from transformers import AutoTokenizer
+
+    from utils_molecules import canonicalize
+
+    tokenizer = AutoTokenizer.from_pretrained(finished_run)
+    for row in (0, 7, 159):
+        encoded = tokenizer(canonicalize(table["SMILES"][row], "canonical"), return_tensors="pt")
+        assert float(model(**encoded).logits) == pytest.approx(table["prediction"][row], abs=1e-4)
+
+
+def test_splits_file_repeats_the_split(finished_run, tiny_checkpoint, small_table, tmp_path):
+    splits = json.loads((finished_run / "splits.json").read_text())
+    assert {name: len(splits[name]) for name in ("train", "validation", "test")} == {
+        "train": 115,
+        "validation": 13,
+        "test": 32,
+    }
+    flags = ("--split_file", finished_run / "splits.json", "--output_dir", tmp_path / "again", *QUICK)
+    call_main("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *flags)
+    assert results(tmp_path / "again") == results(finished_run)
+
+
+def test_same_seed_gives_identical_metrics_and_another_seed_others(
+    finished_run, tiny_checkpoint, small_table, tmp_path
+):
+    common = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *QUICK)
+    call_main(*common, "--output_dir", tmp_path / "same")
+    assert results(tmp_path / "same") == results(finished_run)
+    call_main(*common, "--output_dir", tmp_path / "other", "--seed", 7, "--split_seed", 42)
+    other = results(tmp_path / "other")
+    assert other["test_mse"] != results(finished_run)["test_mse"]
+    splits = [json.loads((folder / "splits.json").read_text()) for folder in (tmp_path / "other", finished_run)]
+    assert splits[0] == splits[1]  # --split_seed holds the split while --seed changes
+
+
+def test_evaluation_alone_repeats_the_trained_models_metrics(finished_run, small_table, tmp_path):
+    folder = tmp_path / "evaluated"
+    flags = ("--do_eval", "--do_predict", "--output_dir", folder, "--disable_tqdm", "true")
+    call_main("--model_name_or_path", finished_run, "--train_file", small_table, *flags)
+    values, trained = results(folder), results(finished_run)
+    assert not (folder / "model.safetensors").exists()
+    for name in ("eval_mse", "test_mse", "test_mae", "test_r2"):
+        assert values[name] == pytest.approx(trained[name], rel=1e-6)
+
+
+def test_checkpoint_of_another_split_is_refused(finished_run, small_table, tmp_path):
+    flags = ("--model_name_or_path", finished_run, "--train_file", small_table, "--output_dir", tmp_path / "x", *QUICK)
+    with pytest.raises(InputError, match="another split"):
+        call_main(*flags, "--split_seed", 3)
+    assert not (tmp_path / "x").exists()
+    call_main(*flags, "--split_seed", 3, "--ignore_split_mismatch")
+    assert (tmp_path / "x" / "all_results.json").exists()
+
+
+def test_paper_protocol_has_no_validation_part_and_says_so(tiny_checkpoint, small_table, tmp_path, capsys):
+    flags = (
+        "--protocol",
+        "paper",
+        "--output_dir",
+        tmp_path / "paper",
+        "--num_train_epochs",
+        1,
+        "--disable_tqdm",
+        "true",
+    )
+    call_main("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *flags)
+    assert "optimistic" in capsys.readouterr().out
+    values = results(tmp_path / "paper")
+    assert values["test_samples"] == 32 and values["train_samples"] == 128
+    assert "validation_mse" not in values
+    assert values["eval_mse"] == pytest.approx(values["test_mse"], rel=1e-6)
+
+
+def test_evaluating_a_checkpoint_without_head_is_refused(tiny_checkpoint, small_table, tmp_path):
+    flags = ("--do_predict", "--output_dir", tmp_path / "x")
+    with pytest.raises(InputError, match="no trained regression head"):
+        call_main("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *flags)
+
+
+def test_from_scratch_by_config_alone_is_said_in_the_log(small_table, tmp_path, caplog):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "molformer",
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "num_random_features": 8,
+                "intermediate_size": 32,
+            }
+        )
+    )
+    flags = ("--config_name", tmp_path / "config.json", "--output_dir", tmp_path / "scratch", "--max_steps", 2)
+    call_main("--train_file", small_table, *flags, "--max_train_samples", 32, "--disable_tqdm", "true")
+    assert "from scratch" in caplog.text
+    assert results(tmp_path / "scratch")["train_samples"] == 32
+
+
+def test_full_output_folder_is_refused_and_left_alone(finished_run, tiny_checkpoint, small_table):
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    with pytest.raises(InputError, match="--overwrite_output_dir"):
+        call_main("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", finished_run)
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+def test_bad_input_leaves_the_old_run_whole_even_with_overwrite(finished_run, tiny_checkpoint, tmp_path):
+    (tmp_path / "bad.csv").write_text("SMILES,label\nCCO,1.0\nC1CC,2.0\n")
+    before = results(finished_run)
+    flags = ("--output_dir", finished_run, "--overwrite_output_dir", *QUICK)
+    with pytest.raises(InputError, match="row 1: 'C1CC'"):
+        call_main("--model_name_or_path", tiny_checkpoint, "--train_file", tmp_path / "bad.csv", *flags)
+    assert results(finished_run) == before
+    assert (finished_run / "predictions.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SMILES,label\n" + "".join(f"{'C' * n},1.0\n" for n in range(1, 41)), "labels that differ"),
+        ("SMILES,label\nCCO,1.0\n", "cannot be split"),
+        ("SMILES,label\nCCO,nan\nCCC,1\n", "missing, infinite or no numbers"),
+        ("name,label\nCCO,1.0\n", "has no SMILES column"),
+        ("SMILES,label\nCC[Zz],1.0\nCCC,2\n", "do not parse"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_files_are_refused_before_training(text, message, tiny_checkpoint, tmp_path):
+    (tmp_path / "bad.csv").write_text(text)
+    flags = ("--train_file", tmp_path / "bad.csv", "--output_dir", tmp_path / "x")
+    with pytest.raises(InputError, match=message):
+        call_main("--model_name_or_path", tiny_checkpoint, *flags)
+    assert not (tmp_path / "x").exists()
+
+
+def test_dropped_molecules_are_listed_and_the_rest_is_trained(tiny_checkpoint, small_table, tmp_path):
+    table = pd.read_csv(small_table)
+    table.loc[5, "SMILES"] = "C1CC"
+    table.to_csv(tmp_path / "bad.csv", index=False)
+    flags = ("--train_file", tmp_path / "bad.csv", "--output_dir", tmp_path / "x", "--invalid_smiles", "drop", *QUICK)
+    call_main("--model_name_or_path", tiny_checkpoint, *flags)
+    assert pd.read_csv(tmp_path / "x" / "dropped_molecules.csv")["row"].tolist() == [5]
+    assert 5 not in pd.read_csv(tmp_path / "x" / "predictions.csv")["row"].tolist()
+
+
+def test_unknown_hub_model_without_network_is_explained(small_table, tmp_path):
+    flags = ("--model_name_or_path", "ibm/MoLFormer-XL-both-10pct", "--output_dir", tmp_path / "x")
+    with pytest.raises(InputError, match="local folder"):
+        call_main("--train_file", small_table, *flags, "--cache_dir", tmp_path / "cache")
+
+
+def test_help_exits_zero_and_shows_the_commands(run_script):
+    done = run_script("run_regression.py", "--help")
+    assert done.returncode == 0
+    assert "python run_regression.py --protocol paper" in done.stdout and "--learning_rate" in done.stdout
+
+
+def test_unknown_flag_ends_in_one_line_without_traceback(run_script):
+    done = run_script("run_regression.py", "--learning_rat", "1")
+    assert done.returncode == 2 and "--learning_rat" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_input_as_a_process_ends_in_one_line_without_traceback(run_script, tmp_path):
+    done = run_script("run_regression.py", "--train_file", tmp_path / "none.csv")
+    assert done.returncode == 2 and "There is no file" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_run_killed_in_mid_training_resumes_to_the_same_metrics(finished_run, tiny_checkpoint, small_table, tmp_path):
+    """Reference: the uninterrupted run. The process gets SIGKILL as soon as its first checkpoint is there."""
+    folder = tmp_path / "killed"
+    command = [
+        sys.executable,
+        str(ROOT / "run_regression.py"),
+        "--model_name_or_path",
+        tiny_checkpoint,
+        "--train_file",
+        small_table,
+        "--output_dir",
+        str(folder),
+        *QUICK,
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not list(folder.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "all_results.json").exists()
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--resume_from_checkpoint" in refused.stderr
+    resumed = subprocess.run(
+        [*command, "--resume_from_checkpoint", "true"], env=environment, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    values, expected = results(folder), results(finished_run)
+    for name in expected:
+        assert values[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_two_processes_evaluate_the_whole_test_set_and_come_close_to_one(
+    finished_run, tiny_checkpoint, small_table, tmp_path, run_script
+):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "two")
+    done = run_script(
+        "run_regression.py", *flags, *QUICK, "--per_device_train_batch_size", 8, "--use_cpu", launcher=launcher
+    )
+    assert done.returncode == 0, done.stderr
+    values, one = results(tmp_path / "two"), results(finished_run)
+    table = pd.read_csv(tmp_path / "two" / "predictions.csv")
+    assert len(table) == 160 and values["test_samples"] == 32
+    assert values["test_mse"] == pytest.approx(one["test_mse"], rel=0.1)
+    model = MolformerForRegression.from_pretrained(tmp_path / "two").eval()
+    from transformers import AutoTokenizer
+
+    from utils_molecules import canonicalize
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "two")
+    for row in range(0, 160, 9):  # rows that either process predicted: both hold the weights that were saved
+        encoded = tokenizer(canonicalize(table["SMILES"][row], "canonical"), return_tensors="pt")
+        assert float(model(**encoded).logits) == pytest.approx(table["prediction"][row], abs=1e-4)

@@ -1,0 +1,164 @@
+"""trainer_regression.py: tokenizer, loading, sampling, optimizer groups, accumulation, secrets."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from arguments import EMBEDDED_DATA, InputError, ModelArguments, TrainingArguments
+from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM, MolformerForRegression
+from trainer_regression import (
+    EpochLengthGroupedSampler,
+    RegressionTrainer,
+    build_tokenizer,
+    load_model,
+    load_tokenizer,
+    to_dataset,
+)
+
+
+def arguments(folder, **values):
+    values = {"report_to": "none", "disable_tqdm": True, "learning_rate": 1e-3, "num_train_epochs": 1} | values
+    return TrainingArguments(output_dir=str(folder), **values)
+
+
+@pytest.fixture
+def molecules():
+    """48 molecules of the embedded data with their token ids."""
+    table = pd.read_csv(EMBEDDED_DATA, nrows=48).rename(columns={"SMILES": "smiles"})
+    table["input_ids"] = build_tokenizer()(table["smiles"].tolist())["input_ids"]
+    table["length"] = table["input_ids"].map(len)
+    return table
+
+
+def make_trainer(tiny_checkpoint, molecules, args):
+    model = MolformerForRegression.from_pretrained(
+        tiny_checkpoint, redraw_features=False, hidden_dropout_prob=0.0, embedding_dropout_prob=0.0
+    )
+    model.config.label_mean = [float(molecules["label"].mean())]
+    model.config.label_std = [float(molecules["label"].std())]
+    data = to_dataset(molecules)
+    return RegressionTrainer(
+        model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=build_tokenizer()
+    )
+
+
+def test_saved_tokenizer_reloads_through_auto_tokenizer(tmp_path, molecules):
+    build_tokenizer().save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert reloaded(molecules["smiles"].tolist())["input_ids"] == molecules["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("size", [48, 45])
+def test_loss_and_weights_do_not_depend_on_gradient_accumulation(tiny_checkpoint, molecules, tmp_path, size):
+    """Reference: batches of 16 at once. 45 molecules leave an uneven last group of micro-batches."""
+    molecules = molecules.head(size)
+    weights, losses = [], []
+    for batch, steps in ((16, 1), (4, 4)):
+        args = arguments(
+            tmp_path / str(batch),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            train_sampling_strategy="sequential",
+            logging_strategy="steps",
+            logging_steps=1,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            optim="sgd",
+        )
+        trainer = make_trainer(tiny_checkpoint, molecules, args)
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+
+
+def test_label_of_minus_100_counts_like_any_other(tiny_checkpoint, molecules, tmp_path):
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
+    batch = {"labels": torch.tensor([-100.0, 1.0, 2.0])}
+    assert int(trainer._get_num_items_in_batch([batch, batch], torch.device("cpu"))) == 6
+
+
+def test_head_gets_its_own_learning_rate(tiny_checkpoint, molecules, tmp_path):
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, head_learning_rate=5e-2))
+    optimizer = trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(trainer.model.named_parameters())
+    assert len(rates) == len(named)
+    for name, parameter in named.items():
+        assert rates[id(parameter)] == (5e-2 if name.startswith("classifier.") else 1e-3), name
+
+
+def test_batches_hold_molecules_of_like_length_in_an_order_set_by_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(10, 90, 2000).tolist()
+    sampler = EpochLengthGroupedSampler(16, lengths, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(2000)) and list(sampler) == first
+    spread = [np.ptp([lengths[i] for i in first[k : k + 16]]) for k in range(0, 2000, 16)]
+    assert np.mean(spread) < 0.1 * np.ptp(lengths)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(EpochLengthGroupedSampler(16, lengths, seed=2)) != first
+
+
+def test_predictions_come_in_the_order_of_the_rows(tiny_checkpoint, molecules, tmp_path):
+    """Reference: the model, molecule by molecule."""
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
+    predictions = trainer.predict_molecules(molecules)
+    trainer.model.eval()
+    with torch.no_grad():
+        one_by_one = [float(trainer.model(torch.tensor([ids])).logits) for ids in molecules["input_ids"]]
+    assert predictions == pytest.approx(one_by_one, abs=1e-5)
+
+
+def test_hub_token_reaches_no_file(tiny_checkpoint, molecules, tmp_path):
+    secret = "hf_" + "s3cr3t" * 5
+    args = arguments(tmp_path / "out", hub_token=secret, max_steps=1, eval_strategy="no", save_strategy="steps",
+        save_steps=1, load_best_model_at_end=False)  # fmt: skip
+    trainer = make_trainer(tiny_checkpoint, molecules, args)
+    trainer.train()
+    trainer.save_model()
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert trainer.args.hub_token == secret
+
+
+def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    model = MolformerForMaskedLM(MolformerConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=4, intermediate_size=32))  # fmt: skip
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path))
+    with pytest.raises(InputError, match="2362 tokens .* 100 embeddings"):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+
+
+def test_checkpoint_that_lacks_encoder_weights_is_refused_with_the_key(tiny_checkpoint, tmp_path):
+    model = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)
+    state = {k: v for k, v in model.state_dict().items() if "layer.1.intermediate" not in k and "decoder" not in k}
+    model.save_pretrained(tmp_path, state_dict=state)
+    build_tokenizer().save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path))
+    with pytest.raises(InputError, match=r"encoder\.layer\.1\.intermediate\.dense\.bias"):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+
+
+def test_pickled_checkpoint_that_would_run_code_is_refused(tiny_checkpoint, tmp_path):
+    """A .bin file loads with weights_only: the code in it does not run."""
+    import os
+    import pickle
+
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    MolformerConfig.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Harmful()}))
+    args = ModelArguments(model_name_or_path=str(tmp_path), tokenizer_name=tiny_checkpoint)
+    with pytest.raises((InputError, pickle.UnpicklingError)):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,923 @@
+"""Molecules: reading and checking them, splits that do not leak, metrics, baselines, files and plots.
+
+    python -m pytest tests/test_utils_molecules.py
+
+References: RDKit called here on its own, closed forms in NumPy, the embedded data set and, where it lies beside the
+repository, ../shared/data.
+"""
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rdkit import Chem
+from rdkit.Chem.Scaffolds import MurckoScaffold
+from transformers import PreTrainedTokenizerFast
+
+from arguments import (
+    EMBEDDED_DATA,
+    EMBEDDED_VOCABULARY,
+    DataTrainingArguments,
+    InputError,
+    ModelArguments,
+    TrainingArguments,
+)
+from trainer_regression import build_tokenizer
+from utils_molecules import (
+    SPLITS,
+    assign_splits,
+    baseline_predictions,
+    canonicalize,
+    describe_unusable,
+    encode_smiles,
+    load_molecules,
+    metrics_table,
+    plot_losses,
+    plot_parity,
+    prepare_molecules,
+    read_header,
+    read_table,
+    regression_metrics,
+    scaffold_of,
+    split_groups,
+    split_hash,
+    write_csv,
+    write_json,
+    write_text,
+)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+TABLE = "SMILES,label\nCCO,1.5\nc1ccccc1,-2\n"
+seeded = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded data set as it is read."""
+    return read_table(EMBEDDED_DATA)
+
+
+@pytest.fixture(scope="module")
+def prepared(embedded, tokenizer):
+    """The embedded data set, checked and encoded with the default arguments."""
+    return prepare_molecules(embedded, tokenizer, DataTrainingArguments(), EMBEDDED_DATA)[0]
+
+
+def write(folder, content, name="molecules.csv"):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def table_of(smiles, labels=None):
+    """The form that `read_table` returns."""
+    labels = np.arange(len(smiles), dtype=float) if labels is None else labels
+    return pd.DataFrame({"row": np.arange(len(smiles)), "smiles": smiles, "label": labels})
+
+
+def alcohols(count):
+    """Molecules that are all different and have no ring."""
+    return ["C" * carbons + "O" for carbons in range(1, count + 1)]
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TABLE,
+        TABLE.replace(",", "\t"),
+        TABLE.replace(",", ";"),
+        TABLE.replace("\n", "\r\n"),
+        b"\xef\xbb\xbf" + TABLE.encode(),
+        b"\xef\xbb\xbf" + TABLE.replace("\n", "\r\n").encode(),
+        '"SMILES","label"\n"CCO","1.5"\n" c1ccccc1 "," -2 "\n',
+        "id,sMiLeS,EXP,note\na,CCO,1.5,x\nb,c1ccccc1,-2,\n",
+        TABLE.rstrip("\n"),
+    ],
+    ids=["comma", "tab", "semicolon", "crlf", "bom", "bom and crlf", "quoted", "more columns", "no last line end"],
+)
+def test_every_form_of_a_table_reads_the_same(tmp_path, content):
+    molecules = read_table(write(tmp_path, content))
+    assert molecules.to_dict("list") == {"row": [0, 1], "smiles": ["CCO", "c1ccccc1"], "label": [1.5, -2.0]}
+
+
+@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_compressed_tables_read_like_plain_ones(tmp_path, suffix, compress, separator):
+    content = TABLE.replace(",", separator).encode()
+    expected = read_table(write(tmp_path, content))
+    pd.testing.assert_frame_equal(read_table(write(tmp_path, compress(content), f"t.csv{suffix}")), expected)
+
+
+@seeded
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=64), min_size=1, max_size=20))
+def test_labels_are_read_as_the_floats_that_were_written(tmp_path_factory, labels):
+    path = tmp_path_factory.mktemp("labels") / "t.csv"
+    path.write_text("SMILES,label\n" + "".join(f"C,{label!r}\n" for label in labels))
+    np.testing.assert_allclose(read_table(path)["label"], labels, rtol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["smiles", "SMILES", "Smiles", "canonical_smiles", "Mol", " smiles "])
+def test_a_smiles_column_is_found_in_any_case(tmp_path, name):
+    assert read_table(write(tmp_path, f"{name},label\nCCO,1\n"))["smiles"].tolist() == ["CCO"]
+
+
+@pytest.mark.parametrize("name", ["label", "Label", "exp", "EXP", "y", "Y", "target", "logD"])
+def test_a_label_column_is_found_in_any_case(tmp_path, name):
+    assert read_table(write(tmp_path, f"smiles,{name}\nCCO,1\n"))["label"].tolist() == [1.0]
+
+
+def test_named_columns_are_taken_before_the_usual_ones(tmp_path):
+    path = write(tmp_path, "smiles,label,drawn,measured\nCCO,1,CCN,2\n")
+    molecules = read_table(path, smiles_column="drawn", label_column="measured")
+    assert (molecules["smiles"][0], molecules["label"][0]) == ("CCN", 2.0)
+
+
+@pytest.mark.parametrize("argument, flag", [("smiles_column", "--smiles_column"), ("label_column", "--label_column")])
+def test_a_named_column_that_is_missing_is_refused_with_those_that_are_there(tmp_path, argument, flag):
+    path = write(tmp_path, TABLE)
+    with pytest.raises(InputError) as error:
+        read_table(path, **{argument: "logP"})
+    for part in ("'logP'", str(path), "SMILES, label", flag):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "header, flag", [("name,label", "--smiles_column"), ("smiles,name", "--label_column")], ids=["SMILES", "label"]
+)
+def test_a_table_without_a_needed_column_is_refused_with_those_that_are_there(tmp_path, header, flag):
+    with pytest.raises(InputError) as error:
+        read_table(write(tmp_path, f"{header}\nC,1\n"))
+    assert header.replace(",", ", ") in str(error.value) and flag in str(error.value)
+
+
+def test_labels_may_be_absent_where_none_is_required(tmp_path):
+    assert list(read_table(write(tmp_path, "smiles\nCCO\n"), require_label=False)) == ["row", "smiles"]
+    molecules = read_table(write(tmp_path, "smiles,label\nCCO,1\nCC,?\n"), require_label=False)
+    assert molecules["label"][0] == 1 and np.isnan(molecules["label"][1])
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_refused(tmp_path, content):
+    with pytest.raises(InputError, match="is empty.*header and at least one row"):
+        read_table(write(tmp_path, content))
+
+
+def test_a_header_without_rows_is_refused(tmp_path):
+    with pytest.raises(InputError, match="header and no rows"):
+        read_table(write(tmp_path, "SMILES,label\n"))
+
+
+@pytest.mark.parametrize("where", [lambda folder: folder / "absent.csv", lambda folder: folder])
+def test_an_absent_file_is_refused_with_the_flag_that_names_one(tmp_path, where):
+    with pytest.raises(InputError, match="There is no file .*--train_file"):
+        read_table(where(tmp_path))
+
+
+@pytest.mark.parametrize("rows_before", [0, 100_000], ids=["near the start", "after the first buffer"])
+def test_a_file_that_is_not_utf_8_is_refused_with_byte_position_and_advice(tmp_path, rows_before):
+    content = b"SMILES,label,note\n" + b"CC,1,a\n" * rows_before + "CC,1,café\n".encode("latin1")
+    with pytest.raises(InputError, match="not UTF-8.*iconv") as error:
+        read_table(write(tmp_path, content))
+    assert f"byte 0xe9 at position {content.index(0xE9)}." in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["abc", "nan", "NaN", "inf", "-inf", "1e400", "", "1,5", "None", "True"])
+def test_labels_that_are_no_finite_numbers_are_refused_with_count_row_and_value(tmp_path, value):
+    content = f"smiles;label\nCCO;1\nCC;2\nCCC;{value}\nCCN;3\nCCF;{value}\n"
+    with pytest.raises(InputError) as error:
+        read_table(write(tmp_path, content))
+    assert "2 of 5 labels in column 'label'" in str(error.value)
+    assert f"first at row 2: {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ["CCO,1,2\nCCC,2,3\n", "CCO,CCC,2.0\nCCC,CCN,3\n", "CCO,1\nCCC,2,3\n", "CCO,1\nCCC\n", "CCO\nCCC\n"],
+    ids=["one field more in all", "one more, would shift", "one more in one", "one less in one", "one less in all"],
+)
+def test_ragged_rows_are_refused(tmp_path, rows):
+    """A field too much in every row is pandas' sign of an index: columns would shift, without a word."""
+    with pytest.raises(InputError):
+        read_table(write(tmp_path, f"SMILES,label\n{rows}"))
+
+
+def test_an_open_quote_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be read as a table"):
+        read_table(write(tmp_path, 'SMILES,label\n"CCO,1\nCC,2\n'))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("t.csv.gz", TABLE.encode()),
+        ("t.csv.xz", TABLE.encode()),
+        ("t.csv.gz", gzip.compress(TABLE.encode())[:-12]),
+        ("t.csv.xz", lzma.compress(TABLE.encode() * 1000)[:90]),
+        ("t.csv.gz", gzip.compress(TABLE.encode())[:12]),
+    ],
+    ids=["gz in name only", "xz in name only", "cut gz", "cut xz", "gz cut in its header"],
+)
+def test_a_broken_archive_is_refused(tmp_path, name, content):
+    path = write(tmp_path, content, name)
+    with pytest.raises(InputError) as error:
+        read_table(path)
+    assert str(path) in str(error.value)
+
+
+def test_the_header_gives_columns_and_separator(tmp_path):
+    assert read_header(write(tmp_path, "a;b,c;d\n1;2;3\n")) == (["a", "b,c", "d"], ";")
+
+
+OFFLINE = """
+import json, sys, time
+
+touched = []
+sys.addaudithook(lambda event, args: touched.append(str(args)) if event.startswith("socket.connect") else None)
+
+from arguments import InputError
+from utils_molecules import read_hub_dataset, regression_metrics
+import datasets, evaluate
+
+start = time.perf_counter()
+try:
+    read_hub_dataset("scikit-fingerprints/MoleculeNet_Lipophilicity")
+except InputError as error:
+    message = str(error)
+seconds = time.perf_counter() - start
+metrics = regression_metrics([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])
+print(json.dumps({"message": message, "seconds": seconds, "metrics": metrics, "touched": touched}))
+"""
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """What a process without a network and with an empty cache gets; an audit hook records every connection."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("home"))}
+    finished = subprocess.run(
+        [sys.executable, "-c", OFFLINE], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_a_hub_data_set_without_a_network_is_refused_at_once_with_the_way_out(offline):
+    assert "scikit-fingerprints/MoleculeNet_Lipophilicity" in offline["message"]
+    assert "--train_file" in offline["message"]
+    assert offline["seconds"] < 10
+
+
+def test_metrics_need_no_network(offline):
+    assert offline["metrics"]["mse"] == pytest.approx(1 / 3)
+    assert offline["touched"] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- checking
+
+
+@pytest.mark.parametrize(
+    "smiles, canonical, isomeric",
+    [
+        ("OCC", "CCO", "CCO"),
+        ("N[C@@H](C)C(=O)O", "CC(N)C(=O)O", "C[C@H](N)C(=O)O"),
+        ("[13CH4]", "C", "[13CH4]"),
+        ("C1=CC=CC=C1", "c1ccccc1", "c1ccccc1"),
+    ],
+)
+def test_each_form_of_a_smiles_is_as_rdkit_writes_it(smiles, canonical, isomeric):
+    assert canonicalize(smiles, "canonical") == canonical
+    assert canonicalize(smiles, "isomeric") == isomeric
+    assert canonicalize(smiles, "raw") == smiles
+
+
+@pytest.mark.parametrize("form", ["canonical", "isomeric", "raw"])
+@pytest.mark.parametrize("smiles", ["", "C1CC", "CXC", "[Zz]", "c1cccc1", "C(C)(C)(C)(C)C", "no molecule"])
+def test_what_is_no_molecule_has_no_form_and_prints_nothing(capfd, smiles, form):
+    assert canonicalize(smiles, form) is None
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("form", ["canonical", "isomeric"])
+@seeded
+@given(row=st.integers(0, 4199))
+def test_canonicalize_is_idempotent(embedded, form, row):
+    once = canonicalize(embedded["smiles"][row], form)
+    assert canonicalize(once, form) == once
+
+
+@seeded
+@given(row=st.integers(0, 4199), seed=st.integers(0, 2**31 - 1))
+def test_canonicalize_does_not_depend_on_the_order_of_atoms(embedded, row, seed):
+    """Reference: RDKit's random SMILES of the same molecule, stereo aside."""
+    molecule = Chem.MolFromSmiles(canonicalize(embedded["smiles"][row], "canonical"))
+    order = np.random.default_rng(seed).permutation(molecule.GetNumAtoms()).tolist()
+    shuffled = Chem.MolToSmiles(Chem.RenumberAtoms(molecule, order), canonical=False)
+    assert canonicalize(shuffled, "canonical") == canonicalize(embedded["smiles"][row], "canonical")
+
+
+@pytest.mark.parametrize("form, texts", [("canonical", 1), ("isomeric", 2), ("raw", 2)])
+def test_stereo_twins_have_one_group_in_every_form(tokenizer, form, texts):
+    twins = table_of(["C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O"])
+    molecules, _ = prepare_molecules(twins, tokenizer, DataTrainingArguments(smiles_form=form), "twins")
+    assert molecules["group"].nunique() == 1
+    assert molecules["text"].nunique() == texts
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("CXC", "lost"),
+        ("CC ethane", "lost"),
+        ("C%(123)CC%(123)", "lost"),
+        ("[Zz]", "unknown"),
+        ("C[U+6]C", "unknown"),
+        ("CX[Zz]", "lost"),
+        ("CC", None),
+        ("C[C@@H](N)C(=O)O", None),
+        ("F/C=C\\Br.[Na+].[2H]*", None),
+        ("", None),
+    ],
+)
+def test_encoding_tells_lost_characters_and_unknown_tokens(tokenizer, text, problem):
+    """`CXC` gets the ids of `CC`, and `[Zz]` that of `<unk>`: nothing else would tell."""
+    ids, problems = encode_smiles(["CCO", text], tokenizer)
+    assert problems == [None, problem]
+    assert ids[1] == tokenizer(text)["input_ids"]
+
+
+def test_raw_smiles_that_the_tokenizer_would_lose_are_refused(tokenizer):
+    """RDKit takes a name after the SMILES, and elements that the vocabulary lacks: raw text passes both on."""
+    arguments = DataTrainingArguments(smiles_form="raw")
+    with pytest.raises(InputError, match=r"1 of 2 SMILES in t .*would drop, first at row 1: 'CC ethane'"):
+        prepare_molecules(table_of(["CCO", "CC ethane"]), tokenizer, arguments, "t")
+    with pytest.raises(InputError, match=r"1 of 2 SMILES in t .*does not know, first at row 0: '\[U\+6\]'"):
+        prepare_molecules(table_of(["[U+6]", "CCO"]), tokenizer, arguments, "t")
+
+
+UNUSABLE = ["CCO", "C1CC", "CC ethane", "[U+6]", "C" * 20, "", "CXC", "[Zz]", "CCN"]
+RAW_SHORT = {"smiles_form": "raw", "max_length": 12}
+
+
+def test_unusable_molecules_stop_the_run_with_count_and_first_rows_of_each_reason(tokenizer):
+    with pytest.raises(InputError) as error:
+        prepare_molecules(table_of(UNUSABLE), tokenizer, DataTrainingArguments(**RAW_SHORT), "t.csv")
+    assert str(error.value) == (
+        "4 of 9 SMILES in t.csv do not parse as SMILES, first at row 1: 'C1CC', row 5: '', row 6: 'CXC'. "
+        "1 of 9 SMILES in t.csv have characters that the tokenizer would drop, first at row 2: 'CC ethane'. "
+        "1 of 9 SMILES in t.csv have atoms or bonds that the tokenizer does not know, first at row 3: '[U+6]'. "
+        f"1 of 9 SMILES in t.csv have more tokens than --max_length, first at row 4: '{'C' * 20}'. "
+        "Correct them, or pass --invalid_smiles drop to go on without them."
+    )
+
+
+def test_drop_goes_on_and_lists_row_smiles_and_reason(tokenizer, caplog):
+    arguments = DataTrainingArguments(**RAW_SHORT, invalid_smiles="drop")
+    molecules, dropped = prepare_molecules(table_of(UNUSABLE), tokenizer, arguments, "t.csv")
+    assert molecules["row"].tolist() == [0, 8]
+    assert molecules.index.tolist() == [0, 1]
+    assert "reason" not in molecules
+    assert list(dropped) == ["source", "row", "smiles", "reason"]
+    assert set(dropped["source"]) == {"t.csv"}
+    assert dropped["row"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert dropped["smiles"].tolist() == UNUSABLE[1:8]
+    assert dropped["reason"].iloc[0] == "do not parse as SMILES"
+    assert "4 of 9 SMILES in t.csv do not parse" in caplog.text
+    assert "dropped_molecules.csv" in caplog.text
+
+
+def test_dropping_everything_is_an_error(tokenizer):
+    with pytest.raises(InputError, match="No molecule of t can be used"):
+        prepare_molecules(table_of(["C1CC"]), tokenizer, DataTrainingArguments(invalid_smiles="drop"), "t")
+
+
+@pytest.mark.parametrize("mode", ["error", "drop"])
+def test_max_length_refuses_and_never_cuts(tokenizer, mode):
+    molecules = table_of(["C" * 10, "C" * 11])
+    fits = DataTrainingArguments(max_length=13, invalid_smiles=mode)
+    assert prepare_molecules(molecules, tokenizer, fits, "t")[0]["length"].tolist() == [12, 13]
+    short = DataTrainingArguments(max_length=12, invalid_smiles=mode)
+    if mode == "error":
+        with pytest.raises(InputError, match="1 of 2 SMILES in t have more tokens than --max_length"):
+            prepare_molecules(molecules, tokenizer, short, "t")
+    else:
+        kept, _ = prepare_molecules(molecules, tokenizer, short, "t")
+        assert kept["input_ids"].tolist() == [tokenizer("C" * 10)["input_ids"]]
+
+
+def test_all_embedded_molecules_pass_whole(prepared, tokenizer):
+    """Reference: the tokens put together again are the text, so that nothing was lost or cut."""
+    assert len(prepared) == 4200
+    assert prepared["row"].tolist() == list(range(4200))
+    assert prepared["length"].max() <= 256
+    for text, ids in zip(prepared["text"], prepared["input_ids"], strict=True):
+        assert "".join(tokenizer.convert_ids_to_tokens(ids)[1:-1]) == text
+
+
+def test_all_embedded_molecules_pass_as_given(embedded, tokenizer):
+    arguments = DataTrainingArguments(smiles_form="raw")
+    molecules, _ = prepare_molecules(embedded, tokenizer, arguments, EMBEDDED_DATA)
+    assert molecules["text"].tolist() == embedded["smiles"].tolist()
+    assert molecules["length"].max() == 207  # shared/DESIGN.md, section 2
+
+
+def test_preparing_leaves_its_input_alone(tokenizer):
+    molecules = table_of(["OCC", "CCN"])
+    before = molecules.copy()
+    prepare_molecules(molecules, tokenizer, DataTrainingArguments(), "t")
+    pd.testing.assert_frame_equal(molecules, before)
+
+
+def test_conflicting_labels_are_told_with_counts(tokenizer, caplog):
+    molecules = table_of(["CCO", "OCC", "C(C)O", "CCN", "NCC", "C", "CC"], [1, 2.5, 1, 0, 0.25, 7, 7])
+    prepare_molecules(molecules, tokenizer, DataTrainingArguments(), "t.csv")
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "t.csv: molecules that stand in several rows with different labels: 2, in 5 rows" in record.getMessage()
+    assert "1.50" in record.getMessage()
+
+
+def test_repeated_molecules_with_one_label_are_no_conflict(tokenizer, caplog):
+    prepare_molecules(table_of(["CCO", "OCC", "C"], [1, 1, 2]), tokenizer, DataTrainingArguments(), "t")
+    assert not caplog.records
+
+
+def test_stereo_twins_conflict_only_where_the_model_cannot_tell_them_apart(tokenizer, caplog):
+    twins = table_of(["C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O"], [1, 2])
+    prepare_molecules(twins, tokenizer, DataTrainingArguments(smiles_form="isomeric"), "t")
+    assert not caplog.records
+    prepare_molecules(twins, tokenizer, DataTrainingArguments(), "t")
+    assert "different labels: 1, in 2 rows" in caplog.text
+
+
+def test_the_description_of_unusable_molecules_is_empty_where_there_are_none():
+    assert describe_unusable([None], [0], ["C"], 1, "t") == ""
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+def test_held_out_rows_are_as_many_as_wanted():
+    for wanted in (0, 1, 20, 100):
+        assert split_groups(np.arange(100), wanted, seed=0).sum() == wanted
+
+
+@seeded
+@given(
+    groups=st.lists(st.integers(0, 12), min_size=1, max_size=60),
+    fraction=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_no_group_is_on_two_sides_and_no_more_is_held_out_than_wanted(groups, fraction, seed):
+    wanted = round(len(groups) * fraction)
+    held_out = split_groups(groups, wanted, seed)
+    assert held_out.sum() <= wanted
+    groups = np.array(groups)
+    assert not set(groups[held_out]) & set(groups[~held_out])
+
+
+@seeded
+@given(groups=st.lists(st.integers(0, 12), min_size=1, max_size=60), order=st.randoms(use_true_random=False))
+def test_the_split_of_a_group_does_not_depend_on_the_order_of_rows(groups, order):
+    shuffled = list(groups)
+    order.shuffle(shuffled)
+    wanted = round(len(groups) * 0.3)
+    sides = [set(np.array(rows)[split_groups(rows, wanted, 0)]) for rows in (groups, shuffled)]
+    assert sides[0] == sides[1]
+
+
+def test_the_seed_alone_decides_the_split():
+    groups = np.repeat(np.arange(50), 2)
+    splits = [split_groups(groups, 20, seed) for seed in (0, 0, 1)]
+    assert (splits[0] == splits[1]).all()
+    assert (splits[0] != splits[2]).any()
+
+
+def test_the_split_leaves_the_global_random_state_alone():
+    np.random.seed(0)
+    expected = np.random.random()
+    np.random.seed(0)
+    split_groups(np.arange(10), 3, seed=5)
+    assert np.random.random() == expected
+
+
+def test_large_groups_stay_in_training():
+    """As in chemprop's balanced scaffold split: more than half of the held-out rows is too large."""
+    groups = np.array([0] * 11 + [1] * 10 + list(range(2, 81)))
+    held_out = [split_groups(groups, 20, seed) for seed in range(20)]
+    assert not any(split[groups == 0].any() for split in held_out)
+    assert any(split[groups == 1].any() for split in held_out)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_random_split_of_the_real_data_has_the_sizes_of_the_readme_and_no_leak(prepared, seed):
+    split = assign_splits(prepared, DataTrainingArguments(), seed)
+    assert {name: int((split == name).sum()) for name in SPLITS} == {"train": 3024, "validation": 336, "test": 840}
+    assert prepared.groupby("group")["row"].size().max() > 1  # there are twins to separate
+    assert (pd.Series(split).groupby(prepared["group"].to_numpy()).nunique() == 1).all()
+
+
+def test_every_seed_gives_another_split_and_the_same_seed_the_same(prepared):
+    first, again, other = (assign_splits(prepared, DataTrainingArguments(), seed) for seed in (0, 0, 1))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_no_scaffold_is_on_two_sides_of_a_scaffold_split(prepared):
+    """Reference: RDKit's Bemis-Murcko scaffold of the molecule as given, stereo removed from the scaffold."""
+    split = assign_splits(prepared, DataTrainingArguments(split="scaffold"), 0)
+    assert {name: int((split == name).sum()) for name in SPLITS} == {"train": 3024, "validation": 336, "test": 840}
+    scaffolds = []
+    for smiles in prepared["smiles"]:
+        scaffold = MurckoScaffold.GetScaffoldForMol(Chem.MolFromSmiles(smiles))
+        Chem.RemoveStereochemistry(scaffold)
+        scaffolds.append(Chem.MolToSmiles(scaffold))
+    sides = pd.Series(split).groupby(np.array(scaffolds)).nunique()
+    assert len(sides) > 1000
+    assert (sides == 1).all()
+
+
+def test_a_scaffold_has_no_side_chains_and_no_stereo():
+    assert scaffold_of("CC[C@H](N)c1ccccc1") == "c1ccccc1"
+    assert scaffold_of("CCO") == ""
+
+
+@pytest.mark.parametrize("split, leaks", [("random", True), ("scaffold", False)])
+def test_the_protocol_of_the_paper_has_no_validation_part(prepared, split, leaks):
+    arguments = DataTrainingArguments(protocol="paper", split=split)
+    parts = assign_splits(prepared, arguments, 0)
+    assert {name: int((parts == name).sum()) for name in SPLITS} == {"train": 3360, "validation": 0, "test": 840}
+    sides = pd.Series(parts).groupby(prepared["group"].to_numpy()).nunique()
+    assert (sides > 1).any() == leaks  # rows are split without regard to twins
+
+
+def test_fractions_decide_the_sizes(prepared):
+    arguments = DataTrainingArguments(test_fraction=0.5, validation_fraction=0.25)
+    split = assign_splits(prepared, arguments, 0)
+    assert [int((split == name).sum()) for name in SPLITS] == [1575, 525, 2100]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["random", "scaffold"])
+def test_too_few_molecules_are_refused_with_their_counts(tokenizer, count, kind):
+    molecules, _ = prepare_molecules(table_of(alcohols(count)), tokenizer, DataTrainingArguments(), "t")
+    with pytest.raises(InputError, match=f"{count} molecules cannot be split: .*train.*Give more molecules"):
+        assign_splits(molecules, DataTrainingArguments(split=kind), 0)
+
+
+def given_split(tokenizer, folder, content, count=10, **arguments):
+    """The split that a split file gives to `count` molecules; row 2 was dropped from the ten, as an example."""
+    file = write(folder, content if isinstance(content, str) else json.dumps(content), "splits.json")
+    molecules, _ = prepare_molecules(table_of(alcohols(count)), tokenizer, DataTrainingArguments(), "t")
+    molecules = molecules[molecules["row"] != 2].reset_index(drop=True)
+    return assign_splits(molecules, DataTrainingArguments(split_file=str(file), **arguments), 0)
+
+
+def test_a_split_file_is_followed_row_by_row(tokenizer, tmp_path):
+    split = given_split(tokenizer, tmp_path, {"train": [9, 0, 4], "validation": [1, 3], "test": [5], "hash": "ab"})
+    # rows 0 1 3 4 5 6 7 8 9: row numbers are those of the file, dropped rows counted
+    assert split.tolist() == ["train", "validation", "validation", "train", "test", "", "", "", "train"]
+
+
+def test_without_a_validation_part_in_the_file_one_is_taken_from_training(tokenizer, tmp_path):
+    given_rows = {"train": [0, 1, 3, 4, 5, 6], "test": [7, 8]}
+    split = given_split(tokenizer, tmp_path, given_rows, validation_fraction=0.5)
+    assert (split == "validation").sum() == 3
+    assert split.tolist()[6:] == ["test", "test", ""]
+    paper = given_split(tokenizer, tmp_path, given_rows, protocol="paper")
+    assert paper.tolist() == ["train"] * 6 + ["test"] * 2 + [""]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"train": [0, 1], "validation": [3], "test": [1]}, r"Row 1 is in train and in test"),
+        ({"train": [0, 1], "validation": [1], "test": [3]}, r"Row 1 is in train and in validation"),
+        ({"train": [0, 1], "validation": [3], "test": [99]}, r"Row 99 of test .* not among the usable"),
+        ({"train": [0, 2], "validation": [3], "test": [1]}, r"Row 2 of train .* not among the usable"),
+        ({"train": [0, -1], "validation": [3], "test": [1]}, r"Row -1 of train .* not among the usable"),
+        ('{"train": [0, 1', r"cannot be read as JSON"),
+        ("", r"cannot be read as JSON"),
+        ({"train": [0, 1]}, r'needs the keys "train" and "test"'),
+        ({"test": [0, 1]}, r'needs the keys "train" and "test"'),
+        ({"train": [], "test": [1]}, r'needs the keys "train" and "test"'),
+        ([0, 1], r'needs the keys "train" and "test"'),
+        ({"train": 5, "test": [1]}, r'needs the keys "train" and "test"'),
+        ({"train": [[0]], "test": [1]}, r"Row \[0\] of train|lists of row numbers"),
+        ({"train": ["0"], "test": [1]}, r"Row '0' of train|lists of row numbers"),
+    ],
+)
+def test_a_split_file_that_is_no_partition_is_refused(tokenizer, tmp_path, content, message):
+    with pytest.raises(InputError, match=message) as error:
+        given_split(tokenizer, tmp_path, content)
+    assert "splits.json" in str(error.value)
+
+
+def test_a_split_file_may_name_no_validation_part_as_null(tokenizer, tmp_path):
+    content = {"train": [0, 1, 3, 4], "validation": None, "test": [5]}
+    split = given_split(tokenizer, tmp_path, content, validation_fraction=0.5)
+    assert (split == "validation").sum() == 2
+
+
+def test_an_absent_split_file_is_refused(tokenizer, tmp_path):
+    molecules, _ = prepare_molecules(table_of(alcohols(10)), tokenizer, DataTrainingArguments(), "t")
+    with pytest.raises(InputError, match="absent.json"):
+        assign_splits(molecules, DataTrainingArguments(split_file=str(tmp_path / "absent.json")), 0)
+
+
+def load(tokenizer, folder, seed=0, **arguments):
+    training_args = TrainingArguments(output_dir=str(folder), seed=seed)
+    return load_molecules(tokenizer, ModelArguments(), DataTrainingArguments(**arguments), training_args)
+
+
+def write_molecules(folder, name, smiles):
+    return str(write(folder, "SMILES,label\n" + "".join(f"{s},{i}\n" for i, s in enumerate(smiles)), name))
+
+
+def test_separate_files_are_the_parts(tokenizer, tmp_path):
+    files = {
+        "train_file": write_molecules(tmp_path, "a.csv", ["C", "CC", "CCC"]),
+        "validation_file": write_molecules(tmp_path, "b.csv", ["CN"]),
+        "test_file": write_molecules(tmp_path, "c.csv", ["CO", "CCO"]),
+    }
+    molecules, _, _ = load(tokenizer, tmp_path, **files)
+    parts = molecules.groupby("split")["smiles"].agg(list).to_dict()
+    assert parts == {"train": ["C", "CC", "CCC"], "validation": ["CN"], "test": ["CO", "CCO"]}
+    assert molecules.groupby("split")["row"].agg(list)["test"] == [0, 1]
+
+
+def test_a_bad_molecule_of_a_separate_file_is_reported_with_that_file(tokenizer, tmp_path):
+    train = write_molecules(tmp_path, "a.csv", ["C", "CC", "CCC"])
+    test = write_molecules(tmp_path, "c.csv", ["CO", "C1CC"])
+    with pytest.raises(InputError, match="row 1: 'C1CC'") as error:
+        load(tokenizer, tmp_path, train_file=train, test_file=test)
+    assert test in str(error.value)
+
+
+def test_a_validation_file_without_a_test_part_is_refused(tokenizer, tmp_path):
+    train = write_molecules(tmp_path, "a.csv", alcohols(10))
+    validation = write_molecules(tmp_path, "b.csv", ["CN"])
+    with pytest.raises(InputError, match="--test_file"):
+        load(tokenizer, tmp_path, train_file=train, validation_file=validation)
+
+
+def test_rows_of_no_part_are_left_out(tokenizer, tmp_path):
+    train = write_molecules(tmp_path, "a.csv", alcohols(5))
+    split = write(tmp_path, json.dumps({"train": [0, 1], "validation": [4], "test": [2]}), "s.json")
+    molecules, _, _ = load(tokenizer, tmp_path, train_file=train, split_file=str(split))
+    assert molecules["row"].tolist() == [0, 1, 2, 4]
+
+
+def test_the_split_seed_holds_over_the_seed(tokenizer, tmp_path):
+    train = write_molecules(tmp_path, "a.csv", alcohols(30))
+    hashes = [
+        load(tokenizer, tmp_path, train_file=train, seed=seed, split_seed=split_seed)[1]
+        for seed, split_seed in ((0, None), (1, None), (1, 0))
+    ]
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_the_dropped_molecules_are_told_and_nothing_is_written(tokenizer, tmp_path):
+    train = write_molecules(tmp_path, "a.csv", [*alcohols(20), "C1CC"])
+    molecules, _, dropped = load(tokenizer, tmp_path / "new", train_file=train, invalid_smiles="drop")
+    assert len(molecules) == 20
+    assert dropped["row"].tolist() == [20]
+    assert not (tmp_path / "new").exists()  # nothing is written while input is being read
+
+
+def test_the_hash_of_a_split_tells_splits_apart_and_not_orders(prepared):
+    split = assign_splits(prepared, DataTrainingArguments(), 0)
+    digest = split_hash(prepared, split)
+    order = np.random.default_rng(0).permutation(len(prepared))
+    assert split_hash(prepared.iloc[order], split[order]) == digest
+    assert split_hash(prepared, assign_splits(prepared, DataTrainingArguments(), 1)) != digest
+    moved = split.copy()
+    moved[np.flatnonzero(split == "test")[0]] = "train"
+    assert split_hash(prepared, moved) != digest
+
+
+def test_rows_of_no_part_do_not_enter_the_hash(prepared):
+    molecules = prepared.head(3)
+    assert split_hash(molecules, ["train", "", "test"]) == split_hash(molecules.iloc[[0, 2]], ["train", "test"])
+
+
+# ----------------------------------------------------------------------------------------------- metrics and baselines
+
+
+@seeded
+@given(st.integers(0, 2**32 - 1), st.integers(3, 50))
+def test_metrics_equal_their_closed_forms(seed, count):
+    """Reference: the formulas in NumPy; Spearman is Pearson of the ranks (no ties here)."""
+    labels, noise = np.random.default_rng(seed).normal(size=(2, count))
+    predictions = labels + noise
+    errors = predictions - labels
+    ranks = [np.argsort(np.argsort(values)) for values in (predictions, labels)]
+    expected = {
+        "mse": np.mean(errors**2),
+        "rmse": np.sqrt(np.mean(errors**2)),
+        "mae": np.mean(np.abs(errors)),
+        "r2": 1 - np.sum(errors**2) / np.sum((labels - labels.mean()) ** 2),
+        "pearson": np.corrcoef(predictions, labels)[0, 1],
+        "spearman": np.corrcoef(*ranks)[0, 1],
+    }
+    metrics = regression_metrics(predictions[:, None], labels)  # a head's predictions have shape (N, 1)
+    assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert all(type(value) is float for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    "predictions, labels, names",
+    [
+        ([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], {"mse", "rmse", "mae", "r2"}),
+        ([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], {"mse", "rmse", "mae"}),
+        ([1.0], [2.0], {"mse", "rmse", "mae"}),
+    ],
+    ids=["constant predictions", "constant labels", "one molecule"],
+)
+def test_metrics_that_are_not_defined_are_left_out(predictions, labels, names):
+    """R² divides by the variance of the labels, a correlation by both."""
+    metrics = regression_metrics(predictions, labels)
+    assert set(metrics) == names
+    assert np.isfinite(list(metrics.values())).all()
+
+
+@pytest.mark.parametrize("protocol", ["default", "paper"], ids=["validation chooses", "no validation"])
+def test_the_fingerprint_baseline_beats_the_mean(prepared, protocol):
+    molecules = prepared.head(1000)
+    split = assign_splits(molecules, DataTrainingArguments(protocol=protocol), 0)
+    predictions = baseline_predictions(molecules, split)
+    labels, train, test = molecules["label"].to_numpy(), split == "train", split == "test"
+    assert list(predictions) == ["mean", "fingerprint_ridge"]
+    np.testing.assert_allclose(predictions["mean"], np.full(len(labels), labels[train].mean()))
+    mse = {name: np.mean((values[test] - labels[test]) ** 2) for name, values in predictions.items()}
+    assert mse["fingerprint_ridge"] < 0.8 * mse["mean"]
+
+
+def test_baselines_do_not_see_test_labels(prepared):
+    molecules = prepared.head(200)
+    split = assign_splits(molecules, DataTrainingArguments(), 0)
+    hidden = molecules.assign(label=molecules["label"].where(split != "test", 1e6))
+    for name, expected in baseline_predictions(molecules, split).items():
+        np.testing.assert_array_equal(baseline_predictions(hidden, split)[name], expected)
+
+
+@pytest.mark.parametrize("scale", [1, 10_000], ids=["logD", "labels in the hundreds"])
+def test_the_columns_of_the_metrics_table_align(scale):
+    values = {"mse": 1.2345678 * scale, "rmse": 1.1111111 * scale**0.5, "mae": 0.5 * scale**0.5, "r2": -0.25}
+    rows = [
+        ("MoLFormer", "validation", 336, values),
+        ("fingerprint_ridge", "test", 4200, values),
+        ("mean", "test", 1, {name: values[name] for name in ("mse", "rmse", "mae")}),
+    ]
+    header, *lines = metrics_table(rows).split("\n")
+    assert header.split() == ["model", "split", "n", "MSE", "RMSE", "MAE", "R²"]
+    assert {len(line) for line in lines} == {len(header)}
+    assert lines[0].split() == [
+        "MoLFormer", "validation", "336", *(f"{values[name]:.4f}" for name in ("mse", "rmse", "mae", "r2"))
+    ]  # fmt: skip
+    for title in ("n", "MSE", "RMSE", "MAE"):
+        end = header.index(f" {title} ") + len(title) + 1
+        assert all(line[end - 1] != " " and line[end] == " " for line in lines), title
+
+
+# --------------------------------------------------------------------------------------------------- files and plots
+
+
+def test_files_are_written_whole_and_replace_older_ones(tmp_path):
+    for path, save, expected in (
+        (tmp_path / "a.txt", lambda path: write_text("R² of 1\n", path), "R² of 1\n"),
+        (
+            tmp_path / "a.json",
+            lambda path: write_json({"rows": [0, 1]}, path),
+            '{\n  "rows": [\n    0,\n    1\n  ]\n}\n',
+        ),
+        (tmp_path / "a.csv", lambda path: write_csv(pd.DataFrame({"a": [1], "b": ["x,y"]}), path), 'a,b\n1,"x,y"\n'),
+    ):
+        path.write_text("something older and much longer than what follows\n" * 10)
+        save(path)
+        assert path.read_bytes() == expected.encode()
+        save(str(path))
+        assert path.read_bytes() == expected.encode()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.csv", "a.json", "a.txt"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_json_is_refused_and_the_file_stays(tmp_path, value):
+    path = tmp_path / "a.json"
+    write_json({"mse": 1}, path)
+    with pytest.raises(ValueError):
+        write_json({"mse": 1, "deeper": [{"r2": value}]}, path)
+    assert json.loads(path.read_text()) == {"mse": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def colored(path):
+    """Share of the pixels of a PNG that are neither white, black nor gray."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return (np.ptp(pixels, axis=2) > 40).mean()
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_the_parity_plot_shows_its_points(tmp_path, count):
+    labels, noise = np.random.default_rng(0).normal(size=(2, count))
+    predictions = labels + noise
+    plot_parity(predictions, labels, regression_metrics(predictions, labels), tmp_path / "parity.png")
+    assert colored(tmp_path / "parity.png") > 1e-5 * count
+    assert [file.name for file in tmp_path.iterdir()] == ["parity.png"]
+
+
+def test_the_loss_plot_shows_both_curves(tmp_path):
+    training = [{"epoch": float(epoch), "loss": 1 / epoch} for epoch in range(1, 8)]
+    held_out = [{"epoch": float(epoch), "eval_loss": 1.5 / epoch} for epoch in range(1, 8)]
+    shown = []
+    for log, name in ((training, "one.png"), (training + held_out, "both.png")):
+        plot_losses([*log, {"epoch": 7.0, "train_runtime": 1.0}], tmp_path / name)
+        shown.append(colored(tmp_path / name))
+    assert 1e-4 < shown[0] < shown[1]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["both.png", "one.png"]
+
+
+# ----------------------------------------------------------------------------------------------------- embedded files
+
+
+def test_the_embedded_data_set_is_the_one_that_was_measured(embedded):
+    """Frozen values; mean and sd as in ../shared/data/README.md."""
+    digest = hashlib.sha256(Path(EMBEDDED_DATA).read_bytes()).hexdigest()
+    assert digest == "42e44ed85528de0c14127db5f9c341949b92128cb446622adb94162b8913f93d"
+    labels = embedded["label"]
+    assert len(embedded) == embedded["smiles"].nunique() == 4200
+    assert (round(labels.mean(), 3), round(labels.std(), 3)) == (2.186, 1.203)
+    assert (labels.min(), labels.max()) == (-1.5, 4.5)
+
+
+def test_the_embedded_data_set_equals_the_shared_one(embedded):
+    """Reference: ../shared/data/lipophilicity.csv, of another source; the digits of labels are written differently."""
+    path = SHARED_DATA / "lipophilicity.csv"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    shared = pd.read_csv(path)
+    pairs = list(zip(shared["SMILES"], shared["label"].astype(float), strict=True))
+    assert list(zip(embedded["smiles"], embedded["label"], strict=True)) == pairs
+
+
+@pytest.mark.parametrize(
+    "smiles, ids",
+    [
+        (
+            "Cn1c(CN2CCN(CC2)c3ccc(Cl)cc3)nc4ccccc14",
+            [0, 4, 13, 8, 5, 6, 4, 10, 11, 4, 4, 10, 6, 4, 4, 11, 7, 5, 14, 5, 5, 5, 6, 20, 7, 5, 5, 14, 7, 13, 5, 19]
+            + [5, 5, 5, 5, 5, 8, 19, 1],
+        ),
+        ("C[C@@H](N)C(=O)O", [0, 4, 16, 6, 10, 7, 4, 6, 12, 9, 7, 9, 1]),
+        ("F/C=C\\Br.[Na+]", [0, 17, 26, 4, 12, 4, 33, 27, 34, 50, 1]),
+    ],
+)
+def test_the_tokenizer_gives_the_ids_of_molformer(tokenizer, smiles, ids):
+    """Frozen ids, from the tokenizer of ../shared/data/molformer_tokenizer."""
+    assert tokenizer(smiles)["input_ids"] == ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == smiles
+
+
+def test_the_special_tokens_have_the_ids_of_molformer(tokenizer):
+    assert len(tokenizer) == len(Path(EMBEDDED_VOCABULARY).read_text().splitlines()) == 2362
+    assert [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id] == [0, 1, 2]
+    assert [tokenizer.mask_token_id, tokenizer.unk_token_id] == [3, 2361]
+
+
+def test_the_tokenizer_equals_the_shared_one_on_all_molecules(embedded, tokenizer):
+    """Reference: ../shared/data/molformer_tokenizer, on SMILES as given (with stereo) and on text that it loses."""
+    folder = SHARED_DATA / "molformer_tokenizer"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there")
+    shared = PreTrainedTokenizerFast.from_pretrained(folder)
+    texts = [*embedded["smiles"], "CXC", "[Zz]", "CC ethane", ""]
+    assert tokenizer(texts)["input_ids"] == shared(texts)["input_ids"]
+
+
+def test_a_saved_tokenizer_reloads_equal(embedded, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    texts = embedded["smiles"].head(100).tolist()
+    assert reloaded(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    assert reloaded.model_input_names == ["input_ids", "attention_mask"]

@@ -1,0 +1,354 @@
+"""The `Trainer` subclasses that the scripts share, and the fine-tuning that they have in common.
+
+    from trainer_regression import RegressionTrainer, load_model, load_tokenizer
+
+`MolformerTrainer` adds what MoLFormer needs (random features equal on all processes, batches of like length that
+resume exactly, a learning rate for the head); `RegressionTrainer` adds labels in their own unit.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import SequentialSampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+
+from arguments import EMBEDDED_VOCABULARY, InputError
+from modeling_molformer_reg import MolformerConfig
+from utils_molecules import (
+    SPLITS,
+    baseline_predictions,
+    metrics_table,
+    plot_losses,
+    plot_parity,
+    regression_metrics,
+    write_csv,
+    write_json,
+)
+
+
+LEARNING_RATES = {"default": 3e-4, "paper": 1e-4}  # the default was found on validation, see the README
+
+
+# The pattern of MoLFormer's pre-tokenizer (IBM/molformer, Apache-2.0): one token a match, the rest is dropped.
+SMILES_PATTERN = (
+    r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>|\*|\$|\%[0-9]{2}|[0-9])"
+)
+
+logger = logging.getLogger("molformer.trainer")
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer and model
+
+
+def build_tokenizer(vocabulary_file=EMBEDDED_VOCABULARY):
+    """Returns MoLFormer's tokenizer, built from its vocabulary: one token a line, the line number is the id."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokens = Path(vocabulary_file).read_text(encoding="utf-8").splitlines()
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SMILES_PATTERN), "removed", invert=True),
+            pre_tokenizers.Split(Regex(SMILES_PATTERN), "isolated"),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        pair="<bos> $A <eos> $B:1 <eos>:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("<bos>", "<eos>")],
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="<bos>",
+        sep_token="<eos>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def load_tokenizer(model_args):
+    """Returns the tokenizer of the checkpoint, or MoLFormer's own for a model from scratch.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    source = model_args.tokenizer_name or model_args.model_name_or_path
+    if source is None:
+        return build_tokenizer()
+    try:
+        # not AutoTokenizer: that asks to run the code that a Hub tokenizer's auto_map names
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            source, cache_dir=model_args.cache_dir, revision=model_args.model_revision
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(_not_loaded("tokenizer", source, error)) from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # or the source's remote code would be named in our checkpoints
+    return tokenizer
+
+
+def load_model(model_class, model_args, tokenizer, **overrides):
+    """Returns the model of the checkpoint, or one with random weights if only a configuration was named.
+
+    Args:
+        overrides: configuration values that hold over the checkpoint's and the user's, such as `num_labels`.
+    Raises:
+        InputError: if it cannot be loaded, if weights are missing or fit nothing, or if tokenizer and model do not
+            belong together.
+    """
+    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    values = {**model_args.config_overrides(), **overrides}
+    source = model_args.model_name_or_path
+    try:
+        if source is None:
+            config = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
+            logger.warning(
+                "Training from scratch: %s names a configuration, the weights are random", model_args.config_name
+            )
+            model = model_class(config)
+        else:
+            if model_args.config_name:
+                hub["config"] = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
+                values = {}
+            model = model_class.from_pretrained(source, dtype=torch.float32, **hub, **values)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(_not_loaded("model", source or model_args.config_name, error)) from error
+    config = model.config
+    if len(tokenizer) != config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
+        raise InputError(
+            f"Tokenizer and model do not belong together: {len(tokenizer)} tokens with padding id "
+            f"{tokenizer.pad_token_id}, but the model has {config.vocab_size} embeddings and padding id "
+            f"{config.pad_token_id}. Pass the --tokenizer_name that the model was trained with."
+        )
+    return model
+
+
+def check_split(config, digest, data_args, checkpoint=None):
+    """Refuses a checkpoint that was trained with another split: it may have seen this run's test molecules.
+
+    Args:
+        config (`MolformerConfig`): of the model that the run starts from.
+        checkpoint (`str`, *optional*): the folder that an interrupted run goes on from; counts in place of `config`.
+        digest (`str`, *optional*): hash of this run's split; `None` for a corpus, which has none.
+    Raises:
+        InputError: if the checkpoint's split hash differs from `digest`, unless `--ignore_split_mismatch`.
+    """
+    if checkpoint is not None:
+        config = MolformerConfig.from_pretrained(checkpoint)
+    known = getattr(config, "split_hash", None)
+    if known is None or digest is None or known == digest:
+        return
+    message = (
+        f"The checkpoint was trained with another split of the data (hash {known}, this run's {digest}): it may have "
+        "learned this run's test molecules."
+    )
+    if not data_args.ignore_split_mismatch:
+        raise InputError(f"{message} Use the same data, --split and --split_seed, or pass --ignore_split_mismatch.")
+    logger.warning("%s Going on, because --ignore_split_mismatch was given.", message)
+
+
+def _not_loaded(what, source, error):
+    advice = (
+        "" if Path(source).exists() else " Pass the path of a local folder, or a Hub name where there is a network."
+    )
+    return f"The {what} of {source} cannot be loaded: {error}{advice}"
+
+
+# ------------------------------------------------------------------------------------------------------------ trainers
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """Batches of like length in an order that is a function of seed and epoch, so that a resumed run repeats it."""
+
+    def __init__(self, batch_size, lengths, seed):
+        super().__init__(batch_size, lengths=list(lengths))
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class MolformerTrainer(Trainer):
+    """Trainer for MoLFormer: exact resumption, equal random features on all processes, a head learning rate."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = self.train_dataset[self.args.length_column_name]  # the argument has lost this column
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochLengthGroupedSampler(batch_size, lengths, seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        # In the data set's order: the parent groups by length here too, and predictions would come permuted.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def create_optimizer(self, model=None):
+        """Creates the optimizer; the head (`classifier`) gets `--head_learning_rate`."""
+        optimizer = super().create_optimizer(model)
+        head_rate = getattr(self.args, "head_learning_rate", None)
+        if head_rate is None:
+            return optimizer
+        model = self.model if model is None else model
+        head = {id(p) for name, p in model.named_parameters() if "classifier." in name}
+        for group in list(optimizer.param_groups):
+            params = [p for p in group["params"] if id(p) in head]
+            if params:
+                group["params"] = [p for p in group["params"] if id(p) not in head]
+                options = {key: value for key, value in group.items() if key != "params"}
+                optimizer.add_param_group({**options, "params": params, "lr": head_rate})
+        return optimizer
+
+    def evaluation_loop(self, *args, **kwargs):
+        # Every process drew random features of its own; the ones that are saved are those of process 0.
+        if self.args.world_size > 1:
+            for name, buffer in self.model.named_buffers():
+                if name.endswith("feature_map.weight"):
+                    torch.distributed.broadcast(buffer, src=0)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        # training_args.bin would hold a Hub token in plain bytes
+        args, self.args = (
+            self.args,
+            dataclasses.replace(self.args, hub_token=None) if self.args.hub_token else self.args,
+        )
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
+
+
+class RegressionTrainer(MolformerTrainer):
+    """Trainer of `MolformerForRegression`: labels, predictions and metrics are in label units."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("compute_metrics", lambda output: regression_metrics(output.predictions, output.label_ids))
+        kwargs.setdefault("data_collator", DataCollatorWithPadding(kwargs["processing_class"]))
+        super().__init__(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # The parent leaves out labels of -100, which is a legal value of a regression label.
+        counted = [{"labels": torch.zeros_like(b["labels"])} for b in batch_samples if "labels" in b]
+        return super()._get_num_items_in_batch(counted, device)
+
+    def predict_molecules(self, molecules):
+        """Returns predictions for all molecules in their order, in label units, shape (N,).
+
+        Batches are of like length; the order of rows is restored.
+        """
+        order = np.argsort(-molecules["length"].to_numpy(), kind="stable")
+        output = self.predict(to_dataset(molecules.iloc[order], with_labels=False))
+        predictions = np.empty(len(molecules))
+        predictions[order] = output.predictions[:, 0]
+        return predictions
+
+
+def to_dataset(molecules, with_labels=True):
+    """Returns the `datasets.Dataset` of token ids, lengths and labels that a trainer takes, longest molecule first."""
+    columns = {"input_ids": molecules["input_ids"].tolist(), "length": molecules["length"].tolist()}
+    if with_labels:
+        columns["labels"] = molecules["label"].tolist()
+    return datasets.Dataset.from_dict(columns)
+
+
+# -------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def select_parts(molecules, data_args):
+    """Returns the molecules of each split, by name, cut to `--max_train_samples` and its like.
+
+    With `--protocol paper` there is no validation part.
+    """
+    limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_predict_samples)
+    parts = {
+        name: molecules[molecules["split"] == name].head(limit) for name, limit in zip(SPLITS, limits, strict=True)
+    }
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def prepare_head(model, train, digest, data_args, training_args):
+    """Stores in the configuration what the head will have learned from: label scale, split and form of the SMILES.
+
+    Raises:
+        InputError: if the training labels are constant, or if the run does not train a head that is still random.
+    """
+    if not training_args.do_train:
+        if model.head_is_new:
+            raise InputError(
+                f"{model.name_or_path or 'The model'} has no trained regression head to evaluate. Add --do_train, or "
+                "pass a --model_name_or_path that run_regression.py made."
+            )
+        return
+    labels = train["label"].to_numpy()
+    mean, std = float(np.mean(labels)), float(np.std(labels))
+    if not std > 1e-9 * max(1.0, abs(mean)):
+        raise InputError(f"All {len(labels)} training labels are {mean:g}. A regression needs labels that differ.")
+    model.config.label_mean, model.config.label_std = [mean], [std]
+    model.config.split_hash = digest
+    model.config.smiles_form = data_args.smiles_form
+
+
+def set_learning_rate(training_args, data_args):
+    """Fills in the learning rate of the protocol where the user named none."""
+    if training_args.learning_rate is None:
+        training_args.learning_rate = LEARNING_RATES[data_args.protocol]
+
+
+def write_reports(trainer, parts, predictions, digest, data_args):
+    """Writes predictions.csv, splits.json and the plots of a run into its output folder.
+
+    Args:
+        parts (`dict[str, pandas.DataFrame]`): molecules of each split.
+        predictions (`dict[str, numpy.ndarray]`): a prediction for each of them, in label units.
+    Returns:
+        metrics of every split and of the baselines on the test set (`dict[str, float]`), and the same as a text table.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    everything = pd.concat(parts.values(), ignore_index=True)
+    everything["prediction"] = np.concatenate([predictions[name] for name in parts])
+    everything["error"] = everything["prediction"] - everything["label"]
+    columns = {"row": "row", "smiles": "SMILES", "label": "label", "prediction": "prediction"}
+    table = everything.rename(columns=columns)[[*columns.values(), "error", "split"]]
+    # as one file, in its order; separate files follow one another
+    write_csv(
+        table.sort_values("row", kind="stable") if data_args.test_file is None else table,
+        output_dir / "predictions.csv",
+    )
+    rows = {name: [int(row) for row in part["row"]] for name, part in parts.items()}
+    write_json({"split": data_args.split, "hash": digest, **rows}, output_dir / "splits.json")
+
+    values = {name: regression_metrics(predictions[name], part["label"]) for name, part in parts.items()}
+    lines = [("MoLFormer", name, len(part), values[name]) for name, part in parts.items()]
+    metrics = {f"{name}_{key}": value for name in parts for key, value in values[name].items()}
+    metrics |= {f"{name}_samples": len(part) for name, part in parts.items()}
+    test = (everything["split"] == "test").to_numpy()
+    for baseline, predicted in baseline_predictions(everything, everything["split"].to_numpy()).items():
+        values[baseline] = regression_metrics(predicted[test], everything["label"][test])
+        lines.append((baseline, "test", int(test.sum()), values[baseline]))
+        metrics |= {f"test_{key}_{baseline}": value for key, value in values[baseline].items()}
+
+    plot_parity(predictions["test"], parts["test"]["label"], values["test"], output_dir / "parity.png")
+    if any("eval_loss" in entry for entry in trainer.state.log_history):
+        held_out = "validation" if "validation" in parts else "test"
+        plot_losses(trainer.state.log_history, output_dir / "loss_curves.png", held_out)
+    text = metrics_table(lines)
+    if data_args.protocol == "paper":
+        text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."
+    return metrics, text

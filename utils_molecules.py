@@ -1,0 +1,547 @@
+"""Molecules: reading and checking SMILES, splits that do not leak, metrics, baselines and plots.
+
+    python -c "from utils_molecules import *; print(canonicalize('OCC', 'canonical'))"
+
+Rows are counted from 0, the header aside, in messages, `splits.json` and `predictions.csv` alike.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import lzma
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pandas.io.common import get_handle
+from rdkit import Chem, rdBase
+from rdkit.Chem.Scaffolds import MurckoScaffold
+
+from arguments import InputError
+
+
+SMILES_COLUMNS = ("smiles", "canonical_smiles", "mol", "molecule", "structure")
+LABEL_COLUMNS = ("label", "labels", "exp", "target", "y", "logd", "value")
+SPLITS = ("train", "validation", "test")
+REASONS = {
+    "invalid": "do not parse as SMILES",
+    "lost": "have characters that the tokenizer would drop",
+    "unknown": "have atoms or bonds that the tokenizer does not know",
+    "too_long": "have more tokens than --max_length",
+}
+
+logger = logging.getLogger("molformer.molecules")
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_table(path, smiles_column=None, label_column=None, require_label=True):
+    """Reads a CSV or TSV of SMILES and labels; .gz, .xz, CRLF line ends and a byte-order mark are fine.
+
+    Returns:
+        `pandas.DataFrame` with columns `row` (int), `smiles` (str, as given) and, if there is one, `label` (float).
+    Raises:
+        InputError: for a file that is absent, empty, not UTF-8 or no table, a column that it lacks, and labels that
+            are missing, infinite or text; the message names the value and its row.
+    """
+    columns, separator = read_header(path)
+    try:
+        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        position = _first_bad_byte(path)
+        raise InputError(
+            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at position {position}. Save it as UTF-8, or "
+            "convert it with: iconv -f ITS_ENCODING -t utf-8"
+        ) from error
+    except pd.errors.EmptyDataError as error:
+        raise InputError(f"{path} is empty. It needs a header and at least one row.") from error
+    except (pd.errors.ParserError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as a table: {error}") from error
+    if not isinstance(table.index, pd.RangeIndex):
+        raise InputError(f"{path} has {len(columns)} columns in its header and more fields in its rows.")
+    return _to_molecules(table, path, smiles_column, label_column, require_label)
+
+
+def _first_bad_byte(path):
+    """Returns the position of the first byte that is not UTF-8; pandas knows it within its buffer alone."""
+    with get_handle(path, "rb", compression="infer", is_text=False) as handles:
+        position = 0
+        for line in handles.handle:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return position + error.start
+            position += len(line)
+
+
+def read_header(path):
+    """Returns the column names of a CSV or TSV and its separator (comma, tab or semicolon, as the header has most).
+
+    Raises:
+        InputError: if there is no such file, or no header.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"There is no file {path}. Pass the path of a CSV, for example with --train_file.")
+    try:
+        with get_handle(path, "rt", encoding="utf-8-sig", compression="infer", errors="replace") as handles:
+            header = handles.handle.readline().rstrip("\r\n")
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read: {error}. Does its name end in .gz or .xz by mistake?") from error
+    if not header:
+        raise InputError(f"{path} is empty. It needs a header and at least one row.")
+    separator = max(",\t;", key=header.count)
+    return next(csv.reader([header], delimiter=separator)), separator
+
+
+def read_hub_dataset(
+    name, config_name=None, cache_dir=None, smiles_column=None, label_column=None, require_label=True
+):
+    """Reads the `train` split of a Hub data set in the form of `read_table`.
+
+    Raises:
+        InputError: if the Hub or the data set is not reachable; the message says how to go on without it.
+    """
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, config_name, cache_dir=cache_dir, split="train").to_pandas()
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise InputError(
+            f"The data set {name} cannot be loaded from the Hub ({type(error).__name__}: {error}). Without a network "
+            "pass --train_file FILE with a local CSV."
+        ) from error
+    table = table.map(lambda value: "" if value is None else str(value))
+    return _to_molecules(table, name, smiles_column, label_column, require_label)
+
+
+def find_column(columns, wanted, candidates, flag, source):
+    """Returns the column called `wanted`, or the first of `candidates` that is there in any case; else `None`."""
+    if wanted is not None:
+        if wanted not in columns:
+            raise InputError(f"Column {wanted!r} is not in {source}, which has: {', '.join(columns)}. Correct {flag}.")
+        return wanted
+    lowered = {str(column).strip().lower(): column for column in reversed(columns)}
+    return next((lowered[name] for name in candidates if name in lowered), None)
+
+
+def _to_molecules(table, source, smiles_column, label_column, require_label):
+    columns = [str(column) for column in table.columns]
+    table.columns = columns
+    smiles = find_column(columns, smiles_column, SMILES_COLUMNS, "--smiles_column", source)
+    label = find_column(columns, label_column, LABEL_COLUMNS, "--label_column", source)
+    if smiles is None:
+        raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
+    if label is None and require_label:
+        raise InputError(f"{source} has no label column; it has: {', '.join(columns)}. Pass --label_column.")
+    if not len(table):
+        raise InputError(f"{source} has a header and no rows.")
+    molecules = pd.DataFrame(
+        {"row": np.arange(len(table)), "smiles": table[smiles].fillna("").astype(str).str.strip()}
+    )
+    if label is not None:
+        molecules["label"] = _to_numbers(table[label], label, source, require_label)
+    return molecules
+
+
+def _to_numbers(texts, column, source, required):
+    """Labels as floats. Missing, infinite and text values are an error where a label is required, else NaN."""
+    numbers = pd.to_numeric(texts, errors="coerce").astype(float)
+    bad = np.flatnonzero(~np.isfinite(numbers))
+    if len(bad) and required:
+        raise InputError(
+            f"{len(bad)} of {len(texts)} labels in column {column!r} of {source} are missing, infinite or no numbers, "
+            f"first at row {bad[0]}: {texts.iloc[bad[0]]!r}. Correct or remove these rows."
+        )
+    return numbers.where(np.isfinite(numbers))
+
+
+# --------------------------------------------------------------------------------------------------------- checking
+
+
+def canonicalize(smiles, form):
+    """Returns the SMILES in the wanted form, or `None` if RDKit cannot parse it or it has no atom.
+
+    Args:
+        form (`str`): `"canonical"` (RDKit-canonical without stereo and isotopes, as MoLFormer was pre-trained),
+            `"isomeric"` (RDKit-canonical with them) or `"raw"` (as given).
+    """
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
+    if molecule is None or molecule.GetNumAtoms() == 0:
+        return None
+    return smiles if form == "raw" else Chem.MolToSmiles(molecule, isomericSmiles=form == "isomeric")
+
+
+def scaffold_of(smiles):
+    """Returns the Bemis-Murcko scaffold as SMILES without stereo; empty for a molecule without a ring."""
+    return MurckoScaffold.MurckoScaffoldSmiles(smiles, includeChirality=False)
+
+
+def encode_smiles(texts, tokenizer):
+    """Returns token ids of each text, and for each what the tokenizer would do wrong: `None`, "lost" or "unknown".
+
+    MoLFormer's pre-tokenizer silently drops what its pattern does not match, so the characters that the tokens cover
+    are counted.
+    """
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, return_attention_mask=False)
+    problems = []
+    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        covered = sum(end - start for start, end in offsets)
+        unknown = tokenizer.unk_token_id in ids
+        problems.append("lost" if covered != len(text) else "unknown" if unknown else None)
+    return encoded["input_ids"], problems
+
+
+def prepare_molecules(molecules, tokenizer, data_args, source):
+    """Checks every molecule, and adds its text for the model, token ids, length and twin group.
+
+    Args:
+        molecules (`pandas.DataFrame`): from `read_table`.
+        source (`str`): file or data set, for messages.
+    Returns:
+        `pandas.DataFrame` with the further columns `text`, `group` (canonical SMILES without stereo: stereo twins
+        have one group), `input_ids` and `length` (tokens); and a `pandas.DataFrame` of the dropped rows with the
+        columns `source`, `row`, `smiles` and `reason`.
+    Raises:
+        InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if none is left.
+    """
+    molecules = molecules.copy()
+    molecules["text"] = [canonicalize(smiles, data_args.smiles_form) for smiles in molecules["smiles"]]
+    parsed = molecules["text"].notna()
+    texts = molecules["text"].where(parsed, "").tolist()
+    molecules["input_ids"], problems = encode_smiles(texts, tokenizer)
+    molecules["length"] = molecules["input_ids"].map(len)
+    molecules["reason"] = problems
+    molecules.loc[molecules["length"] > data_args.max_length, "reason"] = "too_long"
+    molecules.loc[~parsed, "reason"] = "invalid"
+
+    bad = molecules[molecules["reason"].notna()]
+    if len(bad):
+        message = describe_unusable(bad["reason"], bad["row"], bad["smiles"], len(molecules), source)
+        if data_args.invalid_smiles == "error":
+            raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
+        logger.warning("%s Dropped; dropped_molecules.csv in the output folder lists them.", message)
+        molecules = molecules[molecules["reason"].isna()]
+    if not len(molecules):
+        raise InputError(f"No molecule of {source} can be used.")
+    molecules = molecules.drop(columns="reason").reset_index(drop=True)
+    if data_args.smiles_form == "canonical":
+        molecules["group"] = molecules["text"]
+    else:
+        molecules["group"] = [canonicalize(smiles, "canonical") for smiles in molecules["smiles"]]
+    if "label" in molecules:
+        warn_of_conflicting_labels(molecules, source)
+    dropped = bad[["row", "smiles"]].assign(reason=bad["reason"].map(REASONS))
+    dropped.insert(0, "source", str(source))
+    return molecules, dropped
+
+
+def describe_unusable(reasons, rows, smiles, total, source, examples=3):
+    """Returns one sentence a reason: how many molecules, and the first rows with their SMILES."""
+    sentences = []
+    for reason, text in REASONS.items():
+        found = [(row, s) for why, row, s in zip(reasons, rows, smiles, strict=True) if why == reason]
+        if found:
+            first = ", ".join(f"row {row}: {s!r}" for row, s in found[:examples])
+            sentences.append(f"{len(found)} of {total} SMILES in {source} {text}, first at {first}.")
+    return " ".join(sentences)
+
+
+def warn_of_conflicting_labels(molecules, source):
+    """Warns of molecules that stand in the file more than once, as the model reads them, with different labels."""
+    spread = molecules.groupby("text")["label"].agg(["size", "min", "max"])
+    conflicting = spread[spread["max"] > spread["min"]]
+    if len(conflicting):
+        logger.warning(
+            "%s: molecules that stand in several rows with different labels: %d, in %d rows (largest "
+            "difference %.2f). They are repeated or differ in stereo alone; the model gives each one prediction.",
+            source,
+            len(conflicting),
+            conflicting["size"].sum(),
+            (conflicting["max"] - conflicting["min"]).max(),
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- splits
+
+
+def split_groups(groups, num_held_out, seed):
+    """Returns a boolean array: which rows are held out, such that no group has rows on both sides.
+
+    Groups are taken in random order while they fit into `num_held_out` rows. Groups larger than half of it stay on the
+    training side (as chemprop's balanced scaffold split has it): one large scaffold would otherwise be the test set.
+    """
+    groups = pd.Series(groups).reset_index(drop=True)
+    members = [np.asarray(rows) for rows in groups.groupby(groups, sort=True).indices.values()]
+    held_out = np.zeros(len(groups), dtype=bool)
+    for index in np.random.default_rng(seed).permutation(len(members)):
+        rows = members[index]
+        if len(rows) <= max(1, num_held_out / 2) and held_out.sum() + len(rows) <= num_held_out:
+            held_out[rows] = True
+    return held_out
+
+
+def assign_splits(molecules, data_args, seed):
+    """Returns the split of every molecule, an array of "train", "validation" and "test".
+
+    Random: groups of stereo twins in random order. Scaffold: groups of one Bemis-Murcko scaffold. File: row numbers in
+    `--split_file`, or the `split` column that separate files gave. With `--protocol paper` rows are split at random
+    without regard to twins, and there is no validation part.
+
+    Raises:
+        InputError: if a split would be empty, or if a given split is no partition of rows of the file.
+    """
+    paper = data_args.protocol == "paper"
+    if data_args.split == "file":
+        split = _given_split(molecules, data_args)
+    else:
+        if data_args.split == "scaffold":
+            groups = [scaffold_of(text) for text in molecules["group"]]
+        else:
+            groups = np.arange(len(molecules)) if paper else molecules["group"].to_numpy()
+        split = np.full(len(molecules), "train", dtype=object)
+        split[split_groups(groups, round(len(molecules) * data_args.test_fraction), seed)] = "test"
+    if not paper and not (split == "validation").any():
+        rest = np.flatnonzero(split == "train")
+        if data_args.split == "scaffold":
+            groups = [scaffold_of(text) for text in molecules["group"].to_numpy()[rest]]
+        else:
+            groups = molecules["group"].to_numpy()[rest]
+        split[rest[split_groups(groups, round(len(rest) * data_args.validation_fraction), seed)]] = "validation"
+    counts = {name: int((split == name).sum()) for name in SPLITS if name != "validation" or not paper}
+    if min(counts.values()) == 0:
+        raise InputError(
+            f"{len(molecules)} molecules cannot be split: {counts}. Give more molecules, or change --test_fraction "
+            "and --validation_fraction."
+        )
+    return split
+
+
+def _given_split(molecules, data_args):
+    if data_args.split_file is None:
+        if data_args.test_file is None:
+            raise InputError("--validation_file alone gives no test set. Pass --test_file too.")
+        return molecules["split"].to_numpy(dtype=object)
+    try:
+        given = json.loads(Path(data_args.split_file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--split_file {data_args.split_file} cannot be read as JSON: {error}") from error
+    lists = [given.get(name) or [] for name in SPLITS] if isinstance(given, dict) else []
+    right = all(isinstance(rows, list) and all(type(row) is int for row in rows) for rows in lists)
+    if not right or not lists or not lists[0] or not lists[2]:
+        raise InputError(f'{data_args.split_file} needs the keys "train" and "test" with lists of row numbers.')
+    position = {row: index for index, row in enumerate(molecules["row"])}
+    split = np.full(len(molecules), "", dtype=object)
+    for name, rows in zip(SPLITS, lists, strict=True):
+        for row in rows:
+            if row not in position:
+                raise InputError(f"Row {row} of {name} in {data_args.split_file} is not among the usable molecules.")
+            if split[position[row]]:
+                raise InputError(f"Row {row} is in {split[position[row]]} and in {name} of {data_args.split_file}.")
+            split[position[row]] = name
+    return split
+
+
+def load_molecules(tokenizer, model_args, data_args, training_args):
+    """Reads, checks and splits the molecules that the arguments name.
+
+    Returns:
+        `pandas.DataFrame` of `prepare_molecules` with the column `split`, rows of no split left out; the hash of the
+        split (`str`); and the dropped rows (`pandas.DataFrame`).
+    Raises:
+        InputError: if file, molecules, labels or splits cannot be used.
+    """
+    columns = {"smiles_column": data_args.smiles_column, "label_column": data_args.label_column}
+    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    if data_args.dataset_name is not None:
+        source = files["train"] = data_args.dataset_name
+        tables = {"train": read_hub_dataset(source, data_args.dataset_config_name, model_args.cache_dir, **columns)}
+    else:
+        tables = {"train": read_table(files["train"], **columns)}
+    tables |= {name: read_table(files[name], **columns) for name in ("validation", "test") if files[name] is not None}
+    prepared = [prepare_molecules(table, tokenizer, data_args, files[name]) for name, table in tables.items()]
+    molecules = pd.concat(
+        [part.assign(split=name) for name, (part, _) in zip(tables, prepared, strict=True)], ignore_index=True
+    )
+    seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
+    molecules["split"] = assign_splits(molecules, data_args, seed)
+    molecules = molecules[molecules["split"] != ""].reset_index(drop=True)
+    warn_of_leaks(molecules)
+    dropped = pd.concat([rows for _, rows in prepared], ignore_index=True)
+    return molecules, split_hash(molecules, molecules["split"]), dropped
+
+
+def warn_of_leaks(molecules):
+    """Warns of test molecules that are also, as stereo twins at least, in training or validation."""
+    test = molecules["split"] == "test"
+    seen = set(molecules.loc[~test, "group"])
+    leaked = int(molecules.loc[test, "group"].isin(seen).sum())
+    if leaked:
+        logger.warning(
+            "%d of %d test molecules are, stereo aside, also among the molecules of training and validation: the test "
+            "numbers are optimistic",
+            leaked,
+            test.sum(),
+        )
+
+
+def split_hash(molecules, split):
+    """Returns a short hash of which molecule is in which split; equal whatever the order of the rows."""
+    lines = sorted(f"{part}\t{group}" for part, group in zip(split, molecules["group"], strict=True) if part)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------------- metrics and baselines
+
+
+def regression_metrics(predictions, labels):
+    """Returns MSE, RMSE, MAE, R², Pearson and Spearman correlation, computed by a local `evaluate.Metric`.
+
+    A value that is not defined (a correlation with a constant, R² of one molecule) is left out.
+    """
+    metric = _metric_class()(keep_in_memory=True)
+    return metric.compute(predictions=np.ravel(predictions), references=np.ravel(labels))
+
+
+def _metric_class():
+    # built on demand: `evaluate` takes a second to import, and `--help` does not need it
+    import datasets
+    import evaluate
+    from scipy import stats
+    from sklearn import metrics
+
+    class RegressionMetrics(evaluate.Metric):
+        def _info(self):
+            return evaluate.MetricInfo(
+                description="MSE, RMSE, MAE, R², Pearson and Spearman correlation.",
+                citation="",
+                inputs_description="predictions and references in label units",
+                features=datasets.Features(
+                    {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+                ),
+            )
+
+        def _compute(self, predictions, references):
+            predictions, references = np.asarray(predictions), np.asarray(references)
+            mse = metrics.mean_squared_error(references, predictions)
+            values = {"mse": mse, "rmse": mse**0.5, "mae": metrics.mean_absolute_error(references, predictions)}
+            if len(references) > 1:
+                if np.ptp(references) > 0:
+                    values["r2"] = metrics.r2_score(references, predictions)
+                if np.ptp(references) > 0 and np.ptp(predictions) > 0:
+                    values["pearson"] = stats.pearsonr(references, predictions).statistic
+                    values["spearman"] = stats.spearmanr(references, predictions).statistic
+            return {name: float(value) for name, value in values.items()}
+
+    return RegressionMetrics
+
+
+def morgan_counts(texts, radius=2, size=2048):
+    """Returns Morgan count fingerprints, shape (N, size)."""
+    from rdkit.Chem import rdFingerprintGenerator
+
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=size)
+    return np.array([generator.GetCountFingerprintAsNumPy(Chem.MolFromSmiles(text)) for text in texts], dtype=float)
+
+
+def baseline_predictions(molecules, split):
+    """Returns predictions for all molecules of two models that a reader can judge numbers by.
+
+    `mean` predicts the mean label of the training part; `fingerprint_ridge` is ridge regression on Morgan counts
+    (radius 2, 2,048 bits), its penalty chosen on the validation part (in the training part by leave-one-out, if there
+    is no validation part).
+    """
+    from sklearn.linear_model import Ridge, RidgeCV
+
+    features, labels = morgan_counts(molecules["group"]), molecules["label"].to_numpy()
+    train, validation = split == "train", split == "validation"
+    alphas = (1, 3, 10, 30, 100, 300)
+    if validation.any():
+        models = [Ridge(alpha=alpha).fit(features[train], labels[train]) for alpha in alphas]
+        errors = [np.mean((m.predict(features[validation]) - labels[validation]) ** 2) for m in models]
+        ridge = models[int(np.argmin(errors))]
+    else:
+        ridge = RidgeCV(alphas=alphas).fit(features[train], labels[train])
+    return {"mean": np.full(len(labels), labels[train].mean()), "fingerprint_ridge": ridge.predict(features)}
+
+
+def metrics_table(rows):
+    """Returns a text table of (model, split, n, metrics) rows, one line a row, in label units."""
+    lines = [f"{'model':<20} {'split':<11} {'n':>6} {'MSE':>10} {'RMSE':>10} {'MAE':>10} {'R²':>10}"]
+    for model, split, count, values in rows:
+        numbers = " ".join(
+            f"{values[name]:10.4f}" if name in values else f"{'':10}" for name in ("mse", "rmse", "mae", "r2")
+        )
+        lines.append(f"{model:<20} {split:<11} {count:>6} {numbers}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------- files and plots
+
+
+def write_text(text, path):
+    """Writes a file whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(values, path):
+    """Writes JSON whole or not at all; NaN is refused, because it is no JSON."""
+    write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", path)
+
+
+def write_csv(frame, path):
+    """Writes a CSV whole or not at all."""
+    write_text(frame.to_csv(index=False, lineterminator="\n"), path)
+
+
+def plot_parity(predictions, labels, metrics, path, unit="logD7.4"):
+    """Draws predicted against measured values of the test set, with the line of perfect prediction."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = min(np.min(labels), np.min(predictions)), max(np.max(labels), np.max(predictions))
+    margin = 0.05 * (high - low or 1)
+    axes.plot([low - margin, high + margin], [low - margin, high + margin], color="0.6", linewidth=1, zorder=1)
+    axes.scatter(labels, predictions, s=10, alpha=0.5, linewidths=0, zorder=2)
+    axes.set(xlabel=f"measured {unit}", ylabel=f"predicted {unit}", aspect="equal")
+    r2 = f", R² {metrics['r2']:.3f}" if "r2" in metrics else ""
+    axes.set_title(
+        f"Test set, n = {len(labels)}: RMSE {metrics['rmse']:.3f}, MAE {metrics['mae']:.3f}{r2}", fontsize=10
+    )
+    axes.set_xlim(low - margin, high + margin)
+    axes.set_ylim(low - margin, high + margin)
+    _save_figure(figure, path)
+
+
+def plot_losses(log_history, path, held_out="validation"):
+    """Draws training and held-out loss by epoch, from a trainer's log."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, name in (("loss", "training"), ("eval_loss", held_out)):
+        points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry and "epoch" in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 50 else None, markersize=4, label=name)
+    held = [(entry["eval_loss"], entry["epoch"]) for entry in log_history if "eval_loss" in entry]
+    if held:
+        axes.axvline(min(held)[1], color="0.6", linewidth=1, linestyle="--", label=f"lowest {held_out} loss")
+    axes.set(xlabel="epoch", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    _save_figure(figure, path)
+
+
+def _save_figure(figure, path):
+    temporary = Path(path).with_suffix(".part.png")
+    figure.savefig(temporary, dpi=150)
+    os.replace(temporary, path)
