@@ -122,11 +122,13 @@ class DataTrainingArguments:
     label_column: str | None = field(
         default=None, metadata={"help": "Column of the label. Default: the one called label, exp, y or target."}
     )
+    label_name: str = field(default="logD7.4", metadata={"help": "What plots call the label, with its unit."})
     smiles_form: str = field(
         default="canonical",
         metadata={
             "choices": ["canonical", "isomeric", "raw"],
-            "help": "RDKit-canonical without stereo (as MoLFormer was pre-trained), canonical with it, or as given.",
+            "help": "RDKit-canonical without stereo (as MoLFormer was pre-trained), canonical with it, or as given "
+            "(a corpus is then not parsed).",
         },
     )
     invalid_smiles: str = field(

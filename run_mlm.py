@@ -61,37 +61,53 @@ def is_corpus(path):
 
 
 def read_corpus(path, data_args, cache_dir=None):
-    """Returns a memory-mapped `datasets.Dataset` with one column `smiles`.
+    """Returns a text, CSV or TSV file as a memory-mapped `datasets.Dataset`; the column of text is `smiles`.
 
     Raises:
-        InputError: if the file is absent, empty, not UTF-8 or has no SMILES column.
+        InputError: if the file is absent, empty or not UTF-8, or has no SMILES column.
     """
     import datasets
 
-    from utils_molecules import SMILES_COLUMNS, find_column
+    from utils_molecules import read_header
 
-    if not Path(path).is_file():
-        raise InputError(f"There is no file {path}. Pass --train_file FILE with a text file, CSV or TSV.")
+    columns, separator = read_header(path)
     text = is_corpus(path)
-    options = {"encoding": "utf-8-sig"} if text else {"encoding": "utf-8-sig", "dtype": str, "keep_default_na": False}
-    if not text and ".tsv" in Path(path).suffixes:
-        options["sep"] = "\t"
+    if text:
+        options = {}
+    else:
+        options = {"sep": separator, "usecols": [find_smiles(columns, data_args, path)], "keep_default_na": False}
     try:
         corpus = datasets.load_dataset(
-            "text" if text else "csv", data_files=str(path), split="train", cache_dir=cache_dir, **options
+            "text" if text else "csv",
+            data_files=str(path),
+            split="train",
+            encoding="utf-8-sig",
+            cache_dir=cache_dir,
+            **options,
         )
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         reason = error.__cause__ or error
         raise InputError(f"{path} cannot be read as UTF-8 {'text' if text else 'CSV'}: {reason}") from error
-    columns = corpus.column_names
-    column = (
-        columns[0] if text else find_column(columns, data_args.smiles_column, SMILES_COLUMNS, "--smiles_column", path)
-    )
+    return corpus.rename_column(corpus.column_names[0], "smiles") if text else corpus
+
+
+def find_smiles(columns, data_args, source):
+    """Returns the name of the SMILES column; an `InputError` if there is none."""
+    from utils_molecules import SMILES_COLUMNS, find_column
+
+    column = find_column(columns, data_args.smiles_column, SMILES_COLUMNS, "--smiles_column", source)
     if column is None:
-        raise InputError(f"{path} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
+        raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
+    return column
+
+
+def take_smiles(corpus, data_args, source):
+    """Returns the column of the SMILES alone, called `smiles`; an `InputError` if there is none, or no row."""
+    column = find_smiles(corpus.column_names, data_args, source)
     if not len(corpus):
-        raise InputError(f"{path} holds no molecule.")
-    return corpus.select_columns([column]).rename_column(column, "smiles") if column != "smiles" else corpus
+        raise InputError(f"{source} holds no molecule.")
+    corpus = corpus.select_columns([column])
+    return corpus if column == "smiles" else corpus.rename_column(column, "smiles")
 
 
 def encode_batch(batch, tokenizer, smiles_form, max_length):
@@ -99,7 +115,7 @@ def encode_batch(batch, tokenizer, smiles_form, max_length):
     from utils_molecules import canonicalize, encode_smiles
 
     # a .smi line may name its molecule after the SMILES
-    texts = [(line.split() or [""])[0] for line in batch["smiles"]]
+    texts = [((line or "").split() or [""])[0] for line in batch["smiles"]]
     if smiles_form != "raw":
         texts = [canonicalize(text, smiles_form) for text in texts]
     ids, problems = encode_smiles([text or "" for text in texts], tokenizer)
@@ -177,7 +193,7 @@ class SmilesMaskingCollator:
 
         batch = self.tokenizer.pad([{"input_ids": e["input_ids"]} for e in examples], return_tensors="pt")
         ids = batch["input_ids"]  # (B, T)
-        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(ids.numpy().tobytes()))
+        generator = torch.Generator().manual_seed(zlib.crc32(ids.numpy().tobytes(), self.seed % 2**32))
         specials = torch.tensor(
             [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id]
         )
@@ -212,37 +228,40 @@ def mlm_metrics(output):
 
 
 def load_data(tokenizer, model_args, data_args, mlm_args, training_args):
-    """Returns training data, held-out data, the hash of the split (`None` for a corpus) and the dropped rows."""
-    import pandas as pd
+    """Returns training data, held-out data, the hash of the split (`None` for a corpus) and the dropped rows.
 
+    Molecules with labels are split as run_regression.py splits them, and its test molecules are not learned. A part of
+    a corpus is held out, and of labeled molecules where `--protocol paper` gives no validation part.
+    """
     from trainer_regression import to_dataset
-    from utils_molecules import LABEL_COLUMNS, find_column, load_molecules, read_header
+    from utils_molecules import LABEL_COLUMNS, find_column, load_hub_dataset, load_molecules, read_header
 
-    path = data_args.train_file
-    if path is not None and not is_corpus(path):
-        columns = read_header(path)[0]
-        labeled = find_column(columns, data_args.label_column, LABEL_COLUMNS, "--label_column", path) is not None
+    held_out = digest = None
+    if data_args.dataset_name is not None:
+        source = data_args.dataset_name
+        corpus = load_hub_dataset(source, data_args.dataset_config_name, model_args.cache_dir)
+        columns = corpus.column_names
     else:
-        labeled = path is None
-    if labeled:
-        molecules, digest, _ = load_molecules(tokenizer, model_args, data_args, training_args)
-        parts = [molecules[molecules["split"] == part] for part in ("train", "validation")]
-        logger.info("%s has labels: learning the %d training molecules of its split alone", path, len(parts[0]))
-        train, held_out = (to_dataset(part, with_labels=False) for part in parts)
+        source = data_args.train_file
+        columns = [] if is_corpus(source) else read_header(source)[0]
+    if find_column(columns, data_args.label_column, LABEL_COLUMNS, "--label_column", source) is not None:
+        molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
+        parts = {name: to_dataset(rows, with_labels=False) for name, rows in molecules.groupby("split")}
+        train, held_out = parts["train"], parts.get("validation")
+        logger.info("%s has labels: learning the training molecules of its split alone", source)
     else:
-        digest = None
-        train, dropped = encode_corpus(
-            read_corpus(path, data_args, model_args.cache_dir), tokenizer, data_args, mlm_args, path
-        )
+        if data_args.dataset_name is None:
+            corpus = read_corpus(source, data_args, model_args.cache_dir)
+        train, dropped = encode_corpus(take_smiles(corpus, data_args, source), tokenizer, data_args, mlm_args, source)
         if data_args.validation_file is not None:
-            held_out = read_corpus(data_args.validation_file, data_args, model_args.cache_dir)
-            held_out, more = encode_corpus(held_out, tokenizer, data_args, mlm_args, data_args.validation_file)
-            dropped = pd.concat([dropped, more], ignore_index=True)
-        else:
-            size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
-            seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
-            parts = train.train_test_split(test_size=size, seed=seed)
-            train, held_out = parts["train"], parts["test"]
+            corpus = take_smiles(
+                read_corpus(data_args.validation_file, data_args, model_args.cache_dir), data_args, source
+            )
+            held_out, _ = encode_corpus(corpus, tokenizer, data_args, mlm_args, data_args.validation_file)
+    if held_out is None:
+        size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
+        seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
+        train, held_out = train.train_test_split(test_size=size, seed=seed).values()
     if data_args.max_train_samples is not None:
         train = train.select(range(min(len(train), data_args.max_train_samples)))
     if data_args.max_eval_samples is not None:

@@ -6,7 +6,6 @@
 resume exactly, a learning rate for the head); `RegressionTrainer` adds labels in their own unit.
 """
 
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -224,15 +223,11 @@ class MolformerTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
-        # training_args.bin would hold a Hub token in plain bytes
-        args, self.args = (
-            self.args,
-            dataclasses.replace(self.args, hub_token=None) if self.args.hub_token else self.args,
-        )
+        token, self.args.hub_token = self.args.hub_token, None  # training_args.bin would hold it in plain bytes
         try:
             super()._save(output_dir, state_dict)
         finally:
-            self.args = args
+            self.args.hub_token = token
 
 
 class RegressionTrainer(MolformerTrainer):
@@ -344,7 +339,9 @@ def write_reports(trainer, parts, predictions, digest, data_args):
         lines.append((baseline, "test", int(test.sum()), values[baseline]))
         metrics |= {f"test_{key}_{baseline}": value for key, value in values[baseline].items()}
 
-    plot_parity(predictions["test"], parts["test"]["label"], values["test"], output_dir / "parity.png")
+    plot_parity(
+        predictions["test"], parts["test"]["label"], values["test"], output_dir / "parity.png", data_args.label_name
+    )
     if any("eval_loss" in entry for entry in trainer.state.log_history):
         held_out = "validation" if "validation" in parts else "test"
         plot_losses(trainer.state.log_history, output_dir / "loss_curves.png", held_out)

@@ -97,10 +97,8 @@ def read_header(path):
     return next(csv.reader([header], delimiter=separator)), separator
 
 
-def read_hub_dataset(
-    name, config_name=None, cache_dir=None, smiles_column=None, label_column=None, require_label=True
-):
-    """Reads the `train` split of a Hub data set in the form of `read_table`.
+def load_hub_dataset(name, config_name=None, cache_dir=None):
+    """Returns the `train` split of a Hub data set (`datasets.Dataset`).
 
     Raises:
         InputError: if the Hub or the data set is not reachable; the message says how to go on without it.
@@ -108,12 +106,19 @@ def read_hub_dataset(
     import datasets
 
     try:
-        table = datasets.load_dataset(name, config_name, cache_dir=cache_dir, split="train").to_pandas()
+        return datasets.load_dataset(name, config_name, cache_dir=cache_dir, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise InputError(
             f"The data set {name} cannot be loaded from the Hub ({type(error).__name__}: {error}). Without a network "
             "pass --train_file FILE with a local CSV."
         ) from error
+
+
+def read_hub_dataset(
+    name, config_name=None, cache_dir=None, smiles_column=None, label_column=None, require_label=True
+):
+    """Reads the `train` split of a Hub data set in the form of `read_table`."""
+    table = load_hub_dataset(name, config_name, cache_dir).to_pandas()
     table = table.map(lambda value: "" if value is None else str(value))
     return _to_molecules(table, name, smiles_column, label_column, require_label)
 
@@ -501,7 +506,7 @@ def write_csv(frame, path):
     write_text(frame.to_csv(index=False, lineterminator="\n"), path)
 
 
-def plot_parity(predictions, labels, metrics, path, unit="logD7.4"):
+def plot_parity(predictions, labels, metrics, path, label_name):
     """Draws predicted against measured values of the test set, with the line of perfect prediction."""
     from matplotlib.figure import Figure
 
@@ -511,7 +516,7 @@ def plot_parity(predictions, labels, metrics, path, unit="logD7.4"):
     margin = 0.05 * (high - low or 1)
     axes.plot([low - margin, high + margin], [low - margin, high + margin], color="0.6", linewidth=1, zorder=1)
     axes.scatter(labels, predictions, s=10, alpha=0.5, linewidths=0, zorder=2)
-    axes.set(xlabel=f"measured {unit}", ylabel=f"predicted {unit}", aspect="equal")
+    axes.set(xlabel=f"measured {label_name}", ylabel=f"predicted {label_name}", aspect="equal")
     r2 = f", R² {metrics['r2']:.3f}" if "r2" in metrics else ""
     axes.set_title(
         f"Test set, n = {len(labels)}: RMSE {metrics['rmse']:.3f}, MAE {metrics['mae']:.3f}{r2}", fontsize=10

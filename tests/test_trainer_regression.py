@@ -33,6 +33,7 @@ def molecules():
 
 
 def make_trainer(tiny_checkpoint, molecules, args):
+    torch.manual_seed(0)  # the head is new
     model = MolformerForRegression.from_pretrained(
         tiny_checkpoint, redraw_features=False, hidden_dropout_prob=0.0, embedding_dropout_prob=0.0
     )

@@ -842,7 +842,7 @@ def colored(path):
 def test_the_parity_plot_shows_its_points(tmp_path, count):
     labels, noise = np.random.default_rng(0).normal(size=(2, count))
     predictions = labels + noise
-    plot_parity(predictions, labels, regression_metrics(predictions, labels), tmp_path / "parity.png")
+    plot_parity(predictions, labels, regression_metrics(predictions, labels), tmp_path / "parity.png", "logD7.4")
     assert colored(tmp_path / "parity.png") > 1e-5 * count
     assert [file.name for file in tmp_path.iterdir()] == ["parity.png"]
 
