@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from arguments import EMBEDDED_VOCABULARY, InputError
 from modeling_molformer_reg import MolformerConfig
@@ -167,20 +166,36 @@ def _not_loaded(what, source, error):
 # ------------------------------------------------------------------------------------------------------------ trainers
 
 
-class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """Batches of like length in an order that is a function of seed and epoch, so that a resumed run repeats it."""
+class LengthGroupedBatchSampler(Sampler):
+    """Indices of which each run of `batch_size` has like length, in an order that is a function of seed and epoch.
 
-    def __init__(self, batch_size, lengths, seed):
-        super().__init__(batch_size, lengths=list(lengths))
+    Two things differ from the library's sampler: the batches are shuffled (there, fifty batches in turn go from long
+    to short molecules, and the model follows them: validation errors jumped between epochs), and a resumed run
+    repeats the order.
+    """
+
+    def __init__(self, batch_size, lengths, seed, window=50):
+        self.batch_size = batch_size
+        self.lengths = torch.as_tensor(lengths)
         self.seed = seed
+        self.window = window  # batches that are sorted together: more saves padding, fewer mixes better
         self.epoch = 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
+    def __len__(self):
+        return len(self.lengths)
+
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**32)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        batches = []
+        for rows in order.split(self.window * self.batch_size):
+            batches += rows[self.lengths[rows].argsort(descending=True, stable=True)].split(self.batch_size)
+        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # must stay last
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+        return iter(torch.cat(shuffled + rest).tolist())
 
 
 class MolformerTrainer(Trainer):
@@ -190,9 +205,10 @@ class MolformerTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        lengths = self.train_dataset[self.args.length_column_name]  # the argument has lost this column
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochLengthGroupedSampler(batch_size, lengths, seed)
+        lengths = self.train_dataset[self.args.length_column_name][:]  # the argument has lost this column
+        # what all processes take for one step of the optimizer
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedBatchSampler(batch_size, lengths, seed)
 
     def _get_eval_sampler(self, eval_dataset):
         # In the data set's order: the parent groups by length here too, and predictions would come permuted.

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from arguments import EMBEDDED_DATA, InputError, ModelArguments, TrainingArguments
 from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM, MolformerForRegression
 from trainer_regression import (
-    EpochLengthGroupedSampler,
+    LengthGroupedBatchSampler,
     RegressionTrainer,
     build_tokenizer,
     load_model,
@@ -95,14 +95,24 @@ def test_head_gets_its_own_learning_rate(tiny_checkpoint, molecules, tmp_path):
 
 def test_batches_hold_molecules_of_like_length_in_an_order_set_by_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(10, 90, 2000).tolist()
-    sampler = EpochLengthGroupedSampler(16, lengths, seed=1)
+    sampler = LengthGroupedBatchSampler(16, lengths, seed=1)
     first = list(sampler)
     assert sorted(first) == list(range(2000)) and list(sampler) == first
     spread = [np.ptp([lengths[i] for i in first[k : k + 16]]) for k in range(0, 2000, 16)]
     assert np.mean(spread) < 0.1 * np.ptp(lengths)
+    means = np.array([np.mean([lengths[i] for i in first[k : k + 16]]) for k in range(0, 2000, 16)])
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3  # no long-to-short order between batches
     sampler.set_epoch(1)
     assert list(sampler) != first
-    assert list(EpochLengthGroupedSampler(16, lengths, seed=2)) != first
+    assert list(LengthGroupedBatchSampler(16, lengths, seed=2)) != first
+
+
+def test_an_incomplete_batch_comes_last():
+    sampler = LengthGroupedBatchSampler(4, [5, 9, 1, 7, 3, 8, 2, 6, 4, 10], seed=0, window=2)
+    order = list(sampler)
+    assert sorted(order) == list(range(10)) and len(sampler) == 10
+    lengths = [sampler.lengths[i].item() for i in order]
+    assert all(lengths[k : k + 4] == sorted(lengths[k : k + 4], reverse=True) for k in (0, 4, 8))
 
 
 def test_predictions_come_in_the_order_of_the_rows(tiny_checkpoint, molecules, tmp_path):
