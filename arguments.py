@@ -390,10 +390,17 @@ def clear_run(output_dir):
         (output_dir / name).unlink(missing_ok=True)
 
 
-def begin_writing(training_args, checkpoint):
-    """Prepares the output folder when all input was checked: an old run goes, and the new one is marked unfinished."""
+def begin_writing(training_args, checkpoint, source=None):
+    """Prepares the output folder when all input was checked: an old run goes, and the new one is marked unfinished.
+
+    Raises:
+        InputError: if the old run's checkpoints would go, and the model comes from one of them (`source`).
+    """
+    replace = checkpoint is None and training_args.do_train
+    if replace and source is not None and Path(training_args.output_dir).resolve() in Path(source).resolve().parents:
+        raise InputError(f"--output_dir {training_args.output_dir} would replace {source}. Give another --output_dir.")
     if training_args.should_save:
-        if checkpoint is None:
+        if replace:
             clear_run(training_args.output_dir)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(training_args.output_dir) / UNFINISHED).touch()

@@ -297,7 +297,7 @@ def main(model_args, data_args, mlm_args, training_args):
         compute_metrics=mlm_metrics,
         preprocess_logits_for_metrics=score_tokens,
     )
-    begin_writing(training_args, checkpoint)
+    begin_writing(training_args, checkpoint, model_args.model_name_or_path)
     if len(dropped) and trainer.is_world_process_zero():
         write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
 

@@ -64,7 +64,7 @@ def main(model_args, data_args, training_args):
         eval_dataset=to_dataset(parts[held_out]),
         processing_class=tokenizer,
     )
-    begin_writing(training_args, checkpoint)
+    begin_writing(training_args, checkpoint, model_args.model_name_or_path)
 
     if len(dropped) and trainer.is_world_process_zero():
         write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
@@ -74,6 +74,7 @@ def main(model_args, data_args, training_args):
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         metrics = {**result.metrics, "train_samples": len(parts["train"])}
+        metrics["trainable_parameters"] = model.num_parameters(only_trainable=True)
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()

@@ -1,11 +1,13 @@
 """What pre-training is worth: the embedded checkpoint against the same model from scratch and two baselines.
 
-    python studies/foundation.py     # 3 seeds, split and seed vary together; about 20 minutes on two cores
+    python studies/foundation.py     # 5 runs to find learning rates, then 3 seeds of each model; half an hour
 
-Runs run_regression.py with its defaults (random split) for each seed, once from models/molformer-mini and once from
-random weights, and writes results/foundation.json: test MSE, MAE and R² in logD units of every run, of ridge
-regression on Morgan fingerprints and of the mean predictor on the same splits, mean and standard deviation over
-seeds, the commands, versions and hardware. Runs that are finished are not run again.
+Runs run_regression.py with its defaults (random split), once from models/molformer-mini and once from random weights:
+first at several learning rates with the default seed, of which the one with the lowest validation MSE is taken, then
+for each seed (split and seed vary together). Writes results/foundation.json: test MSE, RMSE, MAE and R² of every run
+(logD units), of ridge regression on Morgan fingerprints and of the mean predictor on the same splits, mean and standard
+deviation over seeds, validation MSE of every learning rate, the commands, versions and hardware. Runs that are finished
+are not run again.
 """
 
 import argparse
@@ -16,27 +18,32 @@ import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {
-    "embedded": [],
-    "from_scratch": ["--config_name", "configs/molformer-mini.json", "--learning_rate", "1e-3"],
-}
+MODELS = {"embedded": [], "from_scratch": ["--config_name", "configs/molformer-mini.json"]}
+RATES = {"embedded": ("1.5e-4", "3e-4", "6e-4"), "from_scratch": ("3e-4", "1e-3")}
+TUNING_SEED = 42
 BASELINES = {"fingerprint_ridge": "_fingerprint_ridge", "mean_predictor": "_mean"}
-METRICS = ("mse", "mae", "r2")
+METRICS = ("mse", "rmse", "mae", "r2")
 
 
-def run(name, seed, folder):
+def run(name, rate, seed, folder, threads):
     """Runs one cell, unless it is finished, and returns its results and its command."""
-    output_dir = folder / f"{name}-{seed}"
-    flags = [*MODELS[name], "--seed", str(seed), "--output_dir", os.path.relpath(output_dir, ROOT)]
-    command = ["run_regression.py", *flags]
+    output_dir = folder / f"{name}-{rate}-{seed}"
+    flags = [*MODELS[name], "--learning_rate", rate, "--seed", str(seed)]
+    command = ["run_regression.py", *flags, "--output_dir", os.path.relpath(output_dir, ROOT)]
     if not (output_dir / "predict_results.json").exists():
-        arguments = [*command, "--overwrite_output_dir", "--disable_tqdm", "true"]
-        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+        subprocess.run(
+            [sys.executable, *command, "--overwrite_output_dir", "--disable_tqdm", "true"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
     return json.loads((output_dir / "all_results.json").read_text()), shlex.join(["python", *command])
 
 
@@ -44,7 +51,7 @@ def summarize(values):
     """Returns mean, sample standard deviation and the values themselves."""
     return {
         "mean": statistics.mean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "sd": statistics.stdev(values),
         "values": values,
     }
 
@@ -65,32 +72,66 @@ def _lines(path):
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+def markdown(rows):
+    """Returns the table of the README: mean ± sample standard deviation over seeds, in logD units."""
+    lines = ["| model | test MSE | RMSE | MAE | R² | trained parameters |", "| --- " + "| ---: " * 5 + "|"]
+    for row in rows:
+        cells = [f"{row[f'test_{m}']['mean']:.3f} ± {row[f'test_{m}']['sd']:.3f}" for m in METRICS]
+        parameters = f"{row['trainable_parameters']:,}" if "trainable_parameters" in row else ""
+        lines.append(f"| {' | '.join([row['name'].replace('_', ' '), *cells, parameters])} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of split and training")
     parser.add_argument("--folder", type=Path, default=ROOT / "work" / "foundation", help="where the runs are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "foundation.json", help="the results file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; they share the cores")
     args = parser.parse_args()
+    threads = max(1, os.cpu_count() // args.jobs)
 
-    runs = {name: [run(name, seed, args.folder) for seed in args.seeds] for name in MODELS}
+    with ThreadPoolExecutor(args.jobs) as pool:
+
+        def run_all(cells):
+            return list(pool.map(lambda cell: run(*cell, args.folder, threads), cells))
+
+        tuning_cells = [(name, rate, TUNING_SEED) for name in MODELS for rate in RATES[name]]
+        tuning = [
+            {"name": name, "learning_rate": rate, "validation_mse": values["validation_mse"], "command": command}
+            for (name, rate, _), (values, command) in zip(tuning_cells, run_all(tuning_cells), strict=True)
+        ]
+        best = {
+            name: min((row for row in tuning if row["name"] == name), key=lambda row: row["validation_mse"])
+            for name in MODELS
+        }
+        cells = [(name, best[name]["learning_rate"], seed) for name in MODELS for seed in args.seeds]
+        results = dict(zip(cells, run_all(cells), strict=True))
+
     rows = []
-    for name, cells in runs.items():
-        row = {"name": name, "split": "random", "command": cells[0][1]}
-        row |= {f"test_{m}": summarize([values[f"test_{m}"] for values, _ in cells]) for m in METRICS}
-        row["train_seconds"] = summarize([values["train_runtime"] for values, _ in cells])
+    for name in MODELS:
+        runs = [result for cell, result in results.items() if cell[0] == name]
+        row = {"name": name, "split": "random", "learning_rate": best[name]["learning_rate"], "command": runs[0][1]}
+        row |= {f"test_{m}": summarize([values[f"test_{m}"] for values, _ in runs]) for m in METRICS}
+        row["trainable_parameters"] = runs[0][0]["trainable_parameters"]
         rows.append(row)
-    for name, suffix in BASELINES.items():  # every run computes them; the split is the same for both models
-        cells = runs["embedded"]
-        row = {"name": name, "split": "random", "command": cells[0][1]}
-        row |= {f"test_{m}": summarize([values[f"test_{m}{suffix}"] for values, _ in cells]) for m in METRICS}
-        rows.append(row)
-    report = {"command": "python studies/foundation.py", "seeds": args.seeds, "unit": "logD7.4", "machine": machine()}
+    runs = [result for cell, result in results.items() if cell[0] == "embedded"]
+    for name, suffix in BASELINES.items():  # every run computes them; both models have the same splits
+        row = {"name": name, "split": "random", "command": runs[0][1]}
+        rows.append(
+            row | {f"test_{m}": summarize([values[f"test_{m}{suffix}"] for values, _ in runs]) for m in METRICS}
+        )
+    report = {
+        "command": "python studies/foundation.py",
+        "seeds": args.seeds,
+        "unit": "logD7.4",
+        "machine": machine() | {"threads_a_run": threads},
+        "rows": rows,
+        "tuning": tuning,
+    }
     args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps({**report, "rows": rows}, indent=2) + "\n")
-    print(f"{'model':<18} {'test MSE':>16} {'MAE':>16} {'R²':>16}")
-    for row in rows:
-        cells = [f"{row[f'test_{m}']['mean']:.3f} ± {row[f'test_{m}']['sd'] or 0:.3f}" for m in METRICS]
-        print(f"{row['name']:<18} " + " ".join(f"{cell:>16}" for cell in cells))
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

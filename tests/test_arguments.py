@@ -626,6 +626,22 @@ def test_a_run_is_marked_unfinished_until_it_ends(tmp_path):
     assert not (tmp_path / "run" / "predictions.csv").exists()
 
 
+def test_a_run_does_not_replace_the_checkpoint_that_it_starts_from(tmp_path):
+    training_args, _ = arguments_for(tmp_path)
+    source = checkpoint(tmp_path, 10)
+    with pytest.raises(InputError, match="would replace"):
+        begin_writing(training_args, None, str(source))
+    assert source.exists()
+
+
+def test_evaluation_alone_removes_no_training_results(tmp_path):
+    training_args, _ = arguments_for(tmp_path)
+    training_args.do_train = False
+    (tmp_path / "train_results.json").write_text("{}")
+    begin_writing(training_args, None, str(tmp_path))
+    assert (tmp_path / "train_results.json").exists()
+
+
 # --------------------------------------------------------------------------------------------------- running a script
 
 

@@ -1,0 +1,43 @@
+"""README.md and the model card say what the result files say, and name files that are there."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from studies.foundation import markdown
+
+
+def test_results_table_is_that_of_the_study():
+    """Reference: results/foundation.json, which `python studies/foundation.py` wrote."""
+    report = json.loads((ROOT / "results" / "foundation.json").read_text())
+    assert markdown(report["rows"]) in (ROOT / "README.md").read_text()
+
+
+def test_pretraining_is_clearly_better_than_from_scratch():
+    rows = json.loads((ROOT / "results" / "foundation.json").read_text())["rows"]
+    mse = {row["name"]: row["test_mse"]["values"] for row in rows}
+    assert all(a < b for a, b in zip(mse["embedded"], mse["from_scratch"], strict=True))
+    assert all(a < b for a, b in zip(mse["embedded"], mse["mean_predictor"], strict=True))
+
+
+def test_model_card_tells_the_steps_that_training_logged():
+    """Reference: trainer_state.json, which run_mlm.py wrote."""
+    folder = ROOT / "models" / "molformer-mini"
+    card = (folder / "README.md").read_text()
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    for entry in (entry for entry in history if "eval_loss" in entry):
+        numbers = (entry["eval_loss"], entry["eval_perplexity"], entry["eval_masked_accuracy"])
+        line = " | ".join([f"| {entry['step']:,}", *(f"{number:.3f}" for number in numbers)])
+        assert line in card
+
+
+@pytest.mark.parametrize("document", ["README.md", "data/README.md", "models/molformer-mini/README.md"])
+def test_documents_name_files_that_exist(document):
+    path = ROOT / document
+    text = path.read_text()
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert all((path.parent / link).exists() for link in linked), linked
+    shipped = re.findall(r"`((?:data|configs|models|results|studies|tests)/[\w./-]*)`", text)
+    assert all((ROOT / name).exists() for name in shipped), shipped
