@@ -399,6 +399,8 @@ def begin_writing(training_args, checkpoint, source=None):
     replace = checkpoint is None and training_args.do_train
     if replace and source is not None and Path(training_args.output_dir).resolve() in Path(source).resolve().parents:
         raise InputError(f"--output_dir {training_args.output_dir} would replace {source}. Give another --output_dir.")
+    if training_args.world_size > 1:
+        torch.distributed.barrier()  # no process may find the folder that another one has begun to write
     if training_args.should_save:
         if replace:
             clear_run(training_args.output_dir)

@@ -1,13 +1,13 @@
 """What pre-training is worth: the embedded checkpoint against the same model from scratch and two baselines.
 
-    python studies/foundation.py     # 5 runs to find learning rates, then 3 seeds of each model; half an hour
+    python studies/foundation.py     # 6 runs to find learning rates, then 3 seeds of each model; half an hour
 
 Runs run_regression.py with its defaults (random split), once from models/molformer-mini and once from random weights:
 first at several learning rates with the default seed, of which the one with the lowest validation MSE is taken, then
 for each seed (split and seed vary together). Writes results/foundation.json: test MSE, RMSE, MAE and R² of every run
-(logD units), of ridge regression on Morgan fingerprints and of the mean predictor on the same splits, mean and standard
-deviation over seeds, validation MSE of every learning rate, the commands, versions and hardware. Runs that are finished
-are not run again.
+(logD units), of ridge regression on Morgan fingerprints and of the mean predictor on the same splits, mean and
+standard deviation over seeds, validation MSE of every learning rate, the commands, versions and hardware. Runs that
+are finished are not run again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"embedded": [], "from_scratch": ["--config_name", "configs/molformer-mini.json"]}
-RATES = {"embedded": ("1.5e-4", "3e-4", "6e-4"), "from_scratch": ("3e-4", "1e-3")}
+RATES = {"embedded": ("1.5e-4", "3e-4", "6e-4"), "from_scratch": ("1e-4", "3e-4", "1e-3")}
 TUNING_SEED = 42
 BASELINES = {"fingerprint_ridge": "_fingerprint_ridge", "mean_predictor": "_mean"}
 METRICS = ("mse", "rmse", "mae", "r2")

@@ -1,0 +1,43 @@
+"""models/molformer-mini: size, form, and that it learned what it was trained for."""
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from arguments import EMBEDDED_CHECKPOINT, EMBEDDED_DATA
+from conftest import ROOT
+from run_mlm import SmilesMaskingCollator, score_tokens
+from trainer_regression import build_tokenizer
+from utils_molecules import canonicalize
+
+
+def test_it_is_small_safe_and_loads_through_the_auto_classes():
+    folder = ROOT / "models" / "molformer-mini"
+    assert not list(folder.glob("*.bin")) and not list(folder.glob("*.py"))
+    assert (folder / "model.safetensors").stat().st_size < 20e6
+    model = AutoModelForMaskedLM.from_pretrained(EMBEDDED_CHECKPOINT)
+    assert type(model).__name__ == "MolformerForMaskedLM" and model.num_parameters() == 4_622_080
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    regression = AutoModelForSequenceClassification.from_pretrained(EMBEDDED_CHECKPOINT)
+    assert regression.head_is_new and regression.config.num_labels == 1
+
+
+def test_its_tokenizer_is_the_one_built_from_the_vocabulary():
+    smiles = pd.read_csv(EMBEDDED_DATA)["SMILES"].tolist()
+    loaded = AutoTokenizer.from_pretrained(EMBEDDED_CHECKPOINT)
+    assert loaded(smiles)["input_ids"] == build_tokenizer()(smiles)["input_ids"]
+
+
+def test_it_predicts_masked_tokens_of_molecules_that_it_has_not_seen():
+    """Lipophilicity molecules were kept out of its corpus. The most frequent token would be right in about a fifth."""
+    smiles = [canonicalize(s, "canonical") for s in pd.read_csv(EMBEDDED_DATA)["SMILES"][::20]]
+    tokenizer = build_tokenizer()
+    examples = [{"input_ids": ids} for ids in tokenizer(smiles)["input_ids"]]
+    batch = SmilesMaskingCollator(tokenizer, 0.15, seed=0)(examples)
+    model = AutoModelForMaskedLM.from_pretrained(EMBEDDED_CHECKPOINT).eval()
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        right, _, count = score_tokens(model(**batch).logits, labels).sum(dim=0).tolist()
+    frequent = np.bincount(labels[labels >= 0]).max() / count
+    assert right / count > 0.75 > 2 * frequent
