@@ -317,7 +317,8 @@ def main(model_args, data_args, mlm_args, training_args):
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
         if trainer.is_world_process_zero():
-            plot_losses(trainer.state.log_history, Path(training_args.output_dir) / "loss_curves.png", "held-out")
+            path = Path(training_args.output_dir) / "loss_curves.png"
+            plot_losses(trainer.state.log_history, path, "held-out", "cross-entropy of a masked token")
     end_writing(training_args)
 
 

@@ -360,7 +360,8 @@ def write_reports(trainer, parts, predictions, digest, data_args):
     )
     if any("eval_loss" in entry for entry in trainer.state.log_history):
         held_out = "validation" if "validation" in parts else "test"
-        plot_losses(trainer.state.log_history, output_dir / "loss_curves.png", held_out)
+        loss_name = "mean squared error of standardized labels"
+        plot_losses(trainer.state.log_history, output_dir / "loss_curves.png", held_out, loss_name)
     text = metrics_table(lines)
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."

@@ -526,8 +526,8 @@ def plot_parity(predictions, labels, metrics, path, label_name):
     _save_figure(figure, path)
 
 
-def plot_losses(log_history, path, held_out="validation"):
-    """Draws training and held-out loss by epoch, from a trainer's log."""
+def plot_losses(log_history, path, held_out, loss_name):
+    """Draws training and held-out loss by epoch, from a trainer's log; `loss_name` says which loss it is."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -540,7 +540,7 @@ def plot_losses(log_history, path, held_out="validation"):
     held = [(entry["eval_loss"], entry["epoch"]) for entry in log_history if "eval_loss" in entry]
     if held:
         axes.axvline(min(held)[1], color="0.6", linewidth=1, linestyle="--", label=f"lowest {held_out} loss")
-    axes.set(xlabel="epoch", ylabel="loss")
+    axes.set(xlabel="epoch", ylabel=loss_name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     _save_figure(figure, path)

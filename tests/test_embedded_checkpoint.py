@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 import torch
+from conftest import ROOT
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from arguments import EMBEDDED_CHECKPOINT, EMBEDDED_DATA
-from conftest import ROOT
 from run_mlm import SmilesMaskingCollator, score_tokens
 from trainer_regression import build_tokenizer
 from utils_molecules import canonicalize

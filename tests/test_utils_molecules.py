@@ -852,7 +852,7 @@ def test_the_loss_plot_shows_both_curves(tmp_path):
     held_out = [{"epoch": float(epoch), "eval_loss": 1.5 / epoch} for epoch in range(1, 8)]
     shown = []
     for log, name in ((training, "one.png"), (training + held_out, "both.png")):
-        plot_losses([*log, {"epoch": 7.0, "train_runtime": 1.0}], tmp_path / name)
+        plot_losses([*log, {"epoch": 7.0, "train_runtime": 1.0}], tmp_path / name, "validation", "loss")
         shown.append(colored(tmp_path / name))
     assert 1e-4 < shown[0] < shown[1]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["both.png", "one.png"]
