@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 from studies.foundation import markdown
+from trainer_regression import LEARNING_RATES
 
 
 def test_results_table_is_that_of_the_study():
@@ -41,3 +42,11 @@ def test_documents_name_files_that_exist(document):
     assert all((path.parent / link).exists() for link in linked), linked
     shipped = re.findall(r"`((?:data|configs|models|results|studies|tests)/[\w./-]*)`", text)
     assert all((ROOT / name).exists() for name in shipped), shipped
+
+
+def test_default_learning_rate_is_the_one_found_on_validation():
+    """Reference: the learning rates tried in results/foundation.json."""
+    tuning = json.loads((ROOT / "results" / "foundation.json").read_text())["tuning"]
+    embedded = [row for row in tuning if row["name"] == "embedded"]
+    best = min(embedded, key=lambda row: row["validation_mse"])
+    assert len(embedded) >= 3 and float(best["learning_rate"]) == LEARNING_RATES["default"]
