@@ -50,3 +50,13 @@ def test_default_learning_rate_is_the_one_found_on_validation():
     embedded = [row for row in tuning if row["name"] == "embedded"]
     best = min(embedded, key=lambda row: row["validation_mse"])
     assert len(embedded) >= 3 and float(best["learning_rate"]) == LEARNING_RATES["default"]
+
+
+def test_example_output_is_that_of_make_run():
+    """Reference: results/make_run.json, which `python studies/make_run.py` wrote."""
+    report = json.loads((ROOT / "results" / "make_run.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    assert report["run_seconds"] < 360 and f"{report['run_seconds']:.0f} s on two cores" in text
+    for name in ("train", "validation", "test"):
+        numbers = " ".join(f"{report['results'][f'{name}_{metric}']:10.4f}" for metric in ("mse", "rmse", "mae", "r2"))
+        assert f"MoLFormer            {name:<11} {report['results'][f'{name}_samples']:>6} {numbers}" in text
