@@ -157,10 +157,13 @@ def check_split(config, digest, data_args, checkpoint=None):
 
 
 def _not_loaded(what, source, error):
-    advice = (
-        "" if Path(source).exists() else " Pass the path of a local folder, or a Hub name where there is a network."
+    if Path(source).exists():
+        return f"The {what} in {source} cannot be loaded: {error}"
+    reason = str(error).splitlines()[0]  # the rest lists what else the library would have tried
+    return (
+        f"There is no local folder {source}, and the {what} cannot be fetched from the Hub ({reason}). Without a network "
+        "pass the path of a local folder, such as models/molformer-mini."
     )
-    return f"The {what} of {source} cannot be loaded: {error}{advice}"
 
 
 # ------------------------------------------------------------------------------------------------------------ trainers

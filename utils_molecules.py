@@ -245,13 +245,18 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
     return molecules, dropped
 
 
+def shorten(text, most=60):
+    """Returns a text that fits into a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def describe_unusable(reasons, rows, smiles, total, source, examples=3):
     """Returns one sentence a reason: how many molecules, and the first rows with their SMILES."""
     sentences = []
     for reason, text in REASONS.items():
         found = [(row, s) for why, row, s in zip(reasons, rows, smiles, strict=True) if why == reason]
         if found:
-            first = ", ".join(f"row {row}: {s!r}" for row, s in found[:examples])
+            first = ", ".join(f"row {row}: {shorten(s)!r}" for row, s in found[:examples])
             sentences.append(f"{len(found)} of {total} SMILES in {source} {text}, first at {first}.")
     return " ".join(sentences)
 
