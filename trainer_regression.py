@@ -159,10 +159,9 @@ def check_split(config, digest, data_args, checkpoint=None):
 def _not_loaded(what, source, error):
     if Path(source).exists():
         return f"The {what} in {source} cannot be loaded: {error}"
-    reason = str(error).splitlines()[0]  # the rest lists what else the library would have tried
     return (
-        f"There is no local folder {source}, and the {what} cannot be fetched from the Hub ({reason}). Without a network "
-        "pass the path of a local folder, such as models/molformer-mini."
+        f"There is no local folder {source}, and the {what} of that name cannot be fetched from the Hub: wrong name, no "
+        "access, or no network. Pass the path of a local folder, such as models/molformer-mini."
     )
 
 
