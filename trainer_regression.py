@@ -160,8 +160,8 @@ def _not_loaded(what, source, error):
     if Path(source).exists():
         return f"The {what} in {source} cannot be loaded: {error}"
     return (
-        f"There is no local folder {source}, and the {what} of that name cannot be fetched from the Hub: wrong name, no "
-        "access, or no network. Pass the path of a local folder, such as models/molformer-mini."
+        f"There is no local folder {source}, and the {what} of that name cannot be fetched from the Hub: wrong name, "
+        "no access, or no network. Pass the path of a local folder, such as models/molformer-mini."
     )
 
 
