@@ -227,3 +227,56 @@ def test_run_killed_in_mid_epoch_resumes_to_the_same_metrics(tiny_checkpoint, co
     expected, values = results(tmp_path / "whole"), results(folder)
     for name in expected:
         assert values[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_encoding_tells_what_is_wrong_with_each_line():
+    tokenizer = build_tokenizer()
+    lines = ["OCC ethanol", "C1CC", "", None, "C" * 30, "c1ccccc1"]
+    encoded = run_mlm.encode_batch({"smiles": lines}, tokenizer, "canonical", 20)
+    assert encoded["reason"] == ["", "invalid", "invalid", "invalid", "too_long", ""]
+    assert encoded["input_ids"][0] == tokenizer("CCO")["input_ids"] and encoded["length"][0] == 5
+    raw = run_mlm.encode_batch({"smiles": ["CXC", "[Zz]", "C1CC"]}, tokenizer, "raw", 20)
+    assert raw["reason"] == ["lost", "unknown", ""]  # not parsed, but nothing is lost in silence
+
+
+def test_validation_file_of_a_corpus_is_held_out_whole(corpus, tiny_checkpoint, tmp_path):
+    (tmp_path / "v.txt").write_text("CCO\nCCC\nCCCC\n")
+    parsed = parse("--train_file", corpus, "--validation_file", tmp_path / "v.txt", "--model_name_or_path",
+        tiny_checkpoint, "--output_dir", tmp_path / "x", "--cache_dir", tmp_path / "cache", "--max_train_samples", 7,
+        "--max_eval_samples", 2)  # fmt: skip
+    train, held_out, digest, _ = run_mlm.load_data(build_tokenizer(), *parsed)
+    assert len(train) == 7 and digest is None
+    assert [row["input_ids"] for row in held_out] == [build_tokenizer()(s)["input_ids"] for s in ("CCO", "CCC")]
+
+
+def test_paper_protocol_holds_out_training_molecules_and_never_learns_test_molecules(
+    tiny_checkpoint, small_table, tmp_path
+):
+    parsed = parse("--train_file", small_table, "--protocol", "paper", "--model_name_or_path", tiny_checkpoint,
+        "--output_dir", tmp_path / "x")  # fmt: skip
+    train, held_out, _, _ = run_mlm.load_data(build_tokenizer(), *parsed)
+    assert (len(train), len(held_out)) == (115, 13)  # of the 128 on the training side; 32 are the test set
+
+
+@pytest.mark.parametrize("share", ["0", "1", "-0.1"])
+def test_impossible_masking_share_is_refused(share, capsys):
+    with pytest.raises(SystemExit):
+        parse("--mlm_probability", share)
+    assert "--mlm_probability" in capsys.readouterr().err
+
+
+def test_hub_data_set_without_network_is_explained(tiny_checkpoint, tmp_path):
+    parsed = parse("--dataset_name", "nobody/nothing", "--model_name_or_path", tiny_checkpoint, "--output_dir",
+        tmp_path / "x", "--cache_dir", tmp_path / "cache")  # fmt: skip
+    with pytest.raises(InputError, match="--train_file"):
+        run_mlm.load_data(build_tokenizer(), *parsed)
+
+
+def test_dropped_lines_are_listed_in_the_output_folder(tiny_checkpoint, tmp_path):
+    (tmp_path / "c.txt").write_text("C1CC\n" * 5 + "CCO\n" * 5)
+    parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--output_dir",
+        tmp_path / "x", "--cache_dir", tmp_path / "cache", "--invalid_smiles", "drop", "--num_train_epochs", 1,
+        "--disable_tqdm", "true")  # fmt: skip
+    run_mlm.main(*parsed)
+    listed = pd.read_csv(tmp_path / "x" / "dropped_molecules.csv")
+    assert listed["row"].tolist() == [0, 1, 2, 3, 4]
