@@ -248,6 +248,8 @@ class TrainingArguments(transformers.TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name} is {value}; give a positive number.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed is {self.seed}; give a number from 0 up, below 2**32.")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise ValueError(f"--num_train_epochs is {self.num_train_epochs}; give a positive number.")
 
@@ -349,8 +351,9 @@ def find_checkpoint(training_args, data_args):
             )
         logger.info("Resuming from %s", path)
         return str(path)
-    if output_dir.is_file():
-        raise InputError(f"The output folder {output_dir} is a file. Give another --output_dir.")
+    for path in (output_dir, *output_dir.parents):
+        if path.is_file():
+            raise InputError(f"The output folder {output_dir} cannot be: {path} is a file. Give another --output_dir.")
     if not output_dir.is_dir() or data_args.overwrite_output_dir or not any(output_dir.iterdir()):
         return None
     if last_complete_checkpoint(output_dir) is not None and (output_dir / UNFINISHED).exists():

@@ -412,9 +412,19 @@ def regression_metrics(predictions, labels):
     """Returns MSE, RMSE, MAE, R², Pearson and Spearman correlation, computed by a local `evaluate.Metric`.
 
     A value that is not defined (a correlation with a constant, R² of one molecule) is left out.
+
+    Raises:
+        InputError: if a prediction is not finite.
     """
+    predictions = np.ravel(predictions)
+    broken = int((~np.isfinite(predictions)).sum())
+    if broken:
+        raise InputError(
+            f"{broken} of {len(predictions)} predictions are not finite: the training diverged, or the checkpoint is "
+            "broken. Lower --learning_rate, or use another checkpoint."
+        )
     metric = _metric_class()(keep_in_memory=True)
-    return metric.compute(predictions=np.ravel(predictions), references=np.ravel(labels))
+    return metric.compute(predictions=predictions, references=np.ravel(labels))
 
 
 def _metric_class():

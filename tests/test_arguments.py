@@ -693,3 +693,13 @@ def test_bad_input_ends_a_script_as_one_line_and_exit_status_2(tmp_path, flags):
     assert "Traceback" not in finished.stderr
     assert finished.stdout == ""
     assert not (tmp_path / "x").exists()
+
+
+def test_a_negative_seed_is_refused(capsys):
+    assert "--seed is -1" in refusal(capsys, "--seed", "-1")
+
+
+def test_an_output_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        find_checkpoint(*arguments_for(tmp_path / "file" / "run"))

@@ -921,3 +921,9 @@ def test_a_saved_tokenizer_reloads_equal(embedded, tokenizer, tmp_path):
     texts = embedded["smiles"].head(100).tolist()
     assert reloaded(texts)["input_ids"] == tokenizer(texts)["input_ids"]
     assert reloaded.model_input_names == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_predictions_that_are_not_finite_are_told_as_divergence(value):
+    with pytest.raises(InputError, match="1 of 2 predictions are not finite.*--learning_rate"):
+        regression_metrics([1.0, value], [1.0, 2.0])
