@@ -6,6 +6,7 @@
 output folder.
 """
 
+import copy
 import json
 import logging
 import math
@@ -158,6 +159,11 @@ class DataTrainingArguments:
         default=0.1, metadata={"help": "Share of the training side held out to choose the best epoch."}
     )
     split_seed: int | None = field(default=None, metadata={"help": "Seed of the split. Default: --seed."})
+    augment_smiles: int = field(
+        default=0,
+        metadata={"help": "Random SMILES of every training molecule that are learned beside its own; an epoch then "
+        "takes so many times longer."},
+    )  # fmt: skip
     protocol: str = field(
         default="default",
         metadata={
@@ -186,6 +192,8 @@ class DataTrainingArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} is {value}; give a positive number.")
+        if self.augment_smiles < 0:
+            raise ValueError(f"--augment_smiles is {self.augment_smiles}; give a number from 0 up.")
         if self.dataset_name is not None and self.train_file is not None:
             raise ValueError(
                 f"--dataset_name {self.dataset_name} and --train_file {self.train_file}: give one of them."
@@ -309,8 +317,12 @@ def run_script(main, dataclasses, defaults, description):
         sys.exit(2)
 
 
-def setup_run(training_args, data_args):
+def setup_run(training_args, data_args, ensemble=False):
     """Starts a run: logging, seed, output folder. Returns the checkpoint to resume from, or `None`.
+
+    Args:
+        ensemble (`bool`): whether the output folder holds members in folders of their own; it is then itself what is
+            returned.
 
     Raises:
         InputError: if the output folder holds a run and no flag says what to do with it; if a checkpoint to resume
@@ -335,14 +347,20 @@ def setup_run(training_args, data_args):
         training_args.output_dir,
     )
     set_seed(training_args.seed)
-    return find_checkpoint(training_args, data_args)
+    return find_checkpoint(training_args, data_args, ensemble)
 
 
-def find_checkpoint(training_args, data_args):
+def find_checkpoint(training_args, data_args, ensemble=False):
     """Returns the checkpoint folder that --resume_from_checkpoint means, or `None` for a new run."""
     output_dir = Path(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
     if resume is not None and str(resume).lower() not in ("false", "no", "0"):
+        if ensemble:
+            if str(resume).lower() not in ("true", "yes", "1") or not member_folders(output_dir):
+                raise InputError(
+                    f"There is no ensemble to resume in {output_dir}. Leave --resume_from_checkpoint out."
+                )
+            return str(output_dir)
         last = last_complete_checkpoint(output_dir)
         path = last if str(resume).lower() in ("true", "yes", "1") else Path(resume)
         if path is None or not _is_complete(path):
@@ -356,7 +374,8 @@ def find_checkpoint(training_args, data_args):
             raise InputError(f"The output folder {output_dir} cannot be: {path} is a file. Give another --output_dir.")
     if not output_dir.is_dir() or data_args.overwrite_output_dir or not any(output_dir.iterdir()):
         return None
-    if last_complete_checkpoint(output_dir) is not None and (output_dir / UNFINISHED).exists():
+    begun = last_complete_checkpoint(output_dir) is not None or member_folders(output_dir)
+    if begun and (output_dir / UNFINISHED).exists():
         raise InputError(
             f"The output folder {output_dir} holds an interrupted run. Continue it with --resume_from_checkpoint "
             "true, replace it with --overwrite_output_dir, or give another --output_dir."
@@ -365,6 +384,26 @@ def find_checkpoint(training_args, data_args):
         f"The output folder {output_dir} is not empty. Replace the run in it with --overwrite_output_dir, or give "
         "another --output_dir."
     )
+
+
+def member_folders(output_dir):
+    """Returns the folders of an ensemble's members, first member first; an empty list for any other folder."""
+    folders = [f for f in Path(output_dir).glob("member-*") if re.fullmatch(r"member-\d+", f.name)]
+    return sorted(folders, key=lambda f: int(f.name.split("-")[1]))
+
+
+def member_arguments(training_args, number):
+    """Returns the arguments of one member of an ensemble, which has a seed and a folder of its own."""
+    member_args = copy.copy(training_args)
+    member_args.seed = training_args.seed + number
+    member_args.output_dir = str(Path(training_args.output_dir) / f"member-{number}")
+    return member_args
+
+
+def is_finished(folder):
+    """Whether a run wrote all its files into the folder."""
+    folder = Path(folder)
+    return (folder / "all_results.json").exists() and not (folder / UNFINISHED).exists()
 
 
 def last_complete_checkpoint(output_dir):
@@ -389,6 +428,8 @@ def clear_run(output_dir):
     for folder in output_dir.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             shutil.rmtree(folder)
+    for folder in member_folders(output_dir):
+        shutil.rmtree(folder)
     for name in RUN_FILES:
         (output_dir / name).unlink(missing_ok=True)
 

@@ -8,10 +8,11 @@ of the Hub's remote-code MoLFormer (`ibm/MoLFormer-XL-both-10pct`) by key name a
 
 Ross et al., Large-scale chemical language representations capture molecular structure and properties, Nature Machine
 Intelligence 4 (2022), https://arxiv.org/abs/2106.09553. Shape letters: B batch, T tokens, H heads, D head size, C
-hidden size, F random features, L layers, K labels, V vocabulary.
+hidden size, F random features, L layers, K labels, M descriptors, V vocabulary.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -32,7 +33,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 
 
 ROTARY_BASE = 10000.0
-HEAD_PREFIXES = ("lm_head.", "classifier.")
+HEAD_PREFIXES = ("lm_head.", "descriptor_head.", "classifier.")
+DESCRIPTOR_LIMIT = 10.0  # standard deviations; single molecules lie thousands of them away and would rule the loss
 
 
 class MolformerConfig(PreTrainedConfig):
@@ -53,6 +55,8 @@ class MolformerConfig(PreTrainedConfig):
         label_mean, label_std (`list[float]`, *optional*): K means and standard deviations of the training labels, in
             label units. `None` stands for 0 and 1.
         label_names (`list[str]`, *optional*): K names of the labels.
+        descriptor_names (`list[str]`, *optional*): M names of RDKit descriptors that `MolformerForMaskedLM` predicts
+            beside the masked tokens; `None` for none.
 
     Raises:
         ValueError: if a number or name cannot describe a model.
@@ -87,6 +91,7 @@ class MolformerConfig(PreTrainedConfig):
         label_mean=None,
         label_std=None,
         label_names=None,
+        descriptor_names=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -112,6 +117,7 @@ class MolformerConfig(PreTrainedConfig):
         self.label_mean = label_mean
         self.label_std = label_std
         self.label_names = label_names
+        self.descriptor_names = descriptor_names
         if "id2label" not in kwargs:
             kwargs.setdefault("num_labels", 1)  # a regression on one label, not the library's two classes
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -327,15 +333,23 @@ class MolformerPreTrainedModel(PreTrainedModel):
     # rotary tables that some published checkpoints carry; ours are computed
     _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\."]
 
-    head_is_new = True  # until a checkpoint brings one
+    new_heads = HEAD_PREFIXES  # those that are still random; a checkpoint brings some
 
     def __init__(self, config, *args, **kwargs):
         config.validate_values()
         super().__init__(config, *args, **kwargs)
 
+    @property
+    def head_is_new(self):
+        """Whether a head of this model is still random."""
+        return bool(self.new_heads)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
+        if isinstance(module, MolformerDescriptorHead):
+            init.zeros_(module.mean)
+            init.ones_(module.std)
         if isinstance(module, MolformerFeatureMap):
             weight = module.weight
             init.copy_(weight, draw_random_features(1, *weight.shape, device=weight.device, dtype=weight.dtype)[0])
@@ -372,10 +386,10 @@ class MolformerPreTrainedModel(PreTrainedModel):
             unexpected = [key for key in unexpected if not key.startswith(HEAD_PREFIXES)]
         if unexpected:  # the other task's head is not in this list
             raise ValueError(f"{source} holds weights that fit nothing in {type(self).__name__}: {_some(unexpected)}.")
-        head = {k for k in self.state_dict() if k.startswith(HEAD_PREFIXES)} - self.all_tied_weights_keys.keys()
-        if missing and set(missing) != head:
+        heads = {k for k in self.state_dict() if k.startswith(HEAD_PREFIXES)} - self.all_tied_weights_keys.keys()
+        self.new_heads = tuple(prefix for prefix in HEAD_PREFIXES if any(k.startswith(prefix) for k in missing))
+        if set(missing) != {k for k in heads if k.startswith(self.new_heads)}:
             raise ValueError(f"{source} holds the head of {type(self).__name__} in part; missing: {_some(missing)}.")
-        self.head_is_new = bool(missing)
         # names the source's remote code; set to our classes when the model is saved
         self.config.__dict__.pop("auto_map", None)
 
@@ -502,10 +516,46 @@ class MolformerLMHead(nn.Module):
         return self.decoder(self.transform(hidden_states))
 
 
-class MolformerForMaskedLM(MolformerPreTrainedModel):
-    """MoLFormer with the masked-language-modeling head; `tie_word_embeddings` shares the decoder's weights."""
+class MolformerDescriptorHead(nn.Module):
+    """A linear layer from the masked mean to M descriptors, whose mean and standard deviation are saved with it."""
 
-    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^classifier\."]
+    def __init__(self, config):
+        super().__init__()
+        self.out_proj = nn.Linear(config.hidden_size, len(config.descriptor_names))
+        self.register_buffer("mean", torch.zeros(len(config.descriptor_names)))
+        self.register_buffer("std", torch.ones(len(config.descriptor_names)))
+
+    @torch.no_grad()
+    def set_scale(self, mean, std):
+        """Stores the scale of the descriptors, each of shape (M,); constant ones are only centered."""
+        self.mean.copy_(torch.as_tensor(mean))
+        self.std.copy_(torch.where(torch.as_tensor(std) > 0, torch.as_tensor(std), 1.0))
+
+    def standardize(self, descriptors):
+        """Returns standardized descriptors (B, M): what is not finite becomes 0, the mean, and limits hold."""
+        standardized = (descriptors - self.mean) / self.std
+        standardized = torch.where(standardized.isfinite(), standardized, 0.0)
+        return standardized.clamp(-DESCRIPTOR_LIMIT, DESCRIPTOR_LIMIT)
+
+    def forward(self, pooled):
+        return self.out_proj(pooled)
+
+
+@dataclass
+class MolformerMaskedLMOutput(MaskedLMOutput):
+    """`MaskedLMOutput`, and `descriptor_logits` (B, M): standardized descriptors, where the model has such a head."""
+
+    descriptor_logits: torch.FloatTensor | None = None
+
+
+class MolformerForMaskedLM(MolformerPreTrainedModel):
+    """MoLFormer with the masked-language-modeling head; `tie_word_embeddings` shares the decoder's weights.
+
+    With `config.descriptor_names` there is a second head: multi-task regression of RDKit descriptors from the masked
+    mean (Ahmad et al., ChemBERTa-2, 2022, https://arxiv.org/abs/2209.01712).
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^classifier\.", r"^descriptor_head\."]
     _tied_weights_keys = {"lm_head.decoder.weight": "molformer.embeddings.word_embeddings.weight"}
     accepts_loss_kwargs = True  # forward takes num_items_in_batch, so accumulated batches weigh every token alike
 
@@ -513,6 +563,8 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         super().__init__(config)
         self.molformer = MolformerModel(config)
         self.lm_head = MolformerLMHead(config)
+        if config.descriptor_names:
+            self.descriptor_head = MolformerDescriptorHead(config)
         self.post_init()
 
     def get_output_embeddings(self):
@@ -528,20 +580,25 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         position_ids=None,
         inputs_embeds=None,
         labels=None,
+        descriptors=None,
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
         num_items_in_batch=None,
     ):
-        """Returns `MaskedLMOutput`: the mean cross-entropy over labeled tokens, and logits (B, T, V).
+        """Returns `MolformerMaskedLMOutput`: the loss, and logits (B, T, V).
 
-        In training with `labels` the logits are computed at the N labeled tokens only, shape (N, V): they are 15 % of
-        the tokens and the decoder is wide.
+        The loss is the mean cross-entropy over labeled tokens, or the mean squared error of standardized descriptors,
+        or the sum of both. In training with `labels` the logits are computed at the N labeled tokens only, shape
+        (N, V): they are 15 % of the tokens and the decoder is wide. With `descriptors` alone there are none.
 
         Args:
             labels (`torch.LongTensor`, *optional*): shape (B, T), token ids, -100 where nothing is to be predicted.
+            descriptors (`torch.Tensor`, *optional*): shape (B, M), in the units of RDKit.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): labeled tokens in all accumulated batches; the
                 loss is then the sum divided by it.
+        Raises:
+            ValueError: if `descriptors` are given to a model without a head for them, or their number is another.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.molformer(
@@ -553,21 +610,38 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        states, loss = outputs.last_hidden_state, None
-        if labels is not None and self.training:
-            labeled = labels != -100
-            states, labels = states[labeled], labels[labeled]  # (N, C), (N,)
-        logits = self.lm_head(states)
+        states, loss, logits, descriptor_logits = outputs.last_hidden_state, None, None, None
+        share = 1.0  # of this batch among the accumulated ones
+        if labels is not None or descriptors is None:
+            if labels is not None and self.training:
+                labeled = labels != -100
+                states, labels = states[labeled], labels[labeled]  # (N, C), (N,)
+            logits = self.lm_head(states)
         if labels is not None:
             total = nn.functional.cross_entropy(
                 logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.shape[-1]),
                 labels.reshape(-1),
                 reduction="sum",
             )
-            count = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = total / count
-        output = MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            labeled = (labels != -100).sum()
+            count = labeled.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss, share = total / count, labeled / count
+        if self.config.descriptor_names:
+            descriptor_logits = self.descriptor_head(outputs.pooler_output)  # (B, M)
+        if descriptors is not None:
+            expected = (len(outputs.pooler_output), len(self.config.descriptor_names or ()))
+            if tuple(descriptors.shape) != expected:
+                raise ValueError(f"descriptors have shape {tuple(descriptors.shape)}, the model's {expected}.")
+            target = self.descriptor_head.standardize(descriptors)
+            precision = torch.promote_types(descriptor_logits.dtype, torch.float32)
+            squares = nn.functional.mse_loss(descriptor_logits.to(precision), target.to(precision))
+            loss = squares * share if loss is None else loss + squares * share
+        output = MolformerMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            descriptor_logits=descriptor_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
         return output if return_dict else output.to_tuple()
 
@@ -619,7 +693,7 @@ class MolformerForRegression(MolformerPreTrainedModel):
     `MolformerForSequenceClassification` load by key name.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^lm_head\.", r"^descriptor_head\."]
     accepts_loss_kwargs = True
 
     def __init__(self, config):

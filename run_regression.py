@@ -2,24 +2,35 @@
 
     python run_regression.py                        # embedded checkpoint, embedded data, random 80/20 split
     python run_regression.py --protocol paper       # the paper's protocol: no validation part, optimistic numbers
+    python run_regression.py --num_seeds 5 --augment_smiles 4 --predict_augment 10 --output_dir outputs/ensemble
     python run_regression.py --train_file my.csv --label_column y --output_dir outputs/mine
 
 A tenth of the training side is held out to choose the best epoch; the test set is read once, at the end. Writes to
 --output_dir the model (safetensors, config, tokenizer), all_results.json, predictions.csv (SMILES as given, label,
-prediction, error, split), splits.json, a parity plot and loss curves.
+prediction, error, split), splits.json, a parity plot and loss curves. With --num_seeds above 1 the models are in
+member-0, member-1 and so on, and predictions are means over them.
 
 Ross et al., Large-scale chemical language representations capture molecular structure and properties, 2022,
 https://arxiv.org/abs/2106.09553. Wu et al., MoleculeNet, 2018, https://arxiv.org/abs/1703.00564.
 """
 
+import logging
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from transformers import set_seed
 
 from arguments import (
     DataTrainingArguments,
+    InputError,
     ModelArguments,
     TrainingArguments,
     begin_writing,
     end_writing,
+    is_finished,
+    last_complete_checkpoint,
+    member_arguments,
+    member_folders,
     run_script,
     setup_run,
 )
@@ -27,14 +38,79 @@ from arguments import (
 
 DEFAULTS = {"output_dir": "outputs/regression"}
 
+logger = logging.getLogger("molformer.regression")
 
-def main(model_args, data_args, training_args):
-    checkpoint = setup_run(training_args, data_args)
+
+@dataclass
+class RegressionArguments:
+    """How many models are trained, and of how many SMILES a prediction is the mean."""
+
+    num_seeds: int = field(
+        default=1,
+        metadata={
+            "help": "Models that are trained, with the seeds --seed, --seed + 1 and so on, on one split; the mean of "
+            "their predictions is reported, and their standard deviation as prediction_sd."
+        },
+    )
+    predict_augment: int = field(
+        default=0,
+        metadata={
+            "help": "Random SMILES of every molecule that are predicted beside its own; the mean is reported, and the "
+            "standard deviation as augment_sd."
+        },
+    )
+
+    def __post_init__(self):
+        if self.num_seeds < 1:
+            raise ValueError(f"--num_seeds is {self.num_seeds}; give a positive number.")
+        if self.predict_augment < 0:
+            raise ValueError(f"--predict_augment is {self.predict_augment}; give a number from 0 up.")
+
+
+ARGUMENTS = (ModelArguments, DataTrainingArguments, RegressionArguments, TrainingArguments)
+
+
+def plan_members(model_args, training_args, num_seeds, checkpoint):
+    """Returns for each model that will predict: where it starts from, its arguments, and what it resumes from.
+
+    Members of an interrupted ensemble that are finished are not trained again. A folder of an ensemble that is only
+    evaluated gives its members.
+
+    Raises:
+        InputError: if training is to start from an ensemble, or the last seed is too large.
+    """
+    members = member_folders(model_args.model_name_or_path or "")
+    if members and training_args.do_train:
+        raise InputError(
+            f"{model_args.model_name_or_path} holds an ensemble of {len(members)} models; training starts from one. "
+            f"Pass one of them, such as {members[0]}, or --do_predict without --do_train."
+        )
+    if members:
+        return [(replace(model_args, model_name_or_path=str(folder)), training_args, None) for folder in members]
+    if num_seeds == 1 or not training_args.do_train:
+        return [(model_args, training_args, checkpoint)]
+    if training_args.seed + num_seeds > 2**32:
+        raise InputError(f"--seed {training_args.seed} leaves no room for {num_seeds} seeds below 2**32.")
+    plan = []
+    for number in range(num_seeds):
+        member_args = member_arguments(training_args, number)
+        start = None if checkpoint is None else last_complete_checkpoint(member_args.output_dir)
+        if checkpoint is not None and is_finished(member_args.output_dir):
+            member_args.do_train = False
+            plan.append((replace(model_args, model_name_or_path=member_args.output_dir), member_args, None))
+        else:
+            plan.append((model_args, member_args, None if start is None else str(start)))
+    return plan
+
+
+def main(model_args, data_args, regression_args, training_args):
+    checkpoint = setup_run(training_args, data_args, ensemble=regression_args.num_seeds > 1)
 
     # Imported here, so that --help does not wait for RDKit and the data libraries
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import (
         RegressionTrainer,
+        augment,
         check_split,
         load_model,
         load_tokenizer,
@@ -44,57 +120,90 @@ def main(model_args, data_args, training_args):
         to_dataset,
         write_reports,
     )
-    from utils_molecules import load_molecules, write_csv
+    from utils_molecules import load_molecules, plot_losses, regression_metrics, write_csv, write_json
 
-    # Data, tokenizer and model
-    tokenizer = load_tokenizer(model_args)
+    # Data
+    plan = plan_members(model_args, training_args, regression_args.num_seeds, checkpoint)
+    tokenizer = load_tokenizer(plan[0][0])
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
-    model = load_model(MolformerForRegression, model_args, tokenizer, num_labels=1)
-    check_split(model.config, digest, data_args, checkpoint)
     parts = select_parts(molecules, data_args)
-    prepare_head(model, parts["train"], digest, data_args, training_args)
-
-    # Trainer
     held_out = "test" if data_args.protocol == "paper" else "validation"
+    train_set = to_dataset(parts["train"])
+    if data_args.augment_smiles and training_args.do_train:
+        train_set = augment(train_set, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length)
     set_learning_rate(training_args, data_args)
-    trainer = RegressionTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=to_dataset(parts["train"]),
-        eval_dataset=to_dataset(parts[held_out]),
-        processing_class=tokenizer,
-    )
-    begin_writing(training_args, checkpoint, model_args.model_name_or_path)
 
-    if len(dropped) and trainer.is_world_process_zero():
-        write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
+    predictions = {name: [] for name in parts}
+    for number, (member_model_args, member_args, start) in enumerate(plan):
+        # Model
+        member_args.learning_rate = training_args.learning_rate
+        set_seed(member_args.seed)
+        model = load_model(MolformerForRegression, member_model_args, tokenizer, num_labels=1)
+        check_split(model.config, digest, data_args, start)
+        prepare_head(model, parts["train"], digest, data_args, member_args)
 
-    # Train
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        metrics = {**result.metrics, "train_samples": len(parts["train"])}
-        metrics["trainable_parameters"] = model.num_parameters(only_trainable=True)
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        # Trainer
+        trainer = RegressionTrainer(
+            model=model,
+            args=member_args,
+            train_dataset=train_set,
+            eval_dataset=to_dataset(parts[held_out]),
+            processing_class=tokenizer,
+        )
+        if number == 0:  # all input is checked
+            begin_writing(training_args, checkpoint, model_args.model_name_or_path)
+            if len(dropped) and trainer.is_world_process_zero():
+                write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
+        if len(plan) > 1:
+            logger.info("Model %d of %d, seed %d", number + 1, len(plan), member_args.seed)
 
-    # Evaluate
-    if training_args.do_eval:
-        metrics = trainer.evaluate()
-        metrics["eval_samples"] = len(parts[held_out])
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        # Train
+        if member_args.do_train:
+            if member_args is not training_args:
+                begin_writing(member_args, start)
+            result = trainer.train(resume_from_checkpoint=start)
+            trainer.save_model()
+            metrics = {**result.metrics, "train_samples": len(parts["train"])}
+            metrics["train_smiles"] = len(train_set)
+            metrics["trainable_parameters"] = model.num_parameters(only_trainable=True)
+            trainer.log_metrics("train", metrics)
+            trainer.save_metrics("train", metrics)
+            trainer.save_state()
+            if trainer.is_world_process_zero() and any("eval_loss" in entry for entry in trainer.state.log_history):
+                path = Path(member_args.output_dir) / "loss_curves.png"
+                plot_losses(trainer.state.log_history, path, held_out, "mean squared error of standardized labels")
 
-    # Predict
-    if training_args.do_predict:
-        predictions = {name: trainer.predict_molecules(part) for name, part in parts.items()}
-        if trainer.is_world_process_zero():
-            metrics, table = write_reports(trainer, parts, predictions, digest, data_args)
+        # Evaluate
+        if training_args.do_eval:
+            metrics = trainer.evaluate()
+            metrics["eval_samples"] = len(parts[held_out])
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+
+        # Predict
+        if training_args.do_predict:
+            metrics = {}
+            for name, part in parts.items():
+                predicted = trainer.predict_molecules(part, regression_args.predict_augment, data_args.max_length)
+                predictions[name].append(predicted)
+                values = regression_metrics(predicted.mean(axis=1), part["label"])
+                metrics |= {f"{name}_{key}": value for key, value in values.items()}
+            if member_args is not training_args:
+                trainer.save_metrics("predict", metrics)
+        if member_args is not training_args:
+            end_writing(member_args)
+
+    # Report
+    if training_args.do_predict and trainer.is_world_process_zero():
+        output_dir = Path(training_args.output_dir)
+        metrics, table = write_reports(output_dir, parts, predictions, digest, data_args)
+        if len(plan) == 1:
             trainer.save_metrics("predict", metrics)
-            print(table)
+        else:
+            write_json(metrics | {"members": len(plan)}, output_dir / "all_results.json")
+        print(table)
     end_writing(training_args)
 
 
 if __name__ == "__main__":
-    run_script(main, (ModelArguments, DataTrainingArguments, TrainingArguments), DEFAULTS, __doc__)
+    run_script(main, ARGUMENTS, DEFAULTS, __doc__)

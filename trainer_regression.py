@@ -22,9 +22,10 @@ from modeling_molformer_reg import MolformerConfig
 from utils_molecules import (
     SPLITS,
     baseline_predictions,
+    encode_smiles,
     metrics_table,
-    plot_losses,
     plot_parity,
+    random_smiles,
     regression_metrics,
     write_csv,
     write_json,
@@ -94,6 +95,21 @@ def load_tokenizer(model_args):
         raise InputError(_not_loaded("tokenizer", source, error)) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # or the source's remote code would be named in our checkpoints
     return tokenizer
+
+
+def load_config(model_args):
+    """Returns the configuration that the run starts from: that of --config_name, else the checkpoint's.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    source = model_args.config_name or model_args.model_name_or_path
+    try:
+        return MolformerConfig.from_pretrained(
+            source, cache_dir=model_args.cache_dir, revision=model_args.model_revision
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(_not_loaded("configuration", source, error)) from error
 
 
 def load_model(model_class, model_args, tokenizer, **overrides):
@@ -261,24 +277,55 @@ class RegressionTrainer(MolformerTrainer):
         counted = [{"labels": torch.zeros_like(b["labels"])} for b in batch_samples if "labels" in b]
         return super()._get_num_items_in_batch(counted, device)
 
-    def predict_molecules(self, molecules):
-        """Returns predictions for all molecules in their order, in label units, shape (N,).
+    def predict_molecules(self, molecules, num_forms=0, max_length=None):
+        """Returns predictions for all molecules in their order, in label units, shape (N, num_forms + 1).
 
+        The first column is for the SMILES as the model reads it, the others are for random SMILES of the molecule.
         Batches are of like length; the order of rows is restored.
         """
-        order = np.argsort(-molecules["length"].to_numpy(), kind="stable")
-        output = self.predict(to_dataset(molecules.iloc[order], with_labels=False))
-        predictions = np.empty(len(molecules))
-        predictions[order] = output.predictions[:, 0]
-        return predictions
+        dataset = to_dataset(molecules, with_labels=False)
+        if num_forms:
+            dataset = augment(dataset, self.processing_class, num_forms, self.args.seed, max_length)
+        order = np.argsort(-np.asarray(dataset["length"][:]), kind="stable")
+        predictions = np.empty(len(dataset))
+        predictions[order] = self.predict(dataset.select(order)).predictions[:, 0]
+        return predictions.reshape(len(molecules), num_forms + 1)
 
 
 def to_dataset(molecules, with_labels=True):
-    """Returns the `datasets.Dataset` of token ids, lengths and labels that a trainer takes, longest molecule first."""
+    """Returns the `datasets.Dataset` of token ids, lengths and labels that a trainer takes, in the table's order."""
     columns = {"input_ids": molecules["input_ids"].tolist(), "length": molecules["length"].tolist()}
     if with_labels:
         columns["labels"] = molecules["label"].tolist()
     return datasets.Dataset.from_dict(columns)
+
+
+def augment(dataset, tokenizer, count, seed, max_length, num_proc=None):
+    """Returns the data set with `count` random SMILES beside every molecule, which keep its other columns.
+
+    A random SMILES that the tokenizer does not know in full, or that has more than `max_length` tokens, is replaced by
+    the molecule's own. Where molecules came from is a function of the order: row i gave rows i * (count + 1) and on.
+
+    Args:
+        dataset (`datasets.Dataset`): with `input_ids` and `length`.
+        num_proc (`int`, *optional*): processes that write SMILES; one if absent.
+    """
+    options = {"tokenizer": tokenizer, "count": count, "seed": seed, "max_length": max_length}
+    return dataset.map(
+        _augment_batch, batched=True, fn_kwargs=options, num_proc=num_proc, desc="Writing random SMILES"
+    )
+
+
+def _augment_batch(batch, tokenizer, count, seed, max_length):
+    columns = {name: [value for value in values for _ in range(count + 1)] for name, values in batch.items()}
+    for index, ids in enumerate(batch["input_ids"]):
+        text = "".join(tokenizer.convert_ids_to_tokens(ids[1:-1]))
+        encoded, problems = encode_smiles(random_smiles(text, count, seed), tokenizer)
+        for offset, (new, problem) in enumerate(zip(encoded, problems, strict=True), start=1):
+            if problem is None and len(new) <= max_length:
+                columns["input_ids"][index * (count + 1) + offset] = new
+                columns["length"][index * (count + 1) + offset] = len(new)
+    return columns
 
 
 # -------------------------------------------------------------------------------------------------------- fine-tuning
@@ -324,21 +371,45 @@ def set_learning_rate(training_args, data_args):
         training_args.learning_rate = LEARNING_RATES[data_args.protocol]
 
 
-def write_reports(trainer, parts, predictions, digest, data_args):
-    """Writes predictions.csv, splits.json and the plots of a run into its output folder.
+def summarize_predictions(members):
+    """Returns the mean prediction of each molecule and how far its parts lie apart, from those of all members.
+
+    Args:
+        members (`list[numpy.ndarray]`): predictions of each member, shape (N, forms).
+    Returns:
+        predictions (N,); and sample standard deviations (N,) by name: `prediction_sd` over two members or more,
+        `augment_sd` over two SMILES forms or more.
+    """
+    predictions = np.stack(members)  # (members, N, forms)
+    spreads = {}
+    if predictions.shape[0] > 1:
+        spreads["prediction_sd"] = predictions.mean(axis=2).std(axis=0, ddof=1)
+    if predictions.shape[2] > 1:
+        spreads["augment_sd"] = predictions.mean(axis=0).std(axis=1, ddof=1)
+    return predictions.mean(axis=(0, 2)), spreads
+
+
+def write_reports(output_dir, parts, members, digest, data_args):
+    """Writes predictions.csv, splits.json and the parity plot of a run into its output folder.
 
     Args:
         parts (`dict[str, pandas.DataFrame]`): molecules of each split.
-        predictions (`dict[str, numpy.ndarray]`): a prediction for each of them, in label units.
+        members (`dict[str, list[numpy.ndarray]]`): for each of them the predictions of every model, (N, forms) each,
+            in label units.
     Returns:
         metrics of every split and of the baselines on the test set (`dict[str, float]`), and the same as a text table.
     """
-    output_dir = Path(trainer.args.output_dir)
+    output_dir = Path(output_dir)
+    summaries = {name: summarize_predictions(members[name]) for name in parts}
+    predictions = {name: mean for name, (mean, _) in summaries.items()}
     everything = pd.concat(parts.values(), ignore_index=True)
     everything["prediction"] = np.concatenate([predictions[name] for name in parts])
     everything["error"] = everything["prediction"] - everything["label"]
     columns = {"row": "row", "smiles": "SMILES", "label": "label", "prediction": "prediction"}
-    table = everything.rename(columns=columns)[[*columns.values(), "error", "split"]]
+    spread_names = list(next(iter(summaries.values()))[1])
+    for name in spread_names:
+        everything[name] = np.concatenate([summaries[part][1][name] for part in parts])
+    table = everything.rename(columns=columns)[[*columns.values(), *spread_names, "error", "split"]]
     # as one file, in its order; separate files follow one another
     write_csv(
         table.sort_values("row", kind="stable") if data_args.test_file is None else table,
@@ -348,7 +419,9 @@ def write_reports(trainer, parts, predictions, digest, data_args):
     write_json({"split": data_args.split, "hash": digest, **rows}, output_dir / "splits.json")
 
     values = {name: regression_metrics(predictions[name], part["label"]) for name, part in parts.items()}
-    lines = [("MoLFormer", name, len(part), values[name]) for name, part in parts.items()]
+    count = len(next(iter(members.values())))
+    model_name = "MoLFormer" if count == 1 else f"{count} MoLFormers"
+    lines = [(model_name, name, len(part), values[name]) for name, part in parts.items()]
     metrics = {f"{name}_{key}": value for name in parts for key, value in values[name].items()}
     metrics |= {f"{name}_samples": len(part) for name, part in parts.items()}
     test = (everything["split"] == "test").to_numpy()
@@ -360,10 +433,6 @@ def write_reports(trainer, parts, predictions, digest, data_args):
     plot_parity(
         predictions["test"], parts["test"]["label"], values["test"], output_dir / "parity.png", data_args.label_name
     )
-    if any("eval_loss" in entry for entry in trainer.state.log_history):
-        held_out = "validation" if "validation" in parts else "test"
-        loss_name = "mean squared error of standardized labels"
-        plot_losses(trainer.state.log_history, output_dir / "loss_curves.png", held_out, loss_name)
     text = metrics_table(lines)
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."

@@ -607,7 +607,8 @@ def test_a_run_keeps_the_list_of_the_molecules_that_it_dropped(tmp_path, log_lev
         "use_cpu": True,
     }
     flags |= {"disable_tqdm": True}
-    run_regression.main(*parse(*(f"--{name}={value}" for name, value in flags.items())))
+    flags = [f"--{name}={value}" for name, value in flags.items()]
+    run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, defaults=DEFAULTS, args=flags))
     assert (folder / "train_results.json").exists()
     lines = (folder / "dropped_molecules.csv").read_text().splitlines()
     assert lines == ["source,row,smiles,reason", f"{tmp_path / 't.csv'},20,C1CC,do not parse as SMILES"]

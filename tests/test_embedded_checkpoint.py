@@ -7,7 +7,7 @@ from conftest import ROOT
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from arguments import EMBEDDED_CHECKPOINT, EMBEDDED_DATA
-from run_mlm import SmilesMaskingCollator, score_tokens
+from run_mlm import PretrainingCollator, score_tokens
 from trainer_regression import build_tokenizer
 from utils_molecules import canonicalize
 
@@ -34,7 +34,7 @@ def test_it_predicts_masked_tokens_of_molecules_that_it_has_not_seen():
     smiles = [canonicalize(s, "canonical") for s in pd.read_csv(EMBEDDED_DATA)["SMILES"][::20]]
     tokenizer = build_tokenizer()
     examples = [{"input_ids": ids} for ids in tokenizer(smiles)["input_ids"]]
-    batch = SmilesMaskingCollator(tokenizer, 0.15, seed=0)(examples)
+    batch = PretrainingCollator(tokenizer, 0.15, seed=0)(examples)
     model = AutoModelForMaskedLM.from_pretrained(EMBEDDED_CHECKPOINT).eval()
     labels = batch.pop("labels")
     with torch.no_grad():

@@ -1179,3 +1179,78 @@ def test_twelve_sequences_are_learned_by_heart():
         optimizer.step()
     assert loss < 1e-3
     assert_near(model.eval()(input_ids, mask).logits.squeeze(1), labels, 0.2)
+
+
+# ------------------------------------------------------------------------------------------------- descriptor head
+
+
+NAMES = ["MolLogP", "TPSA", "HeavyAtomCount"]
+
+
+def descriptor_model(**changes):
+    return MolformerForMaskedLM(MolformerConfig(**TINY, **NO_NOISE, descriptor_names=NAMES, **changes))
+
+
+def test_descriptors_are_standardized_imputed_and_limited():
+    """Reference: the stated rule, number by number."""
+    head = descriptor_model().descriptor_head
+    head.set_scale([1.0, 2.0, 3.0], [2.0, 0.0, 0.5])
+    values = torch.tensor([[5.0, 2.0, 3.0], [math.nan, math.inf, -math.inf], [1e9, 3.0, -1e9]])
+    expected = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [10.0, 1.0, -10.0]])
+    assert torch.equal(head.standardize(values), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loss_of_both_objectives_is_the_sum_of_each(training):
+    """References: each objective alone, and PyTorch's mean squared error of the linear map of the masked mean."""
+    model = descriptor_model().train(training)
+    model.descriptor_head.set_scale([1.0, 2.0, 3.0], [2.0, 1.0, 0.5])
+    ids, labels, descriptors = torch.randint(4, 40, (3, 7)), torch.full((3, 7), -100), torch.randn(3, 3)
+    labels[:, 2:4] = ids[:, 2:4]
+    both = model(ids, labels=labels, descriptors=descriptors)
+    tokens, alone = model(ids, labels=labels), model(ids, descriptors=descriptors)
+    assert both.loss.item() == pytest.approx((tokens.loss + alone.loss).item(), rel=1e-6)
+    assert alone.logits is None and tokens.descriptor_logits.shape == (3, 3)
+    expected = torch.nn.functional.linear(model.molformer(ids).pooler_output, *model.descriptor_head.parameters())
+    target = (descriptors - torch.tensor([1.0, 2.0, 3.0])) / torch.tensor([2.0, 1.0, 0.5])
+    assert alone.loss.item() == pytest.approx(torch.nn.functional.mse_loss(expected, target).item(), rel=1e-5)
+
+
+def test_accumulated_batches_weigh_descriptors_by_their_labeled_tokens():
+    """The shares of the micro-batches add up to one, as those of the tokens do."""
+    model = descriptor_model()
+    ids, labels = torch.randint(4, 40, (2, 6)), torch.full((2, 6), -100)
+    labels[0, :3], labels[1, :1] = ids[0, :3], ids[1, :1]
+    descriptors = torch.randn(2, 3)
+    losses = [model(ids[i : i + 1], labels=labels[i : i + 1], descriptors=descriptors[i : i + 1], num_items_in_batch=4)
+        for i in (0, 1)]  # fmt: skip
+    token_loss = model(ids, labels=labels).loss
+    single = [model(ids[i : i + 1], descriptors=descriptors[i : i + 1]).loss for i in (0, 1)]
+    expected = token_loss + 0.75 * single[0] + 0.25 * single[1]
+    assert sum(output.loss for output in losses).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("names", [NAMES, None])
+def test_descriptors_that_fit_no_head_are_refused(names):
+    model = MolformerForMaskedLM(MolformerConfig(**TINY, descriptor_names=names))
+    with pytest.raises(ValueError, match=r"descriptors have shape \(2, 5\)"):
+        model(torch.randint(4, 40, (2, 6)), descriptors=torch.randn(2, 5))
+
+
+def test_descriptor_head_comes_back_from_disk_and_may_be_left_aside(tmp_path):
+    model = descriptor_model()
+    model.descriptor_head.set_scale([1.0, 2.0, 3.0], [2.0, 1.0, 0.5])
+    model.save_pretrained(tmp_path)
+    again = MolformerForMaskedLM.from_pretrained(tmp_path)
+    assert again.config.descriptor_names == NAMES and again.new_heads == () and not again.head_is_new
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    assert MolformerForRegression.from_pretrained(tmp_path).new_heads == ("classifier.",)
+    assert not hasattr(MolformerForMaskedLM.from_pretrained(tmp_path, descriptor_names=None), "descriptor_head")
+
+
+def test_masked_language_model_gets_a_fresh_descriptor_head_beside_its_own(tmp_path):
+    MolformerForMaskedLM(MolformerConfig(**TINY)).save_pretrained(tmp_path)
+    model = MolformerForMaskedLM.from_pretrained(tmp_path, descriptor_names=NAMES)
+    assert model.new_heads == ("descriptor_head.",)
+    assert model.descriptor_head.mean.tolist() == [0, 0, 0] and model.descriptor_head.std.tolist() == [1, 1, 1]

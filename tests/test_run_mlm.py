@@ -17,8 +17,10 @@ from conftest import ROOT
 
 import run_mlm
 from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, parse_arguments
-from run_mlm import MlmArguments, SmilesMaskingCollator, mlm_metrics, score_tokens
+from modeling_molformer_reg import MolformerForMaskedLM
+from run_mlm import MlmArguments, PretrainingCollator, mlm_metrics, score_tokens
 from trainer_regression import build_tokenizer
+from utils_molecules import compute_descriptors, default_descriptors, parse_smiles
 
 
 QUICK = ("--num_train_epochs", "2", "--disable_tqdm", "true")
@@ -59,7 +61,7 @@ def test_main_writes_its_result_files_and_regression_takes_the_checkpoint(tiny_c
 
     flags = ["--model_name_or_path", str(out), "--train_file", small_table, "--output_dir", str(tmp_path / "reg"),
         "--max_steps", "1", "--disable_tqdm", "true"]  # fmt: skip
-    classes = (ModelArguments, DataTrainingArguments, TrainingArguments)
+    classes = run_regression.ARGUMENTS
     run_regression.main(*parse_arguments(*classes, defaults=run_regression.DEFAULTS, args=flags))
     with pytest.raises(InputError, match="another split"):  # its test molecules were learned
         flags[flags.index(str(tmp_path / "reg"))] = str(tmp_path / "reg2")
@@ -117,7 +119,7 @@ def test_masking_follows_the_stated_shares_and_spares_special_tokens():
     """80 % <mask>, 10 % another token, 10 % unchanged, of 15 % of the tokens (Devlin et al. 2019)."""
     tokenizer = build_tokenizer()
     examples = [{"input_ids": ids} for ids in tokenizer(["CC(=O)Nc1ccc(O)cc1"] * 3000)["input_ids"]]
-    batch = SmilesMaskingCollator(tokenizer, 0.15, seed=0)(examples)
+    batch = PretrainingCollator(tokenizer, 0.15, seed=0)(examples)
     original = torch.tensor([example["input_ids"] for example in examples])
     chosen = batch["labels"] != -100
     assert not chosen[:, [0, -1]].any()
@@ -132,12 +134,12 @@ def test_masking_follows_the_stated_shares_and_spares_special_tokens():
 def test_masks_are_a_function_of_batch_and_seed():
     tokenizer = build_tokenizer()
     examples = [{"input_ids": ids} for ids in tokenizer(["CCO", "c1ccccc1", "CC(=O)O"] * 5)["input_ids"]]
-    one = SmilesMaskingCollator(tokenizer, 0.15, seed=0)
+    one = PretrainingCollator(tokenizer, 0.15, seed=0)
     first = one(examples)["input_ids"]
     torch.manual_seed(99)
     assert torch.equal(one(examples)["input_ids"], first)
     assert not torch.equal(one(examples[::-1])["input_ids"].flip(0), first)
-    assert not torch.equal(SmilesMaskingCollator(tokenizer, 0.15, seed=1)(examples)["input_ids"], first)
+    assert not torch.equal(PretrainingCollator(tokenizer, 0.15, seed=1)(examples)["input_ids"], first)
 
 
 def test_perplexity_and_accuracy_are_over_tokens_not_batches():
@@ -148,12 +150,9 @@ def test_perplexity_and_accuracy_are_over_tokens_not_batches():
     labels[torch.rand(6, 9, generator=generator) < 0.5] = -100
     scores = torch.cat([score_tokens(logits[:2], labels[:2]), score_tokens(logits[2:], labels[2:])]).numpy()
 
-    class Output:
-        predictions = scores
-
     known = labels != -100
     loss = torch.nn.functional.cross_entropy(logits[known], labels[known])
-    metrics = mlm_metrics(Output)
+    metrics = mlm_metrics(scores)
     assert metrics["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
     assert metrics["masked_accuracy"] == pytest.approx(float((logits.argmax(-1) == labels)[known].float().mean()))
     assert metrics["masked_tokens"] == int(known.sum())
@@ -280,3 +279,84 @@ def test_dropped_lines_are_listed_in_the_output_folder(tiny_checkpoint, tmp_path
     run_mlm.main(*parsed)
     listed = pd.read_csv(tmp_path / "x" / "dropped_molecules.csv")
     assert listed["row"].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("objective", ["mtr", "mlm+mtr"])
+def test_descriptors_are_learned_and_their_scale_stays_with_the_checkpoint(
+    objective, tiny_checkpoint, small_table, tmp_path
+):
+    """References: RDKit's values of the training molecules, and the scale that the first run saved."""
+    flags = ("--train_file", small_table, "--objective", objective, "--learning_rate", "3e-3", *QUICK)
+    out = tmp_path / "first"
+    run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--output_dir", out, *flags))
+    values = results(out)
+    assert ("eval_masked_accuracy" in values) == (objective == "mlm+mtr")
+    assert 0 < values["eval_descriptor_mse"] < 5 and values["eval_descriptor_r2"] < 1
+    model = MolformerForMaskedLM.from_pretrained(out)
+    names = model.config.descriptor_names
+    assert names == default_descriptors() and not model.head_is_new
+
+    parsed = parse("--model_name_or_path", out, "--output_dir", tmp_path / "second", *flags, "--split_seed", 42)
+    train, *_ = run_mlm.load_data(build_tokenizer(), *parsed, descriptor_names=names)
+    table = np.array(train["descriptors"][:])
+    tokens = ["".join(build_tokenizer().convert_ids_to_tokens(ids[1:-1])) for ids in train["input_ids"]]
+    assert table[5] == pytest.approx(compute_descriptors(parse_smiles(tokens[5]), names), rel=1e-6)
+    index = names.index("MolLogP")
+    assert model.descriptor_head.mean[index].item() == pytest.approx(table[:, index].mean(), rel=1e-4)
+    assert model.descriptor_head.std[index].item() == pytest.approx(table[:, index].std(), rel=1e-4)
+    # another seed, other molecules: the scale that the weights were trained for stays
+    run_mlm.main(*parsed[:3], replace_seed(parsed[3], 5))
+    again = MolformerForMaskedLM.from_pretrained(tmp_path / "second")
+    assert torch.equal(again.descriptor_head.mean, model.descriptor_head.mean)
+
+
+def replace_seed(training_args, seed):
+    training_args.seed = seed
+    return training_args
+
+
+def test_descriptor_learning_beats_the_mean(tiny_checkpoint, small_table, tmp_path):
+    """The mean has an R² of 0."""
+    flags = ("--train_file", small_table, "--objective", "mtr", "--learning_rate", "1e-2", "--num_train_epochs", 40)
+    flags += ("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
+    run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x", *flags,
+        "--disable_tqdm", "true"))  # fmt: skip
+    assert results(tmp_path / "x")["eval_descriptor_r2"] > 0.3
+
+
+def test_values_that_are_not_finite_do_not_count_in_the_scale(caplog):
+    import datasets
+
+    rows = [[1.0, np.nan, np.inf], [3.0, np.nan, 2.0], [5.0, np.nan, 4.0]]
+    mean, std = run_mlm.describe_scale(datasets.Dataset.from_dict({"descriptors": rows}))
+    assert mean == pytest.approx([3, 0, 3]) and std == pytest.approx([np.std([1, 3, 5]), 0, 1])
+    assert "4 of 9 descriptor values are missing or infinite" in caplog.text
+
+
+def test_unparsable_line_is_found_where_descriptors_need_it(tiny_checkpoint, tmp_path):
+    """A raw corpus is parsed for its descriptors, so a broken line is an error there."""
+    encoded = run_mlm.encode_batch({"smiles": ["CCO", "C1CC"]}, build_tokenizer(), "raw", 20, ["MolLogP"])
+    assert encoded["reason"] == ["", "invalid"] and len(encoded["descriptors"][0]) == 1
+
+
+def test_descriptor_scores_are_over_molecules_not_batches():
+    """Reference: scikit-learn's R² of the columns that vary."""
+    from sklearn.metrics import r2_score
+
+    rng = np.random.default_rng(0)
+    targets = rng.normal(size=(50, 4))
+    targets[:, 3] = 1.0
+    predictions = targets + rng.normal(size=(50, 4)) * 0.3
+    metrics = run_mlm.descriptor_metrics(predictions, targets)
+    assert metrics["descriptor_mse"] == pytest.approx(((predictions - targets) ** 2).mean())
+    assert metrics["descriptor_r2"] == pytest.approx(r2_score(targets[:, :3], predictions[:, :3]))
+    assert "descriptor_r2" not in run_mlm.descriptor_metrics(targets[:, 3:], targets[:, 3:])
+
+
+def test_random_smiles_are_learned_and_the_held_out_part_is_left_as_it_is(tiny_checkpoint, corpus, tmp_path):
+    common = ("--train_file", corpus, "--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x",
+        "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1)  # fmt: skip
+    train, held_out, *_ = run_mlm.load_data(build_tokenizer(), *parse(*common))
+    augmented, same, *_ = run_mlm.load_data(build_tokenizer(), *parse(*common, "--augment_smiles", 2))
+    assert len(augmented) == 3 * len(train) and augmented["input_ids"][::3] == train["input_ids"][:]
+    assert same["input_ids"][:] == held_out["input_ids"][:]

@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 import run_regression
-from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, parse_arguments
+from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from utils_molecules import regression_metrics
 
@@ -38,9 +38,7 @@ def call_main(*flags):
     """Parses `flags` as the script does and calls its `main`."""
     run_regression.main(
         *parse_arguments(
-            ModelArguments,
-            DataTrainingArguments,
-            TrainingArguments,
+            *run_regression.ARGUMENTS,
             defaults=run_regression.DEFAULTS,
             args=[str(flag) for flag in flags],
         )
@@ -315,3 +313,88 @@ def test_two_processes_evaluate_the_whole_test_set_and_come_close_to_one(
     for row in range(0, 160, 9):  # rows that either process predicted: both hold the weights that were saved
         encoded = tokenizer(canonicalize(table["SMILES"][row], "canonical"), return_tensors="pt")
         assert float(model(**encoded).logits) == pytest.approx(table["prediction"][row], abs=1e-4)
+
+
+def test_ensemble_reports_mean_and_spread_of_its_members_and_serves_as_a_model(
+    finished_run, tiny_checkpoint, small_table, tmp_path
+):
+    """References: the run of the first seed alone, and the members' predictions, one by one."""
+    flags = ("--train_file", small_table, "--disable_tqdm", "true")
+    folder = tmp_path / "ensemble"
+    call_main("--model_name_or_path", tiny_checkpoint, *flags, *QUICK, "--num_seeds", 2, "--output_dir", folder)
+    table = pd.read_csv(folder / "predictions.csv")
+    assert results(folder)["members"] == 2
+    assert results(folder / "member-0")["test_mse"] == pytest.approx(results(finished_run)["test_mse"], rel=1e-9)
+    members = []
+    for number in (0, 1):
+        out = tmp_path / f"alone-{number}"
+        call_main("--model_name_or_path", folder / f"member-{number}", *flags, "--do_predict", "--output_dir", out)
+        members.append(pd.read_csv(out / "predictions.csv")["prediction"])
+        assert (folder / f"member-{number}" / "loss_curves.png").exists()
+    assert table["prediction"].to_numpy() == pytest.approx(np.mean(members, axis=0), abs=1e-5)
+    assert table["prediction_sd"].to_numpy() == pytest.approx(np.std(members, axis=0, ddof=1), abs=1e-5)
+    assert (table["prediction_sd"] > 0).mean() > 0.9
+    test = table[table["split"] == "test"]
+    assert results(folder)["test_mse"] == pytest.approx(np.mean(test["error"] ** 2), rel=1e-6)
+
+    call_main("--model_name_or_path", folder, *flags, "--do_predict", "--output_dir", tmp_path / "again")
+    again = pd.read_csv(tmp_path / "again" / "predictions.csv")
+    for column in ("prediction", "prediction_sd"):
+        assert again[column].to_numpy() == pytest.approx(table[column].to_numpy(), abs=1e-5)
+    with pytest.raises(InputError, match="holds an ensemble of 2 models"):
+        call_main("--model_name_or_path", folder, *flags, "--output_dir", tmp_path / "no", *QUICK)
+
+
+def test_interrupted_ensemble_keeps_its_finished_members(tiny_checkpoint, small_table, tmp_path, monkeypatch):
+    """Reference: the uninterrupted ensemble."""
+    common = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--num_seeds", 2, *QUICK)
+    call_main(*common, "--output_dir", tmp_path / "whole")
+
+    import trainer_regression
+
+    train, calls = trainer_regression.RegressionTrainer.train, []
+
+    def stop_at_the_second(self, **kwargs):
+        calls.append(self.args.seed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(self, **kwargs)
+
+    monkeypatch.setattr(trainer_regression.RegressionTrainer, "train", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        call_main(*common, "--output_dir", tmp_path / "cut")
+    with pytest.raises(InputError, match="interrupted run"):
+        call_main(*common, "--output_dir", tmp_path / "cut")
+    call_main(*common, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "true")
+    assert calls == [42, 43, 43]  # the first member was not trained again
+    for name, value in results(tmp_path / "whole").items():
+        assert results(tmp_path / "cut")[name] == pytest.approx(value, rel=1e-6), name
+    call_main(*common, "--output_dir", tmp_path / "cut", "--overwrite_output_dir")
+    assert calls[3:] == [42, 43]
+
+
+def test_ensemble_that_is_not_there_cannot_be_resumed(tiny_checkpoint, tmp_path):
+    flags = ("--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x", "--num_seeds", 2)
+    with pytest.raises(InputError, match="no ensemble to resume"):
+        call_main(*flags, "--resume_from_checkpoint", "true")
+
+
+def test_random_smiles_in_training_and_prediction(tiny_checkpoint, small_table, tmp_path):
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x")
+    call_main(*flags, "--augment_smiles", 2, "--predict_augment", 3, *QUICK)
+    table = pd.read_csv(tmp_path / "x" / "predictions.csv")
+    assert results(tmp_path / "x")["train_smiles"] == 345  # three times 115
+    assert (table["augment_sd"] > 0).mean() > 0.9 and "prediction_sd" not in table
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--num_seeds", 0), ("--predict_augment", -1), ("--augment_smiles", -2)])
+def test_impossible_numbers_of_models_and_forms_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        call_main(flag, value)
+    assert f"{flag} is {value}" in capsys.readouterr().err
+
+
+def test_seeds_beyond_the_last_are_refused(tiny_checkpoint, small_table, tmp_path):
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x")
+    with pytest.raises(InputError, match="no room for 2 seeds"):
+        call_main(*flags, "--seed", 2**32 - 1, "--num_seeds", 2)

@@ -11,11 +11,14 @@ from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM, Molfor
 from trainer_regression import (
     LengthGroupedBatchSampler,
     RegressionTrainer,
+    augment,
     build_tokenizer,
     load_model,
     load_tokenizer,
+    summarize_predictions,
     to_dataset,
 )
+from utils_molecules import canonicalize
 
 
 def arguments(folder, **values):
@@ -118,7 +121,7 @@ def test_an_incomplete_batch_comes_last():
 def test_predictions_come_in_the_order_of_the_rows(tiny_checkpoint, molecules, tmp_path):
     """Reference: the model, molecule by molecule."""
     trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
-    predictions = trainer.predict_molecules(molecules)
+    predictions = trainer.predict_molecules(molecules)[:, 0]
     trainer.model.eval()
     with torch.no_grad():
         one_by_one = [float(trainer.model(torch.tensor([ids])).logits) for ids in molecules["input_ids"]]
@@ -173,3 +176,48 @@ def test_pickled_checkpoint_that_would_run_code_is_refused(tiny_checkpoint, tmp_
     with pytest.raises((InputError, pickle.UnpicklingError)):
         load_model(MolformerForRegression, args, load_tokenizer(args))
     assert not (tmp_path / "ran").exists()
+
+
+def test_augmented_data_set_has_random_smiles_of_each_molecule_in_turn(molecules):
+    """Reference: RDKit's canonical form of every row, and the labels of the molecules."""
+    tokenizer = build_tokenizer()
+    dataset = to_dataset(molecules.head(20))
+    augmented = augment(dataset, tokenizer, 3, seed=0, max_length=256)
+    assert len(augmented) == 80 and augmented["labels"][::4] == dataset["labels"][:]
+    texts = ["".join(tokenizer.convert_ids_to_tokens(ids[1:-1])) for ids in augmented["input_ids"]]
+    assert texts[::4] == molecules["smiles"].head(20).tolist() and len(set(texts)) > 60
+    same = [canonicalize(text, "isomeric") for text in texts]
+    assert same == [text for text in same[::4] for _ in range(4)]
+    assert augmented["length"][:] == [len(ids) for ids in augmented["input_ids"]]
+    assert augment(dataset, tokenizer, 3, seed=0, max_length=256)["input_ids"][:] == augmented["input_ids"][:]
+
+
+def test_random_smiles_that_are_too_long_are_replaced_by_the_molecules_own(molecules):
+    dataset = to_dataset(molecules.head(5))
+    augmented = augment(dataset, build_tokenizer(), 2, seed=0, max_length=1)
+    assert augmented["input_ids"][:] == [ids for ids in dataset["input_ids"] for _ in range(3)]
+
+
+def test_predictions_of_random_smiles_stand_beside_those_of_the_molecules(tiny_checkpoint, molecules, tmp_path):
+    """References: the prediction without random SMILES, and the model run on each of them alone."""
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
+    few = molecules.head(6)
+    predictions = trainer.predict_molecules(few, num_forms=2, max_length=256)
+    assert predictions.shape == (6, 3)
+    assert predictions[:, 0] == pytest.approx(trainer.predict_molecules(few)[:, 0], abs=1e-5)
+    forms = augment(to_dataset(few), trainer.processing_class, 2, trainer.args.seed, 256)["input_ids"]
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = [float(trainer.model(torch.tensor([ids])).logits) for ids in forms]
+    assert predictions.ravel() == pytest.approx(expected, abs=1e-5)
+
+
+def test_predictions_are_summarized_over_members_and_forms():
+    """Reference: worked by hand. Two members, one molecule, two forms."""
+    members = [np.array([[1.0, 3.0]]), np.array([[2.0, 6.0]])]
+    mean, spreads = summarize_predictions(members)
+    assert mean == pytest.approx([3.0])
+    assert spreads["prediction_sd"] == pytest.approx([2**0.5])  # of 2 and 4
+    assert spreads["augment_sd"] == pytest.approx([3 / 2**0.5])  # of 1.5 and 4.5
+    mean, spreads = summarize_predictions([np.array([[1.0], [2.0]])])
+    assert mean.tolist() == [1.0, 2.0] and spreads == {}

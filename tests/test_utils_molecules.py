@@ -39,13 +39,17 @@ from utils_molecules import (
     assign_splits,
     baseline_predictions,
     canonicalize,
+    compute_descriptors,
+    default_descriptors,
     describe_unusable,
     encode_smiles,
     load_molecules,
     metrics_table,
+    parse_smiles,
     plot_losses,
     plot_parity,
     prepare_molecules,
+    random_smiles,
     read_header,
     read_table,
     regression_metrics,
@@ -927,3 +931,53 @@ def test_a_saved_tokenizer_reloads_equal(embedded, tokenizer, tmp_path):
 def test_predictions_that_are_not_finite_are_told_as_divergence(value):
     with pytest.raises(InputError, match="1 of 2 predictions are not finite.*--learning_rate"):
         regression_metrics([1.0, value], [1.0, 2.0])
+
+
+# ------------------------------------------------------------------------------------- descriptors and random SMILES
+
+
+def test_descriptors_are_those_of_rdkit_by_name():
+    """Reference: RDKit's functions, called one by one."""
+    from rdkit import Chem
+    from rdkit.Chem import Crippen, rdMolDescriptors
+
+    molecule = Chem.MolFromSmiles("CC(=O)Nc1ccc(O)cc1")
+    values = compute_descriptors(molecule, ["MolLogP", "TPSA", "NumHDonors"])
+    expected = [Crippen.MolLogP(molecule), rdMolDescriptors.CalcTPSA(molecule), 2]
+    assert values.dtype == np.float32 and values == pytest.approx(expected, rel=1e-6)
+
+
+def test_default_descriptors_are_many_without_the_slow_ones():
+    names = default_descriptors()
+    assert len(names) > 150 and len(set(names)) == len(names)
+    assert {"MolLogP", "TPSA", "fr_benzene", "SlogP_VSA1"} <= set(names)
+    assert not {"qed", "Ipc", "BCUT2D_MWHI"} & set(names)
+    values = compute_descriptors(parse_smiles("c1ccccc1C(=O)O"), names)
+    assert values.shape == (len(names),) and np.isfinite(values).all()
+
+
+def test_descriptor_that_rdkit_does_not_know_is_named():
+    with pytest.raises(InputError, match="does not know the descriptors NoSuchThing"):
+        compute_descriptors(parse_smiles("CCO"), ["MolLogP", "NoSuchThing"])
+
+
+def test_descriptor_that_cannot_be_computed_is_missing_and_too_large_a_one_infinite(monkeypatch):
+    from rdkit.Chem import Descriptors
+
+    def broken(molecule):
+        raise ValueError("no such value")
+
+    functions = [("MolLogP", broken), ("TPSA", lambda molecule: 1e300), ("MolWt", lambda molecule: 46.0)]
+    monkeypatch.setattr(Descriptors, "descList", functions)
+    values = compute_descriptors(parse_smiles("CCO"), ["MolLogP", "TPSA", "MolWt"])
+    assert np.isnan(values[0]) and np.isposinf(values[1]) and values[2] == 46
+
+
+def test_random_smiles_are_the_same_molecule_written_in_other_ways():
+    """Reference: RDKit's canonical form."""
+    text = canonicalize("CC(=O)Nc1ccc(O)cc1C[C@H](N)F", "isomeric")
+    forms = random_smiles(text, 20, seed=3)
+    assert len(forms) == 20 and len(set(forms)) > 10
+    assert {canonicalize(form, "isomeric") for form in forms} == {text}
+    assert random_smiles(text, 20, seed=3) == forms and random_smiles(text, 20, seed=4) != forms
+    assert random_smiles(text, 0, seed=3) == []
