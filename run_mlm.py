@@ -379,8 +379,10 @@ def describe_scale(train, sample=100_000):
     """
     import numpy as np
 
-    step = max(1, len(train) // sample)
-    values = np.array(train.select(range(0, len(train), step))["descriptors"][:], dtype=np.float64)
+    sampled = train.select(range(0, len(train), max(1, len(train) // sample)))
+    column = sampled.with_format("arrow")["descriptors"][:]
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    values = values.reshape(len(sampled), -1).astype(np.float64)
     broken = ~np.isfinite(values)
     if broken.any():
         logger.warning(

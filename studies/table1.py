@@ -1,0 +1,170 @@
+"""Table 1 of the paper with this project's rows, from the runs of reproduce_table1.sh.
+
+    ./reproduce_table1.sh                                # trains, then calls this
+    python studies/table1.py --folder outputs/table1     # the table of the cells that are finished
+
+Writes results/table1.json (test MSE, MAE and R² of every seed, in logD units, with the command), results/table1.md
+(mean and standard deviation beside the paper's numbers, paired differences with 95 % intervals of Student's t) and
+results/table1.png (predictions against true values of the first seed).
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from foundation import ROOT, machine
+
+
+# where a row's cells are, and what its metrics are called there
+ROWS = {
+    "regression": ("regression-{}-{}", "test_{}"),
+    "mlm_regression": ("mlm_regression-{}-{}", "test_{}"),
+    "best_recipe": ("ensemble-{}-{}/member-0", "test_{}"),
+    "ensemble": ("ensemble-{}-{}", "test_{}"),
+    "from_scratch": ("from_scratch-{}-{}", "test_{}"),
+    "fingerprint_ridge": ("regression-{}-{}", "test_{}_fingerprint_ridge"),
+    "descriptor_boosting": ("descriptor_boosting-{}-{}", "test_{}"),
+    "chemprop": ("chemprop-{}-{}", "test_{}"),
+}
+PAPER = {"regression": (0.4827, 0.5359, 0.6733), "mlm_regression": (0.4500, 0.5055, 0.6954)}  # MSE, MAE, R²
+PAIRS = [
+    ("mlm_regression", "regression"),
+    ("best_recipe", "regression"),
+    ("best_recipe", "descriptor_boosting"),
+    ("ensemble", "best_recipe"),
+    ("ensemble", "chemprop"),
+]
+METRICS = ("mse", "mae", "r2")
+
+
+def collect(folder, splits=("random", "scaffold"), most_seeds=100):
+    """Returns the rows of the table, each with the metrics of its finished cells, in the order of the seeds."""
+    rows = []
+    for split in splits:
+        for name, (pattern, key) in ROWS.items():
+            row = {"name": name, "split": split, "seeds": []} | {f"test_{metric}": [] for metric in METRICS}
+            for seed in range(most_seeds):
+                cell = folder / pattern.format(split, seed)
+                if not (cell / "all_results.json").exists() or (cell / "unfinished").exists():
+                    continue
+                values = json.loads((cell / "all_results.json").read_text())
+                row["seeds"].append(seed)
+                for metric in METRICS:
+                    row[f"test_{metric}"].append(values[key.format(metric)])
+                command = folder / f"{pattern.format(split, seed).split('/')[0]}.command"
+                if command.exists():
+                    row.setdefault("command", command.read_text().strip())
+            if row["seeds"]:
+                rows.append(row)
+    return rows
+
+
+def paired_difference(first, second):
+    """Returns mean, lower and upper end of the 95 % interval of first minus second, and n; `None` below two pairs.
+
+    Student's t over the seeds that both rows have.
+    """
+    from scipy import stats
+
+    values = dict(zip(second["seeds"], second["test_mse"], strict=True))
+    differences = [
+        mse - values[seed] for seed, mse in zip(first["seeds"], first["test_mse"], strict=True) if seed in values
+    ]
+    if len(differences) < 2:
+        return None
+    mean, n = statistics.mean(differences), len(differences)
+    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": n}
+
+
+def differences(rows):
+    """Returns the paired differences of test MSE that the table reports."""
+    by_name = {(row["name"], row["split"]): row for row in rows}
+    found = []
+    for split in sorted({row["split"] for row in rows}):
+        for first, second in PAIRS:
+            if (first, split) in by_name and (second, split) in by_name:
+                values = paired_difference(by_name[first, split], by_name[second, split])
+                if values is not None:
+                    found.append({"first": first, "second": second, "split": split} | values)
+    return found
+
+
+def markdown(rows, pairs):
+    """Returns the table and the paired differences as Markdown."""
+    lines = [
+        "| row | split | seeds | test MSE | MAE | R² | paper's MSE, MAE, R² |",
+        "| --- | --- | ---: " + "| ---: " * 4 + "|",
+    ]
+    for row in rows:
+        cells = []
+        for metric in METRICS:
+            values = row[f"test_{metric}"]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        paper = ", ".join(f"{value:.4f}" for value in PAPER.get(row["name"], ())) if row["split"] == "random" else ""
+        name = row["name"].replace("_", " ")
+        lines.append(f"| {' | '.join([name, row['split'], str(len(row['seeds'])), *cells, paper])} |")
+    lines += [
+        "",
+        "| difference of test MSE | split | mean | 95 % interval | seeds |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for pair in pairs:
+        name = f"{pair['first']} − {pair['second']}".replace("_", " ")
+        interval = f"{pair['low']:+.3f} to {pair['high']:+.3f}"
+        lines.append(f"| {name} | {pair['split']} | {pair['mean']:+.3f} | {interval} | {pair['seeds']} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows, folder, path):
+    """Draws predictions of the test set against true values, a panel for each model, of the first seed."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    shown = [
+        row for row in rows
+        if row["split"] == rows[0]["split"] and row["name"] in ("regression", "mlm_regression", "ensemble")
+    ]  # fmt: skip
+    figure = Figure(figsize=(4.2 * len(shown), 4.6), layout="constrained")
+    for number, row in enumerate(shown):
+        seed = row["seeds"][0]
+        table = pd.read_csv(folder / ROWS[row["name"]][0].format(row["split"], seed) / "predictions.csv")
+        table = table[table["split"] == "test"]
+        axes = figure.add_subplot(1, len(shown), number + 1)
+        limits = [
+            min(table["label"].min(), table["prediction"].min()) - 0.2,
+            max(table["label"].max(), table["prediction"].max()) + 0.2,
+        ]
+        axes.plot(limits, limits, color="0.6", linewidth=1)
+        axes.scatter(table["label"], table["prediction"], s=8, alpha=0.5, linewidths=0)
+        axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel="measured logD7.4", ylabel="predicted logD7.4")
+        axes.set_title(
+            f"{row['name'].replace('_', ', then ')}, seed {seed}: MSE {row['test_mse'][0]:.3f}", fontsize=10
+        )
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "table1", help="where the cells are")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "table1.json", help="the results file")
+    args = parser.parse_args()
+    rows = collect(args.folder)
+    if not rows:
+        raise SystemExit(f"There is no finished cell in {args.folder}. Run ./reproduce_table1.sh first.")
+    pairs = differences(rows)
+    report = {"command": "./reproduce_table1.sh", "unit": "logD7.4", "machine": machine()}
+    report |= {"paper": {name: dict(zip(METRICS, values, strict=True)) for name, values in PAPER.items()}}
+    report |= {"rows": rows, "paired_differences": pairs}
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    text = markdown(rows, pairs)
+    args.output.with_suffix(".md").write_text(text)
+    plot(rows, args.folder, args.output.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
