@@ -8,7 +8,7 @@ of the Hub's remote-code MoLFormer (`ibm/MoLFormer-XL-both-10pct`) by key name a
 
 Ross et al., Large-scale chemical language representations capture molecular structure and properties, Nature Machine
 Intelligence 4 (2022), https://arxiv.org/abs/2106.09553. Shape letters: B batch, T tokens, H heads, D head size, C
-hidden size, F random features, L layers, K labels, M descriptors, V vocabulary.
+hidden size, F random features, L layers, K labels, M descriptors, A descriptors of an atom, R radii, V vocabulary.
 """
 
 import math
@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 
 
 ROTARY_BASE = 10000.0
-HEAD_PREFIXES = ("lm_head.", "descriptor_head.", "classifier.")
+HEAD_PREFIXES = ("lm_head.", "descriptor_head.", "atom_head.", "classifier.")
 DESCRIPTOR_LIMIT = 10.0  # standard deviations; single molecules lie thousands of them away and would rule the loss
 
 
@@ -57,6 +57,9 @@ class MolformerConfig(PreTrainedConfig):
         label_names (`list[str]`, *optional*): K names of the labels.
         descriptor_names (`list[str]`, *optional*): M names of RDKit descriptors that `MolformerForMaskedLM` predicts
             beside the masked tokens; `None` for none.
+        atom_descriptor_names (`list[str]`, *optional*): A names of numbers that it predicts for each atom.
+        environment_buckets (`list[int]`, *optional*): R numbers of classes into which the surroundings of an atom are
+            hashed, within one bond, two bonds and so on; they go with `atom_descriptor_names`.
 
     Raises:
         ValueError: if a number or name cannot describe a model.
@@ -92,6 +95,8 @@ class MolformerConfig(PreTrainedConfig):
         label_std=None,
         label_names=None,
         descriptor_names=None,
+        atom_descriptor_names=None,
+        environment_buckets=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -118,6 +123,8 @@ class MolformerConfig(PreTrainedConfig):
         self.label_std = label_std
         self.label_names = label_names
         self.descriptor_names = descriptor_names
+        self.atom_descriptor_names = atom_descriptor_names
+        self.environment_buckets = environment_buckets
         if "id2label" not in kwargs:
             kwargs.setdefault("num_labels", 1)  # a regression on one label, not the library's two classes
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -151,6 +158,8 @@ class MolformerConfig(PreTrainedConfig):
             value = getattr(self, field)
             if value is not None and len(value) != self.num_labels:
                 raise ValueError(f"{field} has {len(value)} entries, but the model has {self.num_labels} labels.")
+        if bool(self.atom_descriptor_names) != bool(self.environment_buckets):
+            raise ValueError("atom_descriptor_names and environment_buckets go together: one head predicts both.")
         if self.label_std is not None and not all(std > 0 for std in self.label_std):
             raise ValueError(f"label_std={self.label_std} must be positive.")
 
@@ -517,13 +526,13 @@ class MolformerLMHead(nn.Module):
 
 
 class MolformerDescriptorHead(nn.Module):
-    """A linear layer from the masked mean to M descriptors, whose mean and standard deviation are saved with it."""
+    """A linear layer from states to M named numbers, whose means and standard deviations are saved with it."""
 
-    def __init__(self, config):
+    def __init__(self, config, names):
         super().__init__()
-        self.out_proj = nn.Linear(config.hidden_size, len(config.descriptor_names))
-        self.register_buffer("mean", torch.zeros(len(config.descriptor_names)))
-        self.register_buffer("std", torch.ones(len(config.descriptor_names)))
+        self.out_proj = nn.Linear(config.hidden_size, len(names))
+        self.register_buffer("mean", torch.zeros(len(names)))
+        self.register_buffer("std", torch.ones(len(names)))
 
     @torch.no_grad()
     def set_scale(self, mean, std):
@@ -532,30 +541,64 @@ class MolformerDescriptorHead(nn.Module):
         self.std.copy_(torch.where(torch.as_tensor(std) > 0, torch.as_tensor(std), 1.0))
 
     def standardize(self, descriptors):
-        """Returns standardized descriptors (B, M): what is not finite becomes 0, the mean, and limits hold."""
+        """Returns standardized descriptors (…, M): what is not finite becomes 0, the mean, and limits hold."""
         standardized = (descriptors - self.mean) / self.std
         standardized = torch.where(standardized.isfinite(), standardized, 0.0)
         return standardized.clamp(-DESCRIPTOR_LIMIT, DESCRIPTOR_LIMIT)
 
-    def forward(self, pooled):
-        return self.out_proj(pooled)
+    def forward(self, states):
+        return self.out_proj(states)
+
+    def loss(self, logits, descriptors):
+        """Returns the mean squared error of `logits` against standardized `descriptors`, both (N, M); 0 for N = 0."""
+        precision = torch.promote_types(logits.dtype, torch.float32)
+        target = self.standardize(descriptors).to(precision)
+        return nn.functional.mse_loss(logits.to(precision), target, reduction="sum") / max(target.numel(), 1)
+
+
+class MolformerAtomHead(MolformerDescriptorHead):
+    """A descriptor head for the state of each atom's token, and a linear layer to classes of its surroundings."""
+
+    def __init__(self, config):
+        super().__init__(config, config.atom_descriptor_names)
+        self.buckets = list(config.environment_buckets)
+        self.environments = nn.Linear(config.hidden_size, sum(self.buckets))
+
+    def environment_loss(self, logits, environments):
+        """Returns the cross-entropy of `logits` (N, sum of buckets) against classes (N, R), averaged over radii."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).split(self.buckets, dim=-1)
+        losses = [
+            nn.functional.cross_entropy(radius, environments[:, index], reduction="sum") / max(len(radius), 1)
+            for index, radius in enumerate(logits)
+        ]
+        return sum(losses) / len(losses)
 
 
 @dataclass
 class MolformerMaskedLMOutput(MaskedLMOutput):
-    """`MaskedLMOutput`, and `descriptor_logits` (B, M): standardized descriptors, where the model has such a head."""
+    """`MaskedLMOutput`, and what the other heads say where there are some.
+
+    Args:
+        descriptor_logits (`torch.FloatTensor`, *optional*): shape (B, M), standardized descriptors of the molecules.
+        atom_descriptor_logits (`torch.FloatTensor`, *optional*): shape (N, A), those of the N labeled atoms.
+        environment_logits (`torch.FloatTensor`, *optional*): shape (N, sum of buckets), classes of their surroundings.
+    """
 
     descriptor_logits: torch.FloatTensor | None = None
+    atom_descriptor_logits: torch.FloatTensor | None = None
+    environment_logits: torch.FloatTensor | None = None
 
 
 class MolformerForMaskedLM(MolformerPreTrainedModel):
     """MoLFormer with the masked-language-modeling head; `tie_word_embeddings` shares the decoder's weights.
 
-    With `config.descriptor_names` there is a second head: multi-task regression of RDKit descriptors from the masked
-    mean (Ahmad et al., ChemBERTa-2, 2022, https://arxiv.org/abs/2209.01712).
+    The configuration may name two more heads. `descriptor_names`: multi-task regression of RDKit descriptors from the
+    masked mean (Ahmad et al., ChemBERTa-2, 2022, https://arxiv.org/abs/2209.01712). `atom_descriptor_names` and
+    `environment_buckets`: for the token of each atom its share in some of these descriptors, and which surroundings it
+    has (after the contextual property prediction of Rong et al., GROVER, 2020, https://arxiv.org/abs/2007.02835).
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^classifier\.", r"^descriptor_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^(classifier|descriptor_head|atom_head)\."]
     _tied_weights_keys = {"lm_head.decoder.weight": "molformer.embeddings.word_embeddings.weight"}
     accepts_loss_kwargs = True  # forward takes num_items_in_batch, so accumulated batches weigh every token alike
 
@@ -564,7 +607,9 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         self.molformer = MolformerModel(config)
         self.lm_head = MolformerLMHead(config)
         if config.descriptor_names:
-            self.descriptor_head = MolformerDescriptorHead(config)
+            self.descriptor_head = MolformerDescriptorHead(config, config.descriptor_names)
+        if config.atom_descriptor_names:
+            self.atom_head = MolformerAtomHead(config)
         self.post_init()
 
     def get_output_embeddings(self):
@@ -581,6 +626,8 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         inputs_embeds=None,
         labels=None,
         descriptors=None,
+        atom_descriptors=None,
+        environments=None,
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
@@ -588,17 +635,20 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
     ):
         """Returns `MolformerMaskedLMOutput`: the loss, and logits (B, T, V).
 
-        The loss is the mean cross-entropy over labeled tokens, or the mean squared error of standardized descriptors,
-        or the sum of both. In training with `labels` the logits are computed at the N labeled tokens only, shape
-        (N, V): they are 15 % of the tokens and the decoder is wide. With `descriptors` alone there are none.
+        The loss is the sum of what there are targets for: the mean cross-entropy over labeled tokens; the mean squared
+        error of standardized descriptors; that of the atoms' and the cross-entropy of their environments. In training
+        with `labels` the logits are computed at the N labeled tokens only, shape (N, V): they are 15 % of the tokens
+        and the decoder is wide. With other targets alone there are none.
 
         Args:
             labels (`torch.LongTensor`, *optional*): shape (B, T), token ids, -100 where nothing is to be predicted.
             descriptors (`torch.Tensor`, *optional*): shape (B, M), in the units of RDKit.
+            atom_descriptors (`torch.Tensor`, *optional*): shape (B, T, A), likewise; goes with `environments`.
+            environments (`torch.LongTensor`, *optional*): shape (B, T, R), classes, -100 where there is no atom.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): labeled tokens in all accumulated batches; the
                 loss is then the sum divided by it.
         Raises:
-            ValueError: if `descriptors` are given to a model without a head for them, or their number is another.
+            ValueError: if targets are given to a model without a head for them, or their number is another.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.molformer(
@@ -610,40 +660,52 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        states, loss, logits, descriptor_logits = outputs.last_hidden_state, None, None, None
+        states, losses = outputs.last_hidden_state, []
+        logits = descriptor_logits = atom_logits = environment_logits = None
         share = 1.0  # of this batch among the accumulated ones
-        if labels is not None or descriptors is None:
+        if labels is not None or (descriptors is None and environments is None):
+            labeled_states = states
             if labels is not None and self.training:
                 labeled = labels != -100
-                states, labels = states[labeled], labels[labeled]  # (N, C), (N,)
-            logits = self.lm_head(states)
+                labeled_states, labels = states[labeled], labels[labeled]  # (N, C), (N,)
+            logits = self.lm_head(labeled_states)
         if labels is not None:
-            total = nn.functional.cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.shape[-1]),
-                labels.reshape(-1),
-                reduction="sum",
-            )
+            precise = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.shape[-1])
+            total = nn.functional.cross_entropy(precise, labels.reshape(-1), reduction="sum")
             labeled = (labels != -100).sum()
             count = labeled.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss, share = total / count, labeled / count
+            losses.append(total / count)
+            share = labeled / count
         if self.config.descriptor_names:
             descriptor_logits = self.descriptor_head(outputs.pooler_output)  # (B, M)
         if descriptors is not None:
-            expected = (len(outputs.pooler_output), len(self.config.descriptor_names or ()))
-            if tuple(descriptors.shape) != expected:
-                raise ValueError(f"descriptors have shape {tuple(descriptors.shape)}, the model's {expected}.")
-            target = self.descriptor_head.standardize(descriptors)
-            precision = torch.promote_types(descriptor_logits.dtype, torch.float32)
-            squares = nn.functional.mse_loss(descriptor_logits.to(precision), target.to(precision))
-            loss = squares * share if loss is None else loss + squares * share
+            self._check_targets("descriptors", descriptors, (len(states), len(self.config.descriptor_names or ())))
+            losses.append(share * self.descriptor_head.loss(descriptor_logits, descriptors))
+        if environments is not None:
+            shape = tuple(states.shape[:2])
+            self._check_targets("environments", environments, (*shape, len(self.config.environment_buckets or ())))
+            expected = (*shape, len(self.config.atom_descriptor_names or ()))
+            self._check_targets("atom_descriptors", atom_descriptors, expected)
+            atoms = environments[..., 0] != -100  # (B, T)
+            atom_logits = self.atom_head(states[atoms])  # (N, A)
+            environment_logits = self.atom_head.environments(states[atoms])
+            losses.append(share * self.atom_head.loss(atom_logits, atom_descriptors[atoms]))
+            losses.append(share * self.atom_head.environment_loss(environment_logits, environments[atoms]))
         output = MolformerMaskedLMOutput(
-            loss=loss,
+            loss=sum(losses) if losses else None,
             logits=logits,
             descriptor_logits=descriptor_logits,
+            atom_descriptor_logits=atom_logits,
+            environment_logits=environment_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
         return output if return_dict else output.to_tuple()
+
+    def _check_targets(self, name, targets, expected):
+        if targets is None or tuple(targets.shape) != expected:
+            given = None if targets is None else tuple(targets.shape)
+            raise ValueError(f"{name} have shape {given}, the model's {expected}.")
 
 
 class MolformerLinearHead(nn.Module):
@@ -693,7 +755,7 @@ class MolformerForRegression(MolformerPreTrainedModel):
     `MolformerForSequenceClassification` load by key name.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^lm_head\.", r"^descriptor_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^(lm_head|descriptor_head|atom_head)\."]
     accepts_loss_kwargs = True
 
     def __init__(self, config):

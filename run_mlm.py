@@ -34,10 +34,12 @@ from arguments import (
 
 DEFAULTS = {"output_dir": "outputs/mlm", "learning_rate": 6e-4, "per_device_eval_batch_size": 128}
 TEXT_SUFFIXES = (".txt", ".smi", ".smiles")
+ENVIRONMENT_BUCKETS = (1024, 4096)  # classes of an atom's surroundings within one and two bonds
+LABELS = {"mlm": ("labels",), "mtr": ("descriptors",), "atoms": ("atom_descriptors", "environments")}
 LOSSES = {
-    "mlm": "cross-entropy of a masked token",
-    "mtr": "mean squared error of standardized descriptors",
-    "mlm+mtr": "cross-entropy of a masked token + descriptor error",
+    "mlm": "cross-entropy of masked tokens",
+    "mtr": "squared error of descriptors",
+    "atoms": "loss of atoms",
 }
 MOST_HELD_OUT = 10_000  # molecules of a corpus; more would cost time and tell nothing new
 
@@ -51,8 +53,10 @@ class MlmArguments:
     objective: str = field(
         default="mlm",
         metadata={
-            "choices": ["mlm", "mtr", "mlm+mtr"],
-            "help": "Masked language modeling; multi-task regression of RDKit descriptors; or both at once.",
+            "choices": ["mlm", "mtr", "atoms", "mlm+mtr", "mlm+atoms", "mtr+atoms", "mlm+mtr+atoms"],
+            "help": "What is learned, one or several at once. mlm: masked tokens; mtr: multi-task regression of RDKit "
+            "descriptors from the mean state; atoms: for each atom's token, its share in such descriptors and its "
+            "surroundings.",
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
@@ -64,8 +68,12 @@ class MlmArguments:
     def __post_init__(self):
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"--mlm_probability is {self.mlm_probability}; give a number between 0 and 1.")
-        self.masks, self.describes = "mlm" in self.objective, "mtr" in self.objective
         self.preprocessing_num_workers = self.preprocessing_num_workers or os.cpu_count()
+        self.parts = self.objective.split("+")
+
+    def workers(self, dataset):
+        """Returns how many processes pay for a data set of this size."""
+        return min(self.preprocessing_num_workers, max(1, len(dataset) // 1000))
 
 
 ARGUMENTS = (ModelArguments, DataTrainingArguments, MlmArguments, TrainingArguments)
@@ -127,39 +135,28 @@ def take_smiles(corpus, data_args, source):
     return corpus if column == "smiles" else corpus.rename_column(column, "smiles")
 
 
-def encode_batch(batch, tokenizer, smiles_form, max_length, descriptor_names=None):
-    """Returns token ids, lengths, what is wrong with each SMILES ("" if nothing) and, if any are named, descriptors.
+def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False):
+    """Returns token ids, lengths and what is wrong with each SMILES ("" if nothing), for `datasets.Dataset.map`.
 
-    For `datasets.Dataset.map`.
+    Args:
+        must_parse (`bool`): whether a SMILES that is taken as given must be one for RDKit too.
     """
-    from utils_molecules import canonicalize, compute_descriptors, encode_smiles, parse_smiles
+    from utils_molecules import canonicalize, encode_smiles
 
     # a .smi line may name its molecule after the SMILES
     texts = [((line or "").split() or [""])[0] for line in batch["smiles"]]
-    if smiles_form != "raw":
+    if smiles_form != "raw" or must_parse:
         texts = [canonicalize(text, smiles_form) for text in texts]
     ids, problems = encode_smiles([text or "" for text in texts], tokenizer)
     reasons = [
         "invalid" if not text else problem or ("too_long" if len(row) > max_length else "")
         for text, row, problem in zip(texts, ids, problems, strict=True)
     ]
-    columns = {"input_ids": ids, "length": [len(row) for row in ids], "reason": reasons}
-    if descriptor_names:
-        molecules = [None if reason else parse_smiles(text) for text, reason in zip(texts, reasons, strict=True)]
-        columns["reason"] = [
-            reason or ("" if molecule else "invalid") for reason, molecule in zip(reasons, molecules, strict=True)
-        ]
-        columns["descriptors"] = [
-            compute_descriptors(molecule, descriptor_names) if molecule else [] for molecule in molecules
-        ]
-    return columns
+    return {"input_ids": ids, "length": [len(row) for row in ids], "reason": reasons}
 
 
-def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, descriptor_names=None):
+def encode_corpus(corpus, tokenizer, data_args, mlm_args, source):
     """Returns the corpus as memory-mapped token ids with lengths, cached on disk, and a table of the dropped rows.
-
-    Args:
-        descriptor_names (`list[str]`, *optional*): RDKit descriptors that are computed and kept with the ids.
 
     Raises:
         InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if none is left.
@@ -170,13 +167,13 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, descriptor_nam
 
     from utils_molecules import REASONS, describe_unusable
 
-    columns = {
-        "input_ids": datasets.List(datasets.Value("uint16")),
-        "length": datasets.Value("int32"),
-        "reason": datasets.Value("string"),
-    }
-    if descriptor_names:
-        columns["descriptors"] = datasets.List(datasets.Value("float32"))
+    features = datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("uint16")),
+            "length": datasets.Value("int32"),
+            "reason": datasets.Value("string"),
+        }
+    )
     encoded = corpus.map(
         encode_batch,
         batched=True,
@@ -184,13 +181,13 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, descriptor_nam
             "tokenizer": tokenizer,
             "smiles_form": data_args.smiles_form,
             "max_length": data_args.max_length,
-            "descriptor_names": descriptor_names,
+            "must_parse": mlm_args.objective != "mlm",
         },
-        num_proc=min(mlm_args.preprocessing_num_workers, max(1, len(corpus) // 1000)),
+        num_proc=mlm_args.workers(corpus),
         remove_columns=corpus.column_names,
-        features=datasets.Features(columns),
+        features=features,
         load_from_cache_file=not mlm_args.overwrite_cache,
-        desc="Reading SMILES" + (f" and computing {len(descriptor_names)} descriptors" if descriptor_names else ""),
+        desc="Canonicalizing and encoding SMILES",
     )
     reasons = encoded.with_format("arrow")["reason"]
     reasons = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in reasons[:].chunks])
@@ -213,17 +210,74 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, descriptor_nam
     return encoded.remove_columns("reason"), dropped
 
 
+def describe_molecules(batch, tokenizer, names):
+    """Returns the named descriptors of each molecule, for `datasets.Dataset.map`."""
+    from utils_molecules import compute_descriptors, parse_smiles, to_text
+
+    molecules = (parse_smiles(to_text(ids, tokenizer)) for ids in batch["input_ids"])
+    return {"descriptors": [compute_descriptors(molecule, names) for molecule in molecules]}
+
+
+def describe_atoms(batch, tokenizer, names, buckets):
+    """Returns descriptors and environments of each molecule's atoms, flat, for `datasets.Dataset.map`.
+
+    Atoms come in the order of their tokens. A molecule of which RDKit removed atoms that have a token, such as [H],
+    has none.
+    """
+    from utils_molecules import atom_environments, compute_atom_descriptors, parse_smiles, to_text
+
+    is_atom = atom_tokens(tokenizer)
+    columns = {"atom_descriptors": [], "environments": []}
+    for ids in batch["input_ids"]:
+        molecule = parse_smiles(to_text(ids, tokenizer))
+        whole = is_atom[ids].sum() == molecule.GetNumAtoms()
+        columns["atom_descriptors"].append(compute_atom_descriptors(molecule, names).ravel() if whole else [])
+        columns["environments"].append(atom_environments(molecule, buckets).ravel() if whole else [])
+    return columns
+
+
+def atom_tokens(tokenizer):
+    """Returns which tokens of the vocabulary stand for an atom, a boolean array (V,)."""
+    import numpy as np
+
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return np.array([token[0] == "[" or token[0].isalpha() for token in tokens])
+
+
+def add_columns(dataset, function, columns, mlm_args, **options):
+    """Returns the data set with what `function` computes of its rows in worker processes, cached on disk.
+
+    Args:
+        columns (`dict[str, str]`): type of the numbers in each new column of lists.
+    """
+    import datasets
+
+    features = datasets.Features(dataset.features)
+    features |= {name: datasets.List(datasets.Value(dtype)) for name, dtype in columns.items()}
+    return dataset.map(
+        function,
+        batched=True,
+        fn_kwargs=options,
+        num_proc=mlm_args.workers(dataset),
+        features=features,
+        load_from_cache_file=not mlm_args.overwrite_cache,
+        desc=f"Computing {' and '.join(columns).replace('_', ' ')}",
+    )
+
+
 class PretrainingCollator:
-    """Pads a batch, masks its tokens if `mlm_probability` is given, and stacks descriptors where there are any.
+    """Pads a batch, masks its tokens if `mlm_probability` is given, and adds what other heads are to predict.
 
     Of the chosen tokens 80 % become `<mask>`, 10 % another token, 10 % stay. What is masked is a function of the batch
     and the seed, not of a random state: a resumed run masks as the uninterrupted one, whatever was prefetched.
     """
 
-    def __init__(self, tokenizer, mlm_probability, seed):
+    def __init__(self, tokenizer, mlm_probability, seed, atom_names=(), buckets=()):
         self.tokenizer = tokenizer
         self.mlm_probability = mlm_probability
         self.seed = seed
+        self.is_atom = atom_tokens(tokenizer)
+        self.widths = {"atom_descriptors": len(atom_names or ()), "environments": len(buckets or ())}
 
     def __call__(self, examples):
         import torch
@@ -231,7 +285,24 @@ class PretrainingCollator:
         batch = self.tokenizer.pad([{"input_ids": e["input_ids"]} for e in examples], return_tensors="pt")
         if "descriptors" in examples[0]:
             batch["descriptors"] = torch.tensor([e["descriptors"] for e in examples])  # (B, M)
+        if "environments" in examples[0]:
+            batch |= self.place_atoms(examples, batch["input_ids"])
         return batch if self.mlm_probability is None else self.mask(batch)
+
+    def place_atoms(self, examples, ids):
+        """Returns the numbers of atoms at the places of their tokens, (B, T, A) and (B, T, R); -100 elsewhere."""
+        import numpy as np
+        import torch
+
+        atoms = self.is_atom[ids.numpy()]  # (B, T)
+        atoms[[not e["environments"] for e in examples]] = False
+        placed = {}
+        for name, dtype in (("atom_descriptors", np.float32), ("environments", np.int64)):
+            flat = np.concatenate([np.asarray(e[name], dtype=dtype) for e in examples])
+            values = np.full((*atoms.shape, self.widths[name]), -100, dtype=dtype)
+            values[atoms] = flat.reshape(-1, self.widths[name])
+            placed[name] = torch.from_numpy(values)
+        return placed
 
     def mask(self, batch):
         """Returns the batch with masked `input_ids` (B, T), and `labels` (B, T) that are -100 elsewhere."""
@@ -252,29 +323,63 @@ class PretrainingCollator:
 
 
 class PretrainingMetrics:
-    """What an evaluation keeps of each batch, and the metrics over all of them, by the objective's labels."""
+    """What an evaluation keeps of each batch, and the metrics over all of them."""
 
     def __init__(self, model, label_names):
         self.model = model
         self.label_names = label_names
 
     def score(self, logits, labels):
-        """Returns scores of the labels, in their order; for `preprocess_logits_for_metrics`."""
-        logits = dict(zip(self.label_names, logits if isinstance(logits, tuple) else (logits,), strict=False))
+        """Returns scores of the targets, with a row a molecule; for `preprocess_logits_for_metrics`."""
+        logits = iter(logits if isinstance(logits, tuple) else (logits,))
         labels = dict(zip(self.label_names, labels if isinstance(labels, tuple) else (labels,), strict=True))
         scores = []
         if "labels" in labels:
-            scores.append(score_tokens(logits["labels"], labels["labels"]))
+            scores.append(score_tokens(next(logits), labels["labels"]))
+        if self.model.config.descriptor_names:  # these are there in any case
+            predicted = next(logits)
         if "descriptors" in labels:
-            target = self.model.descriptor_head.standardize(labels["descriptors"])
-            scores += [logits["descriptors"].float(), target]  # (B, M) each
+            scores += [predicted.float(), self.model.descriptor_head.standardize(labels["descriptors"])]  # (B, M) each
+        if "environments" in labels:
+            targets = labels["atom_descriptors"], labels["environments"]
+            scores.append(score_atoms(self.model.atom_head, next(logits), next(logits), *targets))
         return tuple(scores)
 
     def compute(self, output):
         """Returns the metrics of all scores; for `compute_metrics`."""
         scores = list(output.predictions if isinstance(output.predictions, tuple) else (output.predictions,))
         metrics = mlm_metrics(scores.pop(0)) if "labels" in self.label_names else {}
-        return metrics | (descriptor_metrics(*scores) if scores else {})
+        if "descriptors" in self.label_names:
+            metrics |= descriptor_metrics(scores.pop(0), scores.pop(0))
+        return metrics | (atom_metrics(scores.pop(0)) if scores else {})
+
+
+def score_atoms(head, descriptor_logits, environment_logits, atom_descriptors, environments):
+    """Returns sums over the atoms of each molecule, (B, 2 + R): atoms, squared error, right environments by radius.
+
+    Args:
+        descriptor_logits, environment_logits (`torch.Tensor`): for the N atoms of all molecules, (N, A), (N, buckets).
+        atom_descriptors, environments (`torch.Tensor`): shape (B, T, A) and (B, T, R), -100 where there is no atom.
+    """
+    import torch
+
+    atoms = environments[..., 0] != -100  # (B, T)
+    target = head.standardize(atom_descriptors[atoms])
+    columns = [torch.ones(len(target)), (descriptor_logits.float() - target).square().mean(dim=1)]
+    for index, logits in enumerate(environment_logits.split(head.buckets, dim=-1)):
+        columns.append((logits.argmax(dim=-1) == environments[atoms][:, index]).float())
+    columns = torch.stack([column.to(target.device) for column in columns], dim=1)  # (N, 2 + R)
+    sums = columns.new_zeros(len(atoms), columns.shape[1])
+    return sums.index_add(0, atoms.nonzero()[:, 0], columns)
+
+
+def atom_metrics(scores):
+    """Returns mean squared error of standardized atom descriptors and accuracy of environments, from `score_atoms`."""
+    count, squares, *right = scores.astype("float64").sum(axis=0)
+    if not count:
+        return {}
+    accuracies = {f"environment_{radius}_accuracy": value / count for radius, value in enumerate(right, start=1)}
+    return {"atom_mse": squares / count} | accuracies
 
 
 def score_tokens(logits, labels):
@@ -312,7 +417,7 @@ def descriptor_metrics(predictions, targets):
     return metrics
 
 
-def load_data(tokenizer, model_args, data_args, mlm_args, training_args, descriptor_names=None):
+def load_data(tokenizer, model_args, data_args, mlm_args, training_args):
     """Returns training data, held-out data, the hash of the split (`None` for a corpus) and the dropped rows.
 
     Molecules with labels are split as run_regression.py splits them, and its test molecules are not learned. A part of
@@ -320,7 +425,6 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, descrip
     """
     import datasets
 
-    from trainer_regression import augment
     from utils_molecules import LABEL_COLUMNS, find_column, load_hub_dataset, load_molecules, read_header
 
     held_out = digest = None
@@ -337,7 +441,7 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, descrip
         parts = {
             name: encode_corpus(
                 datasets.Dataset.from_dict({"smiles": molecules.loc[molecules["split"] == name, "text"].tolist()}),
-                tokenizer, as_text, mlm_args, source, descriptor_names,
+                tokenizer, as_text, mlm_args, source,
             )[0]
             for name in ("train", "validation")
             if (molecules["split"] == name).any()
@@ -348,52 +452,87 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, descrip
         if data_args.dataset_name is None:
             corpus = read_corpus(source, data_args, model_args.cache_dir)
         corpus = take_smiles(corpus, data_args, source)
-        train, dropped = encode_corpus(corpus, tokenizer, data_args, mlm_args, source, descriptor_names)
+        train, dropped = encode_corpus(corpus, tokenizer, data_args, mlm_args, source)
         if data_args.validation_file is not None:
             corpus = take_smiles(
                 read_corpus(data_args.validation_file, data_args, model_args.cache_dir), data_args, source
             )
-            held_out, _ = encode_corpus(
-                corpus, tokenizer, data_args, mlm_args, data_args.validation_file, descriptor_names
-            )
+            held_out, _ = encode_corpus(corpus, tokenizer, data_args, mlm_args, data_args.validation_file)
     if held_out is None:
         size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
         seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
         train, held_out = train.train_test_split(test_size=size, seed=seed).values()
     if data_args.max_train_samples is not None:
         train = train.select(range(min(len(train), data_args.max_train_samples)))
-    if data_args.augment_smiles and training_args.do_train:
-        workers = min(mlm_args.preprocessing_num_workers, max(1, len(train) // 1000))
-        train = augment(
-            train, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length, num_proc=workers
-        )
     if data_args.max_eval_samples is not None:
         held_out = held_out.select(range(min(len(held_out), data_args.max_eval_samples)))
     return train, held_out.sort("length", reverse=True), digest, dropped
 
 
-def describe_scale(train, sample=100_000):
-    """Returns mean and standard deviation of the descriptors of the training molecules, each (M,), by a sample.
+def add_targets(train, held_out, tokenizer, data_args, mlm_args, training_args, heads):
+    """Returns both parts with what the heads are to predict, and the training part with its random SMILES.
+
+    Descriptors of a molecule are those of all its SMILES; its atoms come in another order in each.
+    """
+    from trainer_regression import augment
+
+    names, atom_names = heads["descriptor_names"], heads["atom_descriptor_names"]
+    parts = []
+    for part, count in ((train, data_args.augment_smiles * training_args.do_train), (held_out, 0)):
+        if names:
+            columns = {"descriptors": "float32"}
+            part = add_columns(part, describe_molecules, columns, mlm_args, tokenizer=tokenizer, names=names)
+        if count:
+            part = augment(
+                part, tokenizer, count, training_args.seed, data_args.max_length, num_proc=mlm_args.workers(part)
+            )
+        if atom_names:
+            columns = {"atom_descriptors": "float32", "environments": "int32"}
+            buckets = heads["environment_buckets"]
+            part = add_columns(
+                part, describe_atoms, columns, mlm_args, tokenizer=tokenizer, names=atom_names, buckets=buckets
+            )
+        parts.append(part)
+    return parts
+
+
+def measure_scale(dataset, column, width, sample=100_000):
+    """Returns mean and standard deviation of each of `width` numbers in a column of lists, by a sample of the rows.
 
     Values that are not finite do not count.
     """
     import numpy as np
 
-    sampled = train.select(range(0, len(train), max(1, len(train) // sample)))
-    column = sampled.with_format("arrow")["descriptors"][:]
-    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    values = values.reshape(len(sampled), -1).astype(np.float64)
+    sampled = dataset.select(range(0, len(dataset), max(1, len(dataset) // sample)))
+    values = sampled.with_format("arrow")[column][:].combine_chunks().flatten()
+    values = values.to_numpy(zero_copy_only=False).reshape(-1, width).astype(np.float64)
     broken = ~np.isfinite(values)
     if broken.any():
         logger.warning(
-            "%d of %d descriptor values are missing or infinite; the mean stands in for them",
-            broken.sum(),
-            values.size,
-        )
+            "%d of %d values in %s are missing or infinite; the mean stands in for them",
+            broken.sum(), values.size, column,
+        )  # fmt: skip
     values[broken] = np.nan
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a descriptor that is never finite
         return np.nan_to_num(np.nanmean(values, axis=0)), np.nan_to_num(np.nanstd(values, axis=0))
+
+
+def choose_heads(config, objective_parts):
+    """Returns which heads beside that for tokens the model is to have: the checkpoint's, or the objective's defaults.
+
+    Returns:
+        values of `descriptor_names`, `atom_descriptor_names` and `environment_buckets`; `None` where there is none.
+    """
+    from utils_molecules import ATOM_DESCRIPTORS, default_descriptors
+
+    heads = {"descriptor_names": None, "atom_descriptor_names": None, "environment_buckets": None}
+    if "mtr" in objective_parts:
+        heads["descriptor_names"] = config.descriptor_names or default_descriptors()
+    if "atoms" in objective_parts:
+        heads["atom_descriptor_names"] = config.atom_descriptor_names or list(ATOM_DESCRIPTORS)
+        heads["environment_buckets"] = config.environment_buckets or list(ENVIRONMENT_BUCKETS)
+    return heads
 
 
 def main(model_args, data_args, mlm_args, training_args):
@@ -401,34 +540,43 @@ def main(model_args, data_args, mlm_args, training_args):
 
     from modeling_molformer_reg import MolformerForMaskedLM
     from trainer_regression import MolformerTrainer, check_split, load_config, load_model, load_tokenizer
-    from utils_molecules import default_descriptors, plot_losses, write_csv
+    from utils_molecules import plot_losses, write_csv
 
     # Data, tokenizer and model
     tokenizer = load_tokenizer(model_args)
-    names = None
-    if mlm_args.describes:
-        names = load_config(model_args).descriptor_names or default_descriptors()
-    train, held_out, digest, dropped = load_data(tokenizer, model_args, data_args, mlm_args, training_args, names)
-    model = load_model(MolformerForMaskedLM, model_args, tokenizer, **({"descriptor_names": names} if names else {}))
+    heads = choose_heads(load_config(model_args), mlm_args.parts)
+    train, held_out, digest, dropped = load_data(tokenizer, model_args, data_args, mlm_args, training_args)
+    train, held_out = add_targets(train, held_out, tokenizer, data_args, mlm_args, training_args, heads)
+    chosen = {name: value for name, value in heads.items() if value}
+    model = load_model(MolformerForMaskedLM, model_args, tokenizer, **chosen)
     check_split(model.config, digest, data_args, checkpoint)
     if digest is not None:
         model.config.split_hash = digest
-    if names and "descriptor_head." in model.new_heads:
-        model.descriptor_head.set_scale(*describe_scale(train))
+    for name, column in (("descriptor", "descriptors"), ("atom", "atom_descriptors")):
+        if column in train.column_names and f"{name}_head." in model.new_heads:
+            head = getattr(model, f"{name}_head")
+            head.set_scale(*measure_scale(train, column, len(head.mean)))
     logger.info("%d training molecules, %d held out, %d parameters", len(train), len(held_out), model.num_parameters())
 
     # Trainer
     training_args.remove_unused_columns = False  # the collator takes what it needs
-    training_args.label_names = ["labels"] * mlm_args.masks + ["descriptors"] * mlm_args.describes
+    training_args.label_names = [label for part in mlm_args.parts for label in LABELS[part]]
     metrics = PretrainingMetrics(model, training_args.label_names)
-    mlm_probability = mlm_args.mlm_probability if mlm_args.masks else None
+    mlm_probability = mlm_args.mlm_probability if "mlm" in mlm_args.parts else None
+    collator = PretrainingCollator(
+        tokenizer,
+        mlm_probability,
+        training_args.seed,
+        heads["atom_descriptor_names"],
+        heads["environment_buckets"],
+    )
     trainer = MolformerTrainer(
         model=model,
         args=training_args,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        data_collator=PretrainingCollator(tokenizer, mlm_probability, training_args.seed),
+        data_collator=collator,
         compute_metrics=metrics.compute,
         preprocess_logits_for_metrics=metrics.score,
     )
@@ -453,7 +601,8 @@ def main(model_args, data_args, mlm_args, training_args):
         trainer.save_metrics("eval", metrics)
         if trainer.is_world_process_zero():
             path = Path(training_args.output_dir) / "loss_curves.png"
-            plot_losses(trainer.state.log_history, path, "held-out", LOSSES[mlm_args.objective])
+            loss_name = " + ".join(LOSSES[part] for part in mlm_args.parts)
+            plot_losses(trainer.state.log_history, path, "held-out", loss_name)
     end_writing(training_args)
 
 

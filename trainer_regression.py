@@ -27,6 +27,7 @@ from utils_molecules import (
     plot_parity,
     random_smiles,
     regression_metrics,
+    to_text,
     write_csv,
     write_json,
 )
@@ -319,8 +320,7 @@ def augment(dataset, tokenizer, count, seed, max_length, num_proc=None):
 def _augment_batch(batch, tokenizer, count, seed, max_length):
     columns = {name: [value for value in values for _ in range(count + 1)] for name, values in batch.items()}
     for index, ids in enumerate(batch["input_ids"]):
-        text = "".join(tokenizer.convert_ids_to_tokens(ids[1:-1]))
-        encoded, problems = encode_smiles(random_smiles(text, count, seed), tokenizer)
+        encoded, problems = encode_smiles(random_smiles(to_text(ids, tokenizer), count, seed), tokenizer)
         for offset, (new, problem) in enumerate(zip(encoded, problems, strict=True), start=1):
             if problem is None and len(new) <= max_length:
                 columns["input_ids"][index * (count + 1) + offset] = new

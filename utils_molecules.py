@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.common import get_handle
 from rdkit import Chem, rdBase
+from rdkit.Chem import EState, rdFingerprintGenerator, rdMolDescriptors, rdPartialCharges
 from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from arguments import InputError
@@ -215,6 +216,11 @@ def encode_smiles(texts, tokenizer):
         unknown = tokenizer.unk_token_id in ids
         problems.append("lost" if covered != len(text) else "unknown" if unknown else None)
     return encoded["input_ids"], problems
+
+
+def to_text(ids, tokenizer):
+    """Returns the SMILES of token ids that have `<bos>` and `<eos>` around them."""
+    return "".join(tokenizer.convert_ids_to_tokens(ids[1:-1]))
 
 
 def prepare_molecules(molecules, tokenizer, data_args, source):
@@ -478,8 +484,6 @@ def _metric_class():
 
 def morgan_counts(texts, radius=2, size=2048):
     """Returns Morgan count fingerprints, shape (N, size)."""
-    from rdkit.Chem import rdFingerprintGenerator
-
     generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=size)
     return np.array([generator.GetCountFingerprintAsNumPy(Chem.MolFromSmiles(text)) for text in texts], dtype=float)
 
@@ -518,6 +522,55 @@ def compute_descriptors(molecule, names):
             continue
     with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite, and is imputed as NaN is
         return values.astype(np.float32)
+
+
+# For each a function of the molecule that gives one number an atom; atoms in the order of the SMILES it was read from.
+ATOM_DESCRIPTORS = {
+    "crippen_log_p": lambda molecule: [pair[0] for pair in rdMolDescriptors._CalcCrippenContribs(molecule)],
+    "crippen_refractivity": lambda molecule: [pair[1] for pair in rdMolDescriptors._CalcCrippenContribs(molecule)],
+    "labute_surface": lambda molecule: list(rdMolDescriptors._CalcLabuteASAContribs(molecule)[0]),
+    "polar_surface": lambda molecule: list(rdMolDescriptors._CalcTPSAContribs(molecule)),
+    "gasteiger_charge": lambda molecule: _gasteiger_charges(molecule),
+    "electrotopological_state": lambda molecule: list(EState.EStateIndices(molecule)),
+    "hydrogens": lambda molecule: [atom.GetTotalNumHs() for atom in molecule.GetAtoms()],
+    "smallest_ring": lambda molecule: [
+        molecule.GetRingInfo().MinAtomRingSize(index) for index in range(molecule.GetNumAtoms())
+    ],
+}
+
+
+def _gasteiger_charges(molecule):
+    rdPartialCharges.ComputeGasteigerCharges(molecule)
+    return [atom.GetDoubleProp("_GasteigerCharge") for atom in molecule.GetAtoms()]
+
+
+def compute_atom_descriptors(molecule, names):
+    """Returns the named numbers of every atom, shape (atoms, A) in float32; one that is not defined is NaN.
+
+    Raises:
+        InputError: if a name is unknown.
+    """
+    unknown = [name for name in names if name not in ATOM_DESCRIPTORS]
+    if unknown:
+        raise InputError(f"The checkpoint names the atom descriptors {', '.join(unknown)}, which are unknown here.")
+    return np.array([ATOM_DESCRIPTORS[name](molecule) for name in names], dtype=np.float32).T
+
+
+def atom_environments(molecule, buckets):
+    """Returns for every atom the classes of its surroundings within 1 to R bonds, shape (atoms, R) in int64.
+
+    A class is the hash of the Morgan algorithm modulo the radius' number of buckets, so no list of environments is
+    needed; what falls into one class by chance has to be learned by heart.
+    """
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=len(buckets), includeRedundantEnvironments=True)
+    output = rdFingerprintGenerator.AdditionalOutput()
+    output.AllocateAtomToBits()
+    generator.GetSparseCountFingerprint(molecule, additionalOutput=output)
+    classes = np.zeros((molecule.GetNumAtoms(), len(buckets)), dtype=np.int64)
+    for atom, bits in enumerate(output.GetAtomToBits()):  # radius 0 first; a lone atom has that one only
+        for radius, bucket in enumerate(buckets, start=1):
+            classes[atom, radius - 1] = bits[min(radius, len(bits) - 1)] % bucket
+    return classes
 
 
 def baseline_predictions(molecules, split):

@@ -1254,3 +1254,53 @@ def test_masked_language_model_gets_a_fresh_descriptor_head_beside_its_own(tmp_p
     model = MolformerForMaskedLM.from_pretrained(tmp_path, descriptor_names=NAMES)
     assert model.new_heads == ("descriptor_head.",)
     assert model.descriptor_head.mean.tolist() == [0, 0, 0] and model.descriptor_head.std.tolist() == [1, 1, 1]
+
+
+ATOM_HEAD = {"atom_descriptor_names": ["a", "b", "c"], "environment_buckets": [5, 7]}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loss_of_atoms_is_that_of_plain_loops(training):
+    """Reference: the mean squared error and the cross-entropies, atom by atom."""
+    model = MolformerForMaskedLM(MolformerConfig(**TINY, **NO_NOISE, **ATOM_HEAD)).train(training)
+    head = model.atom_head
+    head.set_scale([1.0, 0.0, -1.0], [2.0, 1.0, 0.5])
+    ids, numbers = torch.randint(4, 40, (2, 6)), torch.randn(2, 6, 3)
+    environments = torch.full((2, 6, 2), -100)
+    atoms = [(0, 1), (0, 4), (1, 2)]
+    for row, token in atoms:
+        environments[row, token] = torch.tensor([token, row + token])
+    output = model(ids, atom_descriptors=numbers, environments=environments)
+    states = model.molformer(ids).last_hidden_state
+    squares, entropies = 0.0, 0.0
+    for row, token in atoms:
+        target = (numbers[row, token] - torch.tensor([1.0, 0.0, -1.0])) / torch.tensor([2.0, 1.0, 0.5])
+        squares += ((head.out_proj(states[row, token]) - target) ** 2).mean() / 3
+        logits = head.environments(states[row, token])
+        for part, label in ((logits[:5], token), (logits[5:], row + token)):
+            entropies += torch.nn.functional.cross_entropy(part, torch.tensor(label)) / 3 / 2
+    assert output.loss.item() == pytest.approx((squares + entropies).item(), rel=1e-5)
+    assert output.atom_descriptor_logits.shape == (3, 3) and output.environment_logits.shape == (3, 12)
+    assert output.logits is None
+
+
+def test_batch_without_atoms_has_no_atom_loss():
+    model = MolformerForMaskedLM(MolformerConfig(**TINY, **ATOM_HEAD))
+    output = model(torch.randint(4, 40, (2, 6)), atom_descriptors=torch.full((2, 6, 3), -100.0),
+        environments=torch.full((2, 6, 2), -100))  # fmt: skip
+    assert output.loss.item() == 0
+    output.loss.backward()
+
+
+@pytest.mark.parametrize(("numbers", "radii"), [(2, 2), (3, 1), (None, 2)])
+def test_atom_targets_that_fit_no_head_are_refused(numbers, radii):
+    model = MolformerForMaskedLM(MolformerConfig(**TINY, **ATOM_HEAD))
+    targets = {"environments": torch.zeros(2, 6, radii, dtype=torch.long)}
+    targets["atom_descriptors"] = None if numbers is None else torch.zeros(2, 6, numbers)
+    with pytest.raises(ValueError, match=r"(environments|atom_descriptors) have shape"):
+        model(torch.randint(4, 40, (2, 6)), **targets)
+
+
+def test_half_an_atom_head_is_refused():
+    with pytest.raises(ValueError, match="go together"):
+        MolformerForMaskedLM(MolformerConfig(**TINY, atom_descriptor_names=["a"]))

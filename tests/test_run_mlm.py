@@ -17,7 +17,7 @@ from conftest import ROOT
 
 import run_mlm
 from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, parse_arguments
-from modeling_molformer_reg import MolformerForMaskedLM
+from modeling_molformer_reg import MolformerAtomHead, MolformerConfig, MolformerForMaskedLM
 from run_mlm import MlmArguments, PretrainingCollator, mlm_metrics, score_tokens
 from trainer_regression import build_tokenizer
 from utils_molecules import compute_descriptors, default_descriptors, parse_smiles
@@ -281,7 +281,7 @@ def test_dropped_lines_are_listed_in_the_output_folder(tiny_checkpoint, tmp_path
     assert listed["row"].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("objective", ["mtr", "mlm+mtr"])
+@pytest.mark.parametrize("objective", ["mtr", "mlm+mtr+atoms"])
 def test_descriptors_are_learned_and_their_scale_stays_with_the_checkpoint(
     objective, tiny_checkpoint, small_table, tmp_path
 ):
@@ -290,14 +290,18 @@ def test_descriptors_are_learned_and_their_scale_stays_with_the_checkpoint(
     out = tmp_path / "first"
     run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--output_dir", out, *flags))
     values = results(out)
-    assert ("eval_masked_accuracy" in values) == (objective == "mlm+mtr")
+    assert ("eval_masked_accuracy" in values) == (objective == "mlm+mtr+atoms")
+    assert ("eval_environment_2_accuracy" in values) == (objective == "mlm+mtr+atoms")
     assert 0 < values["eval_descriptor_mse"] < 5 and values["eval_descriptor_r2"] < 1
     model = MolformerForMaskedLM.from_pretrained(out)
     names = model.config.descriptor_names
     assert names == default_descriptors() and not model.head_is_new
 
     parsed = parse("--model_name_or_path", out, "--output_dir", tmp_path / "second", *flags, "--split_seed", 42)
-    train, *_ = run_mlm.load_data(build_tokenizer(), *parsed, descriptor_names=names)
+    tokenizer = build_tokenizer()
+    train, held_out, *_ = run_mlm.load_data(tokenizer, *parsed)
+    heads = run_mlm.choose_heads(model.config, parsed[2].parts)
+    train, held_out = run_mlm.add_targets(train, held_out, tokenizer, *parsed[1:], heads)
     table = np.array(train["descriptors"][:])
     tokens = ["".join(build_tokenizer().convert_ids_to_tokens(ids[1:-1])) for ids in train["input_ids"]]
     assert table[5] == pytest.approx(compute_descriptors(parse_smiles(tokens[5]), names), rel=1e-6)
@@ -328,15 +332,18 @@ def test_values_that_are_not_finite_do_not_count_in_the_scale(caplog):
     import datasets
 
     rows = [[1.0, np.nan, np.inf], [3.0, np.nan, 2.0], [5.0, np.nan, 4.0]]
-    mean, std = run_mlm.describe_scale(datasets.Dataset.from_dict({"descriptors": rows}))
+    mean, std = run_mlm.measure_scale(datasets.Dataset.from_dict({"descriptors": rows}), "descriptors", 3)
     assert mean == pytest.approx([3, 0, 3]) and std == pytest.approx([np.std([1, 3, 5]), 0, 1])
-    assert "4 of 9 descriptor values are missing or infinite" in caplog.text
+    assert "4 of 9 values in descriptors are missing or infinite" in caplog.text
 
 
 def test_unparsable_line_is_found_where_descriptors_need_it(tiny_checkpoint, tmp_path):
-    """A raw corpus is parsed for its descriptors, so a broken line is an error there."""
-    encoded = run_mlm.encode_batch({"smiles": ["CCO", "C1CC"]}, build_tokenizer(), "raw", 20, ["MolLogP"])
-    assert encoded["reason"] == ["", "invalid"] and len(encoded["descriptors"][0]) == 1
+    (tmp_path / "c.txt").write_text("CCO\nC1CC\nCCC\n")
+    common = ("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--smiles_form", "raw",
+        "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "x")  # fmt: skip
+    assert len(run_mlm.load_data(build_tokenizer(), *parse(*common))[0]) == 2  # the tokenizer takes it
+    with pytest.raises(InputError, match="row 1: 'C1CC'"):
+        run_mlm.load_data(build_tokenizer(), *parse(*common, "--objective", "mtr"))
 
 
 def test_descriptor_scores_are_over_molecules_not_batches():
@@ -356,7 +363,65 @@ def test_descriptor_scores_are_over_molecules_not_batches():
 def test_random_smiles_are_learned_and_the_held_out_part_is_left_as_it_is(tiny_checkpoint, corpus, tmp_path):
     common = ("--train_file", corpus, "--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x",
         "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1)  # fmt: skip
-    train, held_out, *_ = run_mlm.load_data(build_tokenizer(), *parse(*common))
-    augmented, same, *_ = run_mlm.load_data(build_tokenizer(), *parse(*common, "--augment_smiles", 2))
+    tokenizer = build_tokenizer()
+    parsed = parse(*common, "--augment_smiles", 2, "--objective", "mtr+atoms")
+    train, held_out, *_ = run_mlm.load_data(tokenizer, *parsed)
+    heads = run_mlm.choose_heads(MolformerConfig(), parsed[2].parts)
+    augmented, same = run_mlm.add_targets(train, held_out, tokenizer, *parsed[1:], heads)
+    assert augmented["descriptors"][0] == augmented["descriptors"][2] != augmented["descriptors"][3]
+    own, other = (sorted(augmented["environments"][row][1::2]) for row in (0, 1))
+    assert own == other and augmented["environments"][0] != augmented["environments"][1]  # another order of the same
     assert len(augmented) == 3 * len(train) and augmented["input_ids"][::3] == train["input_ids"][:]
     assert same["input_ids"][:] == held_out["input_ids"][:]
+
+
+def test_numbers_of_atoms_stand_at_the_tokens_of_their_atoms():
+    """Reference: the atoms of the SMILES, one by one. [H] atoms that RDKit removes leave their molecule out."""
+    tokenizer = build_tokenizer()
+    texts = ["CC(=O)N", "[H]OC", "[NH4+].Cl"]
+    rows = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
+    batch = {"input_ids": [row["input_ids"] for row in rows]}
+    columns = run_mlm.describe_atoms(batch, tokenizer, ["hydrogens", "crippen_log_p"], [64, 64])
+    examples = [row | {name: list(values[i]) for name, values in columns.items()} for i, row in enumerate(rows)]
+    collator = PretrainingCollator(tokenizer, None, 0, ["hydrogens", "crippen_log_p"], [64, 64])
+    placed = collator(examples)
+    hydrogens = placed["atom_descriptors"][:, :, 0].tolist()
+    # <bos> C C ( = O ) N <eos>
+    assert hydrogens[0] == [-100, 3, 0, -100, -100, 0, -100, 2, -100]
+    assert set(hydrogens[1]) == {-100} and hydrogens[2][:5] == [-100, 4, -100, 1, -100]
+    assert ((placed["environments"] == -100) == (placed["atom_descriptors"] == -100)).all()
+    assert placed["environments"].max() < 64
+
+
+def test_atom_scores_are_sums_over_the_atoms_of_each_molecule():
+    """Reference: plain loops."""
+    config = MolformerConfig(hidden_size=8, num_attention_heads=2, atom_descriptor_names=["a", "b"],
+        environment_buckets=[3, 4])  # fmt: skip
+    head = MolformerAtomHead(config)
+    generator = torch.Generator().manual_seed(0)
+    environments = torch.full((3, 5, 2), -100)
+    atoms = [(0, 1), (0, 3), (2, 0), (2, 1), (2, 4)]
+    for row, token in atoms:
+        environments[row, token] = torch.randint(0, 3, (2,), generator=generator)
+    numbers = torch.randn(3, 5, 2, generator=generator)
+    predicted, logits = torch.randn(5, 2, generator=generator), torch.randn(5, 7, generator=generator)
+    expected = np.zeros((3, 4))
+    for index, (row, token) in enumerate(atoms):
+        right = [logits[index, :3].argmax() == environments[row, token, 0]]
+        right += [logits[index, 3:].argmax() == environments[row, token, 1]]
+        expected[row] += [1, float(((predicted[index] - numbers[row, token]) ** 2).mean()), *map(float, right)]
+    scores = run_mlm.score_atoms(head, predicted, logits, numbers, environments).numpy()
+    assert scores == pytest.approx(expected, abs=1e-5)
+    metrics = run_mlm.atom_metrics(scores)
+    assert metrics["environment_2_accuracy"] == pytest.approx(expected[:, 3].sum() / 5)
+    assert metrics["atom_mse"] == pytest.approx(expected[:, 1].sum() / 5, rel=1e-5)
+    assert run_mlm.atom_metrics(np.zeros((2, 4))) == {}
+
+
+def test_checkpoint_keeps_its_heads_whatever_the_objective(tiny_checkpoint, small_table, tmp_path):
+    common = ("--train_file", small_table, "--max_steps", 2, "--disable_tqdm", "true")
+    run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "all", *common,
+        "--objective", "mlm+mtr+atoms"))  # fmt: skip
+    run_mlm.main(*parse("--model_name_or_path", tmp_path / "all", "--output_dir", tmp_path / "mlm", *common))
+    model = MolformerForMaskedLM.from_pretrained(tmp_path / "mlm")
+    assert model.new_heads == () and model.config.environment_buckets == [1024, 4096]

@@ -35,10 +35,13 @@ from arguments import (
 )
 from trainer_regression import build_tokenizer
 from utils_molecules import (
+    ATOM_DESCRIPTORS,
     SPLITS,
     assign_splits,
+    atom_environments,
     baseline_predictions,
     canonicalize,
+    compute_atom_descriptors,
     compute_descriptors,
     default_descriptors,
     describe_unusable,
@@ -56,6 +59,7 @@ from utils_molecules import (
     scaffold_of,
     split_groups,
     split_hash,
+    to_text,
     write_csv,
     write_json,
     write_text,
@@ -981,3 +985,42 @@ def test_random_smiles_are_the_same_molecule_written_in_other_ways():
     assert {canonicalize(form, "isomeric") for form in forms} == {text}
     assert random_smiles(text, 20, seed=3) == forms and random_smiles(text, 20, seed=4) != forms
     assert random_smiles(text, 0, seed=3) == []
+
+
+def test_atom_descriptors_add_up_to_those_of_the_molecule():
+    """References: RDKit's Crippen logP and refractivity, polar surface, and charges that sum to the molecule's."""
+    from rdkit.Chem import Crippen, rdMolDescriptors
+
+    molecule = parse_smiles("CC(=O)Nc1ccc(O)cc1")
+    values = compute_atom_descriptors(molecule, list(ATOM_DESCRIPTORS))
+    assert values.shape == (11, len(ATOM_DESCRIPTORS)) and values.dtype == np.float32
+    columns = dict(zip(ATOM_DESCRIPTORS, values.T, strict=True))
+    heavy = Chem.RemoveHs(molecule)
+    assert columns["polar_surface"].sum() == pytest.approx(rdMolDescriptors.CalcTPSA(heavy), rel=1e-5)
+    with_hydrogens = Chem.AddHs(molecule)
+    whole = compute_atom_descriptors(with_hydrogens, ["crippen_log_p", "crippen_refractivity", "gasteiger_charge"])
+    assert whole[:, 0].sum() == pytest.approx(Crippen.MolLogP(molecule), rel=1e-4)
+    assert whole[:, 1].sum() == pytest.approx(Crippen.MolMR(molecule), rel=1e-4)
+    assert whole[:, 2].sum() == pytest.approx(0, abs=1e-4)
+    assert columns["hydrogens"].sum() == 9 and set(columns["smallest_ring"]) == {0, 6}
+
+
+def test_atom_descriptor_of_another_name_is_refused():
+    with pytest.raises(InputError, match="atom descriptors no_such, which are unknown"):
+        compute_atom_descriptors(parse_smiles("CCO"), ["hydrogens", "no_such"])
+
+
+def test_environments_are_equal_where_the_surroundings_are():
+    """Benzene: one class for all. Octane: an atom knows its neighbors' kind, so one class more for each bond."""
+    assert len(set(map(tuple, atom_environments(parse_smiles("c1ccccc1"), [1024, 4096])))) == 1
+    first, second = atom_environments(parse_smiles("CCCCCCCC"), [1024, 4096]).T
+    assert first.tolist() == first[::-1].tolist() and len(set(first)) == 3
+    assert second.tolist() == second[::-1].tolist() and len(set(second)) == 4
+    assert atom_environments(parse_smiles("C"), [1024, 4096]).shape == (1, 2)
+    assert atom_environments(parse_smiles("CCO"), [2]).max() < 2
+
+
+def test_text_comes_back_from_token_ids():
+    tokenizer = build_tokenizer()
+    for text in ("CC(=O)Nc1ccc(O)cc1", "C[N+](C)(C)CCBr", "C%12CCC%12"):
+        assert to_text(tokenizer(text)["input_ids"], tokenizer) == text
