@@ -673,7 +673,8 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             precise = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.shape[-1])
             total = nn.functional.cross_entropy(precise, labels.reshape(-1), reduction="sum")
             labeled = (labels != -100).sum()
-            count = labeled.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            count = labeled if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+            count = count.clamp(min=1)  # a batch without labeled tokens has no such loss
             losses.append(total / count)
             share = labeled / count
         if self.config.descriptor_names:

@@ -60,6 +60,13 @@ class MlmArguments:
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
+    masked_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the molecules in a batch whose tokens are masked; other objectives then see whole "
+            "molecules too."
+        },
+    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that read a corpus. Default: one a core."}
     )
@@ -68,6 +75,8 @@ class MlmArguments:
     def __post_init__(self):
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"--mlm_probability is {self.mlm_probability}; give a number between 0 and 1.")
+        if not 0 < self.masked_share <= 1:
+            raise ValueError(f"--masked_share is {self.masked_share}; give a number above 0, up to 1.")
         self.preprocessing_num_workers = self.preprocessing_num_workers or os.cpu_count()
         self.parts = self.objective.split("+")
 
@@ -272,9 +281,10 @@ class PretrainingCollator:
     and the seed, not of a random state: a resumed run masks as the uninterrupted one, whatever was prefetched.
     """
 
-    def __init__(self, tokenizer, mlm_probability, seed, atom_names=(), buckets=()):
+    def __init__(self, tokenizer, mlm_probability, seed, masked_share=1.0, atom_names=(), buckets=()):
         self.tokenizer = tokenizer
         self.mlm_probability = mlm_probability
+        self.masked_share = masked_share
         self.seed = seed
         self.is_atom = atom_tokens(tokenizer)
         self.widths = {"atom_descriptors": len(atom_names or ()), "environments": len(buckets or ())}
@@ -315,6 +325,8 @@ class PretrainingCollator:
         )
         draws, fates = torch.rand((2, *ids.shape), generator=generator)
         chosen = (draws < self.mlm_probability) & ~torch.isin(ids, specials)
+        whole = torch.randperm(len(ids), generator=generator)[max(1, round(self.masked_share * len(ids))) :]
+        chosen[whole] = False
         batch["labels"] = torch.where(chosen, ids, -100)
         batch["input_ids"] = torch.where(chosen & (fates < 0.8), self.tokenizer.mask_token_id, ids)
         others = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
@@ -567,6 +579,7 @@ def main(model_args, data_args, mlm_args, training_args):
         tokenizer,
         mlm_probability,
         training_args.seed,
+        mlm_args.masked_share,
         heads["atom_descriptor_names"],
         heads["environment_buckets"],
     )

@@ -383,7 +383,7 @@ def test_numbers_of_atoms_stand_at_the_tokens_of_their_atoms():
     batch = {"input_ids": [row["input_ids"] for row in rows]}
     columns = run_mlm.describe_atoms(batch, tokenizer, ["hydrogens", "crippen_log_p"], [64, 64])
     examples = [row | {name: list(values[i]) for name, values in columns.items()} for i, row in enumerate(rows)]
-    collator = PretrainingCollator(tokenizer, None, 0, ["hydrogens", "crippen_log_p"], [64, 64])
+    collator = PretrainingCollator(tokenizer, None, 0, 1.0, ["hydrogens", "crippen_log_p"], [64, 64])
     placed = collator(examples)
     hydrogens = placed["atom_descriptors"][:, :, 0].tolist()
     # <bos> C C ( = O ) N <eos>
@@ -425,3 +425,19 @@ def test_checkpoint_keeps_its_heads_whatever_the_objective(tiny_checkpoint, smal
     run_mlm.main(*parse("--model_name_or_path", tmp_path / "all", "--output_dir", tmp_path / "mlm", *common))
     model = MolformerForMaskedLM.from_pretrained(tmp_path / "mlm")
     assert model.new_heads == () and model.config.environment_buckets == [1024, 4096]
+
+
+def test_only_a_share_of_the_molecules_is_masked():
+    tokenizer = build_tokenizer()
+    examples = [{"input_ids": ids} for ids in tokenizer(["CC(=O)Nc1ccc(O)cc1" * 3] * 40)["input_ids"]]
+    batch = PretrainingCollator(tokenizer, 0.15, 0, masked_share=0.25)(examples)
+    assert ((batch["labels"] != -100).any(dim=1)).sum() == 10
+    alone = PretrainingCollator(tokenizer, 0.15, 0, masked_share=0.25)(examples[:1])
+    assert (alone["labels"] != -100).any()  # a batch is never without a masked molecule
+
+
+@pytest.mark.parametrize("share", ["0", "1.5"])
+def test_impossible_share_of_masked_molecules_is_refused(share, capsys):
+    with pytest.raises(SystemExit):
+        parse("--masked_share", share)
+    assert "--masked_share" in capsys.readouterr().err
