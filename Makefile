@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-slow coverage lint style foundation clean
+.PHONY: run test test-slow coverage lint style foundation table1 clean
 
 run: $(READY)
 	$(BIN)/python run_regression.py --overwrite_output_dir
@@ -28,6 +28,9 @@ style: $(READY)
 
 foundation: $(READY)
 	$(BIN)/python studies/foundation.py
+
+table1: $(READY)
+	PYTHON=$(BIN)/python ./reproduce_table1.sh
 
 clean:
 	rm -rf $(VENV) outputs work

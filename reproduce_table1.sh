@@ -6,6 +6,8 @@
 #   ./reproduce_table1.sh ibm/MoLFormer-XL-both-10pct    # with a network, and better with a GPU
 #   ROWS="regression mlm_regression" SPLITS=random SEEDS="0 1" ./reproduce_table1.sh
 #   JOBS=2 OMP_NUM_THREADS=1 ./reproduce_table1.sh       # two cells at a time, one thread each: faster on two cores
+#   EXTRA="--max_train_samples 64 --num_train_epochs 1" OUT=outputs/trial RESULTS=outputs/trial ./reproduce_table1.sh
+#                                                        # a quick look at the chain; its numbers mean nothing
 #   CHEMPROP=chemprop_env/bin/chemprop ./reproduce_table1.sh    # with the row of chemprop (see studies/peers.py)
 set -eu
 
@@ -15,8 +17,9 @@ SEEDS=${SEEDS:-0 1 2 3 4}
 SPLITS=${SPLITS:-random scaffold}
 ROWS=${ROWS:-regression mlm_regression ensemble from_scratch descriptor_boosting${CHEMPROP:+ chemprop}}
 JOBS=${JOBS:-1}
+RESULTS=${RESULTS:-results}
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
-export PYTHON OUT CHEMPROP=${CHEMPROP:-}
+export PYTHON OUT CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
 
 # The rates of MoLFormer-XL are those of its authors, the small checkpoint's were found on validation.
 case $MODEL in
@@ -27,26 +30,26 @@ RECIPE="--augment_smiles 4 --predict_augment 10 --num_seeds 5"
 
 # Runs a script into a folder, unless it is finished; continues what was interrupted.
 run() {
-    folder=$1
+    target=$1
     shift
-    if [ -f "$folder/all_results.json" ] && [ ! -e "$folder/unfinished" ]; then return; fi
+    if [ -f "$target/all_results.json" ] && [ ! -e "$target/unfinished" ]; then return; fi
     mode=--overwrite_output_dir
-    for begun in "$folder"/checkpoint-* "$folder"/member-*; do
-        if [ -d "$begun" ] && [ -e "$folder/unfinished" ]; then mode="--resume_from_checkpoint true"; fi
+    for begun in "$target"/checkpoint-* "$target"/member-*; do
+        if [ -d "$begun" ] && [ -e "$target/unfinished" ]; then mode="--resume_from_checkpoint true"; fi
     done
     mkdir -p "$OUT"
-    echo "python $* --output_dir $folder" >"$folder.command"
-    echo "$(date +%H:%M:%S) $folder"
+    echo "python $* --output_dir $target" >"$target.command"
+    echo "$(date +%H:%M:%S) $target"
     # shellcheck disable=SC2086
-    "$PYTHON" "$@" --output_dir "$folder" $mode --disable_tqdm true >"$folder.log" 2>&1 ||
-        { tail -n 5 "$folder.log"; return 1; }
+    "$PYTHON" "$@" --output_dir "$target" $mode --disable_tqdm true >"$target.log" 2>&1 ||
+        { tail -n 5 "$target.log"; return 1; }
 }
 
 # Trains one cell of the table.
 cell() {
     row=$1 split=$2 seed=$3
     folder=$OUT/$row-$split-$seed
-    where="--split $split --seed $seed"
+    where="--split $split --seed $seed $EXTRA"
     # shellcheck disable=SC2086
     case $row in
     regression) run "$folder" run_regression.py --model_name_or_path "$MODEL" --learning_rate $RATE $where ;;
@@ -72,4 +75,4 @@ for row in $ROWS; do
         for seed in $SEEDS; do echo "$row $split $seed"; done
     done
 done | xargs -P "$JOBS" -I {} env CELL={} sh "$0" "$MODEL"
-"$PYTHON" studies/table1.py --folder "$OUT"
+"$PYTHON" studies/table1.py --folder "$OUT" --output "$RESULTS/table1.json"

@@ -47,6 +47,9 @@ class PeerArguments:
     chemprop: str = field(default="chemprop", metadata={"help": "The program of chemprop 2."})
 
 
+ARGUMENTS = (ModelArguments, DataTrainingArguments, PeerArguments, TrainingArguments)
+
+
 def descriptor_boosting(molecules, seed):
     """Returns predictions of gradient boosting on Morgan counts and RDKit descriptors, shape (N,).
 
@@ -125,4 +128,4 @@ def main(model_args, data_args, peer_args, training_args):
 
 
 if __name__ == "__main__":
-    run_script(main, (ModelArguments, DataTrainingArguments, PeerArguments, TrainingArguments), DEFAULTS, __doc__)
+    run_script(main, ARGUMENTS, DEFAULTS, __doc__)

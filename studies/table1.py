@@ -158,7 +158,7 @@ def main():
     report = {"command": "./reproduce_table1.sh", "unit": "logD7.4", "machine": machine()}
     report |= {"paper": {name: dict(zip(METRICS, values, strict=True)) for name, values in PAPER.items()}}
     report |= {"rows": rows, "paired_differences": pairs}
-    args.output.parent.mkdir(exist_ok=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     text = markdown(rows, pairs)
     args.output.with_suffix(".md").write_text(text)

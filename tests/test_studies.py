@@ -1,0 +1,109 @@
+"""studies/ and reproduce_table1.sh: the statistics of the tables, and the chain from runs to a table."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from arguments import InputError, parse_arguments
+
+
+sys.path.insert(0, str(ROOT / "studies"))
+
+import peers  # noqa: E402
+import table1  # noqa: E402
+
+
+def row(name, mse, seeds=(0, 1, 2), split="random"):
+    values = {"test_mse": mse, "test_mae": [0.5] * len(mse), "test_r2": [0.6] * len(mse)}
+    return {"name": name, "split": split, "seeds": list(seeds)} | values
+
+
+def test_paired_interval_is_that_of_the_t_test():
+    """Reference: SciPy's paired t test."""
+    from scipy import stats
+
+    first, second = [0.41, 0.44, 0.39], [0.48, 0.47, 0.45]
+    difference = table1.paired_difference(row("a", first), row("b", second))
+    interval = stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert difference["mean"] == pytest.approx(np.mean(first) - np.mean(second))
+    assert (difference["low"], difference["high"]) == pytest.approx((interval.low, interval.high))
+    # only seeds that both have are pairs
+    difference = table1.paired_difference(row("a", first), row("b", second, seeds=(1, 2, 9)))
+    assert difference["seeds"] == 2 and difference["mean"] == pytest.approx((0.44 - 0.48 + 0.39 - 0.47) / 2)
+    assert table1.paired_difference(row("a", first), row("b", second, seeds=(2, 8, 9))) is None
+
+
+def test_table_stands_beside_the_papers_numbers():
+    rows = [
+        row("regression", [0.4, 0.5, 0.6]),
+        row("mlm_regression", [0.3, 0.5, 0.5]),
+        row("regression", [0.7], (0,), "scaffold"),
+    ]
+    text = table1.markdown(rows, table1.differences(rows))
+    assert (
+        "| regression | random | 3 | 0.500 ± 0.100 | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.4827, 0.5359, 0.6733 |" in text
+    )
+    assert "| regression | scaffold | 1 | 0.700 | 0.500 | 0.600 |  |" in text
+    assert "| mlm regression − regression | random | -0.067 |" in text
+
+
+def test_unfinished_cells_are_left_out(tmp_path):
+    for seed, names in ((0, ["all_results.json"]), (1, ["all_results.json", "unfinished"]), (2, [])):
+        folder = tmp_path / f"from_scratch-random-{seed}"
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(json.dumps({"test_mse": 0.9, "test_mae": 0.7, "test_r2": 0.3}))
+    (tmp_path / "from_scratch-random-0.command").write_text("python run_regression.py\n")
+    rows = table1.collect(tmp_path)
+    assert [(r["name"], r["seeds"], r["test_mse"], r["command"]) for r in rows] == [
+        ("from_scratch", [0], [0.9], "python run_regression.py")
+    ]
+
+
+def test_boosting_beats_the_mean_on_the_split_of_the_regression(small_table, tmp_path):
+    flags = ["--train_file", small_table, "--output_dir", str(tmp_path / "x"), "--seed", "0"]
+    arguments = parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags)
+    peers.main(*arguments)
+    values = json.loads((tmp_path / "x" / "all_results.json").read_text())
+    table = pd.read_csv(tmp_path / "x" / "predictions.csv")
+    test = table[table["split"] == "test"]
+    assert values["test_mse"] == pytest.approx(np.mean((test["prediction"] - test["label"]) ** 2))
+    assert values["train_mse"] < 0.5 * table.loc[table["split"] == "train", "label"].var() and len(test) == 32
+
+
+def test_chemprop_that_is_not_there_is_named(small_table, tmp_path):
+    flags = ["--train_file", small_table, "--output_dir", str(tmp_path / "x"), "--peer", "chemprop"]
+    flags += ["--chemprop", "/no/such/chemprop"]
+    with pytest.raises(InputError, match="/no/such/chemprop cannot be run"):
+        peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags))
+
+
+@pytest.mark.slow
+def test_chain_of_table_1_trains_every_row_once_and_writes_the_table(tiny_checkpoint, small_table, tmp_path):
+    extra = f"--train_file {small_table} --max_steps 2"
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "RESULTS": str(tmp_path), "EXTRA": extra}
+    environment |= {"SEEDS": "0", "SPLITS": "random", "ROWS": "regression mlm_regression ensemble descriptor_boosting",
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}  # fmt: skip
+    command = ["sh", str(ROOT / "reproduce_table1.sh"), tiny_checkpoint]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "table1.json").read_text())
+    names = [r["name"] for r in report["rows"]]
+    assert names == [
+        "regression",
+        "mlm_regression",
+        "best_recipe",
+        "ensemble",
+        "fingerprint_ridge",
+        "descriptor_boosting",
+    ]
+    assert all(len(r["test_mse"]) == 1 and r["command"].startswith("python ") for r in report["rows"])
+    assert (tmp_path / "table1.png").stat().st_size > 10_000 and "| ensemble | random | 1 |" in done.stdout
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and "outputs" not in again.stdout.splitlines()[0]  # nothing was trained again
