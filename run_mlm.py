@@ -239,9 +239,9 @@ def describe_atoms(batch, tokenizer, names, buckets):
     columns = {"atom_descriptors": [], "environments": []}
     for ids in batch["input_ids"]:
         molecule = parse_smiles(to_text(ids, tokenizer))
-        whole = is_atom[ids].sum() == molecule.GetNumAtoms()
-        columns["atom_descriptors"].append(compute_atom_descriptors(molecule, names).ravel() if whole else [])
-        columns["environments"].append(atom_environments(molecule, buckets).ravel() if whole else [])
+        kept = None if is_atom[ids].sum() == molecule.GetNumAtoms() else 0
+        columns["atom_descriptors"].append(compute_atom_descriptors(molecule, names).ravel()[:kept])
+        columns["environments"].append(atom_environments(molecule, buckets).ravel()[:kept])
     return columns
 
 
@@ -305,7 +305,7 @@ class PretrainingCollator:
         import torch
 
         atoms = self.is_atom[ids.numpy()]  # (B, T)
-        atoms[[not e["environments"] for e in examples]] = False
+        atoms[[not len(e["environments"]) for e in examples]] = False
         placed = {}
         for name, dtype in (("atom_descriptors", np.float32), ("environments", np.int64)):
             flat = np.concatenate([np.asarray(e[name], dtype=dtype) for e in examples])

@@ -380,9 +380,14 @@ def test_numbers_of_atoms_stand_at_the_tokens_of_their_atoms():
     tokenizer = build_tokenizer()
     texts = ["CC(=O)N", "[H]OC", "[NH4+].Cl"]
     rows = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
-    batch = {"input_ids": [row["input_ids"] for row in rows]}
-    columns = run_mlm.describe_atoms(batch, tokenizer, ["hydrogens", "crippen_log_p"], [64, 64])
-    examples = [row | {name: list(values[i]) for name, values in columns.items()} for i, row in enumerate(rows)]
+    import datasets
+
+    options = {"tokenizer": tokenizer, "names": ["hydrogens", "crippen_log_p"], "buckets": [64, 64]}
+    columns = {"atom_descriptors": "float32", "environments": "int32"}
+    mlm_args = parse("--preprocessing_num_workers", 1)[2]
+    examples = run_mlm.add_columns(
+        datasets.Dataset.from_list(rows), run_mlm.describe_atoms, columns, mlm_args, **options
+    ).to_list()
     collator = PretrainingCollator(tokenizer, None, 0, 1.0, ["hydrogens", "crippen_log_p"], [64, 64])
     placed = collator(examples)
     hydrogens = placed["atom_descriptors"][:, :, 0].tolist()
