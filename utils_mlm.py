@@ -1,0 +1,471 @@
+"""Corpora of SMILES, what run_mlm.py learns from them, and its metrics.
+
+    python -c "from utils_mlm import *; print(sum(atom_tokens(build_tokenizer())))"
+
+Files are read once into memory-mapped, cached data sets, in worker processes: token ids, descriptors of molecules, and
+numbers of atoms. The collator masks tokens and places the numbers of atoms at their tokens.
+"""
+
+import logging
+import math
+import warnings
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from rdkit import rdBase
+
+from arguments import InputError
+from trainer_regression import augment
+from utils_molecules import (
+    ATOM_DESCRIPTORS,
+    LABEL_COLUMNS,
+    REASONS,
+    SMILES_COLUMNS,
+    atom_environments,
+    canonicalize,
+    compute_atom_descriptors,
+    compute_descriptors,
+    default_descriptors,
+    describe_unusable,
+    encode_smiles,
+    find_column,
+    load_hub_dataset,
+    load_molecules,
+    parse_smiles,
+    read_header,
+    to_text,
+)
+
+
+TEXT_SUFFIXES = (".txt", ".smi", ".smiles")
+MOST_HELD_OUT = 10_000  # molecules of a corpus; more would cost time and tell nothing new
+ENVIRONMENT_BUCKETS = (1024, 4096)  # classes of an atom's surroundings within one and two bonds
+# A cached result is used again for the same input, function name and arguments: raise the number when what a function
+# computes changes. RDKit's answers differ between versions.
+CACHE_KEY = f"1, RDKit {rdBase.rdkitVersion}"
+
+logger = logging.getLogger("molformer.mlm")
+
+
+def is_corpus(path):
+    """Whether a file is text with one SMILES a line, by its name without .gz, .xz, .bz2 or .zst."""
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".xz", ".bz2", ".zst")]
+    return bool(suffixes) and suffixes[-1] in TEXT_SUFFIXES
+
+
+def read_corpus(path, data_args, cache_dir=None):
+    """Returns a text, CSV or TSV file as a memory-mapped `datasets.Dataset`; the column of text is `smiles`.
+
+    Raises:
+        InputError: if the file is absent, empty or not UTF-8, or has no SMILES column.
+    """
+    columns, separator = read_header(path)
+    text = is_corpus(path)
+    if text:
+        options = {}
+    else:
+        options = {"sep": separator, "usecols": [find_smiles(columns, data_args, path)], "keep_default_na": False}
+    try:
+        corpus = datasets.load_dataset(
+            "text" if text else "csv",
+            data_files=str(path),
+            split="train",
+            encoding="utf-8-sig",
+            cache_dir=cache_dir,
+            **options,
+        )
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        reason = error.__cause__ or error
+        raise InputError(f"{path} cannot be read as UTF-8 {'text' if text else 'CSV'}: {reason}") from error
+    return corpus.rename_column(corpus.column_names[0], "smiles") if text else corpus
+
+
+def find_smiles(columns, data_args, source):
+    """Returns the name of the SMILES column; an `InputError` if there is none."""
+    column = find_column(columns, data_args.smiles_column, SMILES_COLUMNS, "--smiles_column", source)
+    if column is None:
+        raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
+    return column
+
+
+def take_smiles(corpus, data_args, source):
+    """Returns the column of the SMILES alone, called `smiles`; an `InputError` if there is none, or no row."""
+    column = find_smiles(corpus.column_names, data_args, source)
+    if not len(corpus):
+        raise InputError(f"{source} holds no molecule.")
+    corpus = corpus.select_columns([column])
+    return corpus if column == "smiles" else corpus.rename_column(column, "smiles")
+
+
+def load_data(tokenizer, model_args, data_args, mlm_args, training_args):
+    """Returns training data, held-out data, the hash of the split (`None` for a corpus) and the dropped rows.
+
+    Molecules with labels are split as run_regression.py splits them, and its test molecules are not learned. A part of
+    a corpus is held out, and of labeled molecules where `--protocol paper` gives no validation part.
+    """
+    held_out = digest = None
+    if data_args.dataset_name is not None:
+        source = data_args.dataset_name
+        corpus = load_hub_dataset(source, data_args.dataset_config_name, model_args.cache_dir)
+        columns = corpus.column_names
+    else:
+        source = data_args.train_file
+        columns = [] if is_corpus(source) else read_header(source)[0]
+    if find_column(columns, data_args.label_column, LABEL_COLUMNS, "--label_column", source) is not None:
+        molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
+        as_text = replace(data_args, smiles_form="raw")  # canonical already
+        parts = {
+            name: encode_corpus(
+                datasets.Dataset.from_dict({"smiles": molecules.loc[molecules["split"] == name, "text"].tolist()}),
+                tokenizer, as_text, mlm_args, source,
+            )[0]
+            for name in ("train", "validation")
+            if (molecules["split"] == name).any()
+        }  # fmt: skip
+        train, held_out = parts["train"], parts.get("validation")
+        logger.info("%s has labels: learning the training molecules of its split alone", source)
+    else:
+        if data_args.dataset_name is None:
+            corpus = read_corpus(source, data_args, model_args.cache_dir)
+        corpus = take_smiles(corpus, data_args, source)
+        train, dropped = encode_corpus(corpus, tokenizer, data_args, mlm_args, source)
+        if data_args.validation_file is not None:
+            corpus = take_smiles(
+                read_corpus(data_args.validation_file, data_args, model_args.cache_dir), data_args, source
+            )
+            held_out, _ = encode_corpus(corpus, tokenizer, data_args, mlm_args, data_args.validation_file)
+    if held_out is None:
+        size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
+        seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
+        train, held_out = train.train_test_split(test_size=size, seed=seed).values()
+    if data_args.max_train_samples is not None:
+        train = train.select(range(min(len(train), data_args.max_train_samples)))
+    if data_args.max_eval_samples is not None:
+        held_out = held_out.select(range(min(len(held_out), data_args.max_eval_samples)))
+    return train, held_out.sort("length", reverse=True), digest, dropped
+
+
+def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False, cache_key=None):
+    """Returns token ids, lengths and what is wrong with each SMILES ("" if nothing), for `datasets.Dataset.map`.
+
+    Args:
+        must_parse (`bool`): whether a SMILES that is taken as given must be one for RDKit too.
+    """
+    # a .smi line may name its molecule after the SMILES
+    texts = [((line or "").split() or [""])[0] for line in batch["smiles"]]
+    if smiles_form != "raw" or must_parse:
+        texts = [canonicalize(text, smiles_form) for text in texts]
+    ids, problems = encode_smiles([text or "" for text in texts], tokenizer)
+    reasons = [
+        "invalid" if not text else problem or ("too_long" if len(row) > max_length else "")
+        for text, row, problem in zip(texts, ids, problems, strict=True)
+    ]
+    return {"input_ids": ids, "length": [len(row) for row in ids], "reason": reasons}
+
+
+def encode_corpus(corpus, tokenizer, data_args, mlm_args, source):
+    """Returns the corpus as memory-mapped token ids with lengths, cached on disk, and a table of the dropped rows.
+
+    Raises:
+        InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if none is left.
+    """
+    features = datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("uint16")),
+            "length": datasets.Value("int32"),
+            "reason": datasets.Value("string"),
+        }
+    )
+    encoded = corpus.map(
+        encode_batch,
+        batched=True,
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "smiles_form": data_args.smiles_form,
+            "max_length": data_args.max_length,
+            "must_parse": mlm_args.objective != "mlm",
+            "cache_key": CACHE_KEY,
+        },
+        num_proc=mlm_args.workers(corpus),
+        remove_columns=corpus.column_names,
+        features=features,
+        load_from_cache_file=not mlm_args.overwrite_cache,
+        desc="Canonicalizing and encoding SMILES",
+    )
+    reasons = encoded.with_format("arrow")["reason"]
+    reasons = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in reasons[:].chunks])
+    bad = np.flatnonzero(reasons != "")
+    if len(bad):
+        smiles = corpus[bad[:1000]]["smiles"]
+        message = describe_unusable(reasons[bad[:1000]], bad[:1000], smiles, len(corpus), source)
+        if len(bad) > 1000:
+            message = f"{len(bad)} of {len(corpus)} molecules cannot be used; of the first 1000: {message}"
+        if data_args.invalid_smiles == "error":
+            raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
+        logger.warning("%s Dropped.", message)
+        dropped = pd.DataFrame({"row": bad, "smiles": corpus[bad]["smiles"], "reason": reasons[bad]})
+        dropped = dropped.replace({"reason": REASONS}).assign(source=str(source))
+        encoded = encoded.select(np.flatnonzero(reasons == ""))
+    else:
+        dropped = pd.DataFrame()
+    if len(encoded) < 2:
+        raise InputError(f"{source} has {len(encoded)} usable molecules; masked language modeling needs at least 2.")
+    return encoded.remove_columns("reason"), dropped
+
+
+def describe_molecules(batch, tokenizer, names, cache_key=None):
+    """Returns the named descriptors of each molecule, for `datasets.Dataset.map`."""
+    molecules = (parse_smiles(to_text(ids, tokenizer)) for ids in batch["input_ids"])
+    return {"descriptors": [compute_descriptors(molecule, names) for molecule in molecules]}
+
+
+def describe_atoms(batch, tokenizer, names, buckets, cache_key=None):
+    """Returns descriptors and environments of each molecule's atoms, flat, for `datasets.Dataset.map`.
+
+    Atoms come in the order of their tokens. A molecule of which RDKit removed atoms that have a token, such as [H],
+    has none.
+    """
+    is_atom = atom_tokens(tokenizer)
+    columns = {"atom_descriptors": [], "environments": []}
+    for ids in batch["input_ids"]:
+        molecule = parse_smiles(to_text(ids, tokenizer))
+        kept = None if is_atom[ids].sum() == molecule.GetNumAtoms() else 0
+        columns["atom_descriptors"].append(compute_atom_descriptors(molecule, names).ravel()[:kept])
+        columns["environments"].append(atom_environments(molecule, buckets).ravel()[:kept])
+    return columns
+
+
+def atom_tokens(tokenizer):
+    """Returns which tokens of the vocabulary stand for an atom, a boolean array (V,)."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return np.array([token[0] == "[" or token[0].isalpha() for token in tokens])
+
+
+def add_columns(dataset, function, columns, mlm_args, **options):
+    """Returns the data set with what `function` computes of its rows in worker processes, cached on disk.
+
+    Args:
+        columns (`dict[str, str]`): type of the numbers in each new column of lists.
+    """
+    features = datasets.Features(dataset.features)
+    features |= {name: datasets.List(datasets.Value(dtype)) for name, dtype in columns.items()}
+    return dataset.map(
+        function,
+        batched=True,
+        fn_kwargs=options | {"cache_key": CACHE_KEY},
+        num_proc=mlm_args.workers(dataset),
+        features=features,
+        load_from_cache_file=not mlm_args.overwrite_cache,
+        desc=f"Computing {' and '.join(columns).replace('_', ' ')}",
+    )
+
+
+class PretrainingCollator:
+    """Pads a batch, masks its tokens if `mlm_probability` is given, and adds what other heads are to predict.
+
+    Of the chosen tokens 80 % become `<mask>`, 10 % another token, 10 % stay. What is masked is a function of the batch
+    and the seed, not of a random state: a resumed run masks as the uninterrupted one, whatever was prefetched.
+    """
+
+    def __init__(self, tokenizer, mlm_probability, seed, masked_share=1.0, atom_names=(), buckets=()):
+        self.tokenizer = tokenizer
+        self.mlm_probability = mlm_probability
+        self.masked_share = masked_share
+        self.seed = seed
+        self.is_atom = atom_tokens(tokenizer)
+        self.widths = {"atom_descriptors": len(atom_names or ()), "environments": len(buckets or ())}
+
+    def __call__(self, examples):
+        batch = self.tokenizer.pad([{"input_ids": e["input_ids"]} for e in examples], return_tensors="pt")
+        if "descriptors" in examples[0]:
+            batch["descriptors"] = torch.tensor([e["descriptors"] for e in examples])  # (B, M)
+        if "environments" in examples[0]:
+            batch |= self.place_atoms(examples, batch["input_ids"])
+        return batch if self.mlm_probability is None else self.mask(batch)
+
+    def place_atoms(self, examples, ids):
+        """Returns the numbers of atoms at the places of their tokens, (B, T, A) and (B, T, R); -100 elsewhere."""
+
+        atoms = self.is_atom[ids.numpy()]  # (B, T)
+        atoms[[not len(e["environments"]) for e in examples]] = False
+        placed = {}
+        for name, dtype in (("atom_descriptors", np.float32), ("environments", np.int64)):
+            flat = np.concatenate([np.asarray(e[name], dtype=dtype) for e in examples])
+            values = np.full((*atoms.shape, self.widths[name]), -100, dtype=dtype)
+            values[atoms] = flat.reshape(-1, self.widths[name])
+            placed[name] = torch.from_numpy(values)
+        return placed
+
+    def mask(self, batch):
+        """Returns the batch with masked `input_ids` (B, T), and `labels` (B, T) that are -100 elsewhere."""
+
+        ids = batch["input_ids"]
+        generator = torch.Generator().manual_seed(zlib.crc32(ids.numpy().tobytes(), self.seed % 2**32))
+        specials = torch.tensor(
+            [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id]
+        )
+        draws, fates = torch.rand((2, *ids.shape), generator=generator)
+        chosen = (draws < self.mlm_probability) & ~torch.isin(ids, specials)
+        whole = torch.randperm(len(ids), generator=generator)[max(1, round(self.masked_share * len(ids))) :]
+        chosen[whole] = False
+        batch["labels"] = torch.where(chosen, ids, -100)
+        batch["input_ids"] = torch.where(chosen & (fates < 0.8), self.tokenizer.mask_token_id, ids)
+        others = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
+        batch["input_ids"] = torch.where(chosen & (fates >= 0.9), others, batch["input_ids"])
+        return batch
+
+
+class PretrainingMetrics:
+    """What an evaluation keeps of each batch, and the metrics over all of them."""
+
+    def __init__(self, model, label_names):
+        self.model = model
+        self.label_names = label_names
+
+    def score(self, logits, labels):
+        """Returns scores of the targets, with a row a molecule; for `preprocess_logits_for_metrics`."""
+        logits = iter(logits if isinstance(logits, tuple) else (logits,))
+        labels = dict(zip(self.label_names, labels if isinstance(labels, tuple) else (labels,), strict=True))
+        scores = []
+        if "labels" in labels:
+            scores.append(score_tokens(next(logits), labels["labels"]))
+        if self.model.config.descriptor_names:  # these are there in any case
+            predicted = next(logits)
+        if "descriptors" in labels:
+            scores += [predicted.float(), self.model.descriptor_head.standardize(labels["descriptors"])]  # (B, M) each
+        if "environments" in labels:
+            targets = labels["atom_descriptors"], labels["environments"]
+            scores.append(score_atoms(self.model.atom_head, next(logits), next(logits), *targets))
+        return tuple(scores)
+
+    def compute(self, output):
+        """Returns the metrics of all scores; for `compute_metrics`."""
+        scores = list(output.predictions if isinstance(output.predictions, tuple) else (output.predictions,))
+        metrics = mlm_metrics(scores.pop(0)) if "labels" in self.label_names else {}
+        if "descriptors" in self.label_names:
+            metrics |= descriptor_metrics(scores.pop(0), scores.pop(0))
+        return metrics | (atom_metrics(scores.pop(0)) if scores else {})
+
+
+def score_atoms(head, descriptor_logits, environment_logits, atom_descriptors, environments):
+    """Returns sums over the atoms of each molecule, (B, 2 + R): atoms, squared error, right environments by radius.
+
+    Args:
+        descriptor_logits, environment_logits (`torch.Tensor`): for the N atoms of all molecules, (N, A), (N, buckets).
+        atom_descriptors, environments (`torch.Tensor`): shape (B, T, A) and (B, T, R), -100 where there is no atom.
+    """
+    atoms = environments[..., 0] != -100  # (B, T)
+    target = head.standardize(atom_descriptors[atoms])
+    columns = [torch.ones(len(target)), (descriptor_logits.float() - target).square().mean(dim=1)]
+    for index, logits in enumerate(environment_logits.split(head.buckets, dim=-1)):
+        columns.append((logits.argmax(dim=-1) == environments[atoms][:, index]).float())
+    columns = torch.stack([column.to(target.device) for column in columns], dim=1)  # (N, 2 + R)
+    sums = columns.new_zeros(len(atoms), columns.shape[1])
+    return sums.index_add(0, atoms.nonzero()[:, 0], columns)
+
+
+def atom_metrics(scores):
+    """Returns mean squared error of standardized atom descriptors and accuracy of environments, from `score_atoms`."""
+    count, squares, *right = scores.astype("float64").sum(axis=0)
+    if not count:
+        return {}
+    accuracies = {f"environment_{radius}_accuracy": value / count for radius, value in enumerate(right, start=1)}
+    return {"atom_mse": squares / count} | accuracies
+
+
+def score_tokens(logits, labels):
+    """Returns for each molecule how many labeled tokens were predicted right, their summed loss and number, (B, 3).
+
+    In this form an evaluation set takes three numbers a molecule, not T times V logits.
+    """
+    labeled = labels != -100
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none"
+    )  # (B, T)
+    right = (logits.argmax(dim=-1) == labels) & labeled
+    return torch.stack((right.sum(dim=1), losses.sum(dim=1), labeled.sum(dim=1)), dim=1).float()
+
+
+def mlm_metrics(scores):
+    """Returns perplexity and accuracy over all labeled tokens, from the sums of `score_tokens`, shape (N, 3)."""
+    right, loss, count = scores.astype("float64").sum(axis=0)
+    metrics = {"masked_tokens": int(count)}
+    if count:  # a held-out part of a few small molecules may have none
+        metrics |= {"masked_accuracy": right / count, "perplexity": math.exp(loss / count)}
+    return metrics
+
+
+def descriptor_metrics(predictions, targets):
+    """Returns mean squared error of standardized descriptors (N, M), and R² averaged over those that vary."""
+    squares = ((predictions - targets).astype("float64") ** 2).mean(axis=0)  # (M,)
+    variances = targets.astype("float64").var(axis=0)
+    varying = variances > 1e-6
+    metrics = {"descriptor_mse": float(squares.mean())}
+    if varying.any():
+        metrics["descriptor_r2"] = float((1 - squares[varying] / variances[varying]).mean())
+    return metrics
+
+
+def add_targets(train, held_out, tokenizer, data_args, mlm_args, training_args, heads):
+    """Returns both parts with what the heads are to predict, and the training part with its random SMILES.
+
+    Descriptors of a molecule are those of all its SMILES; its atoms come in another order in each.
+    """
+    names, atom_names = heads["descriptor_names"], heads["atom_descriptor_names"]
+    parts = []
+    for part, count in ((train, data_args.augment_smiles * training_args.do_train), (held_out, 0)):
+        if names:
+            columns = {"descriptors": "float32"}
+            part = add_columns(part, describe_molecules, columns, mlm_args, tokenizer=tokenizer, names=names)
+        if count:
+            part = augment(
+                part, tokenizer, count, training_args.seed, data_args.max_length, num_proc=mlm_args.workers(part)
+            )
+        if atom_names:
+            columns = {"atom_descriptors": "float32", "environments": "int32"}
+            buckets = heads["environment_buckets"]
+            part = add_columns(
+                part, describe_atoms, columns, mlm_args, tokenizer=tokenizer, names=atom_names, buckets=buckets
+            )
+        parts.append(part)
+    return parts
+
+
+def measure_scale(dataset, column, width, sample=100_000):
+    """Returns mean and standard deviation of each of `width` numbers in a column of lists, by a sample of the rows.
+
+    Values that are not finite do not count.
+    """
+    sampled = dataset.select(range(0, len(dataset), max(1, len(dataset) // sample)))
+    values = sampled.with_format("arrow")[column][:].combine_chunks().flatten()
+    values = values.to_numpy(zero_copy_only=False).reshape(-1, width).astype(np.float64)
+    broken = ~np.isfinite(values)
+    if broken.any():
+        logger.warning(
+            "%d of %d values in %s are missing or infinite; the mean stands in for them",
+            broken.sum(), values.size, column,
+        )  # fmt: skip
+    values[broken] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a descriptor that is never finite
+        return np.nan_to_num(np.nanmean(values, axis=0)), np.nan_to_num(np.nanstd(values, axis=0))
+
+
+def choose_heads(config, objective_parts):
+    """Returns which heads beside that for tokens the model is to have: the checkpoint's, or the objective's defaults.
+
+    Returns:
+        values of `descriptor_names`, `atom_descriptor_names` and `environment_buckets`; `None` where there is none.
+    """
+    heads = {"descriptor_names": None, "atom_descriptor_names": None, "environment_buckets": None}
+    if "mtr" in objective_parts:
+        heads["descriptor_names"] = config.descriptor_names or default_descriptors()
+    if "atoms" in objective_parts:
+        heads["atom_descriptor_names"] = config.atom_descriptor_names or list(ATOM_DESCRIPTORS)
+        heads["environment_buckets"] = config.environment_buckets or list(ENVIRONMENT_BUCKETS)
+    return heads
