@@ -7,6 +7,7 @@ output folder.
 """
 
 import copy
+import errno
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 
 
@@ -315,6 +317,23 @@ def run_script(main, dataclasses, defaults, description):
     except InputError as error:
         logger.error("%s", error)
         sys.exit(2)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_out_of_space(error):
+            raise
+        training_args = arguments[-1]
+        last = last_complete_checkpoint(training_args.output_dir)
+        advice = f"{last} is whole: go on from it with --resume_from_checkpoint true" if last else "start again"
+        logger.error("No space is left to write to %s (%s). Make room; %s.", training_args.output_dir, error, advice)
+        sys.exit(1)
+
+
+def is_out_of_space(error):
+    """Whether an error of writing says that disk, quota or file-size limit is exhausted."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # what the libraries in Rust and C++ make of it
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(f"os error {code}" in str(error) for code in codes) or "file write failed" in str(error)
 
 
 def setup_run(training_args, data_args, ensemble=False):

@@ -1,15 +1,18 @@
-"""Masked language modeling on SMILES with MoLFormer, from a checkpoint or from scratch.
+"""Pre-trains MoLFormer on SMILES, from a checkpoint or from scratch: masked tokens, descriptors, atoms.
 
     python run_mlm.py                                      # adapts models/molformer-mini to the training molecules
+    python run_mlm.py --objective mtr+atoms                # the same molecules, by their RDKit descriptors
     python run_mlm.py --train_file corpus.txt.xz --config_name configs/molformer-mini.json --max_steps 10000
 
 With a table that has a label column (by default data/lipophilicity.csv) the split is the one that run_regression.py
 makes from the same seed, and only its training molecules are learned; any other file (text with one SMILES a line,
 CSV, TSV, .gz, .xz, Hub data set) is a corpus of which a part is held out. Writes to --output_dir the checkpoint,
-which `run_regression.py --model_name_or_path` takes, all_results.json with perplexity and masked accuracy of the
-held-out part, and loss curves.
+which `run_regression.py --model_name_or_path` takes, all_results.json with what was reached on the held-out part
+(perplexity and masked accuracy for the masked tokens), and loss curves.
 
-Devlin et al., BERT, 2019, https://arxiv.org/abs/1810.04805 (the masking).
+Devlin et al., BERT, 2019, https://arxiv.org/abs/1810.04805 (the masking). Ahmad et al., ChemBERTa-2, 2022,
+https://arxiv.org/abs/2209.01712 (the regression of descriptors). Rong et al., GROVER, 2020,
+https://arxiv.org/abs/2007.02835 (the surroundings of atoms).
 """
 
 import logging

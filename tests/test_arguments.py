@@ -27,6 +27,7 @@ from arguments import (
     clear_run,
     end_writing,
     find_checkpoint,
+    is_out_of_space,
     last_complete_checkpoint,
     parse_arguments,
     run_script,
@@ -704,3 +705,17 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         find_checkpoint(*arguments_for(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+        (RuntimeError("I/O error: File too large (os error 27)"), True),
+        (OSError(13, "Permission denied"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_errors_of_a_full_disk_are_told_from_others(error, expected):
+    assert is_out_of_space(error) is expected

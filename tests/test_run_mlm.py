@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import ROOT
 
 import run_mlm
 import utils_mlm
-from arguments import InputError, parse_arguments
+from arguments import InputError, last_complete_checkpoint, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM
 from trainer_regression import build_tokenizer
 from utils_molecules import compute_descriptors, default_descriptors, parse_smiles
@@ -97,31 +98,62 @@ def test_help_exits_zero(run_script):
     assert done.returncode == 0 and "--mlm_probability" in done.stdout
 
 
-def test_run_killed_in_mid_epoch_resumes_to_the_same_metrics(tiny_checkpoint, corpus, tmp_path):
-    """Reference: the uninterrupted run. Checkpoints fall inside an epoch, so order and masks must repeat."""
-    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", str(corpus), "--cache_dir", str(tmp_path / "c"),
-        "--preprocessing_num_workers", "1", "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
-        "--eval_strategy", "steps", "--eval_steps", "25", "--save_strategy", "steps", "--save_steps", "25",
-        "--disable_tqdm", "true", "--redraw_features", "true"]  # fmt: skip
-    command = [sys.executable, str(ROOT / "run_mlm.py"), *flags, "--output_dir"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    whole = subprocess.run([*command, str(tmp_path / "whole")], env=environment, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+class Interruptible:
+    """A run that saves inside its epochs, as a process; order, masks and targets must repeat when it is resumed."""
+
+    def __init__(self, checkpoint, corpus, tmp_path, *flags):
+        self.command = [sys.executable, str(ROOT / "run_mlm.py"), "--model_name_or_path", checkpoint, "--train_file",
+            str(corpus), "--cache_dir", str(tmp_path / "c"), "--preprocessing_num_workers", "1", "--num_train_epochs",
+            "3", "--per_device_train_batch_size", "4", "--eval_strategy", "steps", "--eval_steps", "25",
+            "--save_strategy", "steps", "--save_steps", "25", "--disable_tqdm", "true", *flags]  # fmt: skip
+        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def start(self, folder):
+        """Starts the run and returns its process when there is a whole checkpoint."""
+        process = subprocess.Popen([*self.command, "--output_dir", str(folder)], env=self.environment,
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        deadline = time.time() + 120
+        while not list(folder.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.01)
+        return process
+
+    def finish(self, folder, *flags):
+        """Runs to the end and returns the metrics."""
+        command = [*self.command, "--output_dir", str(folder), *flags]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return results(folder)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm+mtr+atoms"])
+def test_run_killed_in_mid_epoch_resumes_to_the_same_metrics(objective, tiny_checkpoint, corpus, tmp_path):
+    """Reference: the uninterrupted run."""
+    run = Interruptible(tiny_checkpoint, corpus, tmp_path, "--redraw_features", "true", "--objective", objective)
+    expected = run.finish(tmp_path / "whole")
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        [*command, str(folder)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    deadline = time.time() + 120
-    while not list(folder.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.01)
+    process = run.start(folder)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "all_results.json").exists()
-    resume = [*command, str(folder), "--resume_from_checkpoint", "true"]
-    resumed = subprocess.run(resume, env=environment, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    expected, values = results(tmp_path / "whole"), results(folder)
+    values = run.finish(folder, "--resume_from_checkpoint", "true")
+    for name in expected:
+        assert values[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux to limit the files of another process")
+def test_full_disk_while_saving_leaves_the_previous_checkpoint(tiny_checkpoint, corpus, tmp_path):
+    """A limit on the size of files stands in for the full disk. Reference: the uninterrupted run."""
+    run = Interruptible(tiny_checkpoint, corpus, tmp_path)
+    expected = run.finish(tmp_path / "whole")
+    folder = tmp_path / "full"
+    process = run.start(folder)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in stderr.decode()
+    assert "No space is left" in stderr.decode() and "--resume_from_checkpoint true" in stderr.decode()
+    assert last_complete_checkpoint(folder) is not None
+    values = run.finish(folder, "--resume_from_checkpoint", "true")
     for name in expected:
         assert values[name] == pytest.approx(expected[name], rel=1e-6), name
 
