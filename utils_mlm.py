@@ -401,13 +401,16 @@ def mlm_metrics(scores):
 
 
 def descriptor_metrics(predictions, targets):
-    """Returns mean squared error of standardized descriptors (N, M), and R² averaged over those that vary."""
+    """Returns mean squared error of standardized descriptors (N, M), and the median R² of those that vary.
+
+    Not the mean: a group that one molecule in thousands has can have an R² far below zero.
+    """
     squares = ((predictions - targets).astype("float64") ** 2).mean(axis=0)  # (M,)
     variances = targets.astype("float64").var(axis=0)
     varying = variances > 1e-6
     metrics = {"descriptor_mse": float(squares.mean())}
     if varying.any():
-        metrics["descriptor_r2"] = float((1 - squares[varying] / variances[varying]).mean())
+        metrics["descriptor_r2"] = float(np.median(1 - squares[varying] / variances[varying]))
     return metrics
 
 

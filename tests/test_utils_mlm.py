@@ -193,7 +193,8 @@ def test_descriptor_scores_are_over_molecules_not_batches():
     predictions = targets + rng.normal(size=(50, 4)) * 0.3
     metrics = utils_mlm.descriptor_metrics(predictions, targets)
     assert metrics["descriptor_mse"] == pytest.approx(((predictions - targets) ** 2).mean())
-    assert metrics["descriptor_r2"] == pytest.approx(r2_score(targets[:, :3], predictions[:, :3]))
+    values = r2_score(targets[:, :3], predictions[:, :3], multioutput="raw_values")
+    assert metrics["descriptor_r2"] == pytest.approx(np.median(values))
     assert "descriptor_r2" not in utils_mlm.descriptor_metrics(targets[:, 3:], targets[:, 3:])
 
 
