@@ -131,7 +131,7 @@ class DataTrainingArguments:
         metadata={
             "choices": ["canonical", "isomeric", "raw"],
             "help": "RDKit-canonical without stereo (as MoLFormer was pre-trained), canonical with it, or as given "
-            "(a corpus is then not parsed).",
+            "(a corpus is then parsed only for descriptors, atoms and random SMILES).",
         },
     )
     invalid_smiles: str = field(
@@ -321,19 +321,22 @@ def run_script(main, dataclasses, defaults, description):
         if not is_out_of_space(error):
             raise
         training_args = arguments[-1]
-        last = last_complete_checkpoint(training_args.output_dir)
-        advice = f"{last} is whole: go on from it with --resume_from_checkpoint true" if last else "start again"
+        last = last_complete_checkpoint(training_args.output_dir) or next(
+            (folder for folder in member_folders(training_args.output_dir) if is_finished(folder)), None
+        )
+        advice = f"{last} is whole: go on with --resume_from_checkpoint true" if last else "start again"
         logger.error("No space is left to write to %s (%s). Make room; %s.", training_args.output_dir, error, advice)
         sys.exit(1)
 
 
 def is_out_of_space(error):
     """Whether an error of writing says that disk, quota or file-size limit is exhausted."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    # what the libraries in Rust and C++ make of it
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return any(f"os error {code}" in str(error) for code in codes) or "file write failed" in str(error)
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    # what safetensors (Rust) and torch.save (C++) make of it
+    signs = (*(f"os error {code}" for code in codes), "file write failed", "inline_container.cc")
+    return any(sign in str(error) for sign in signs)
 
 
 def setup_run(training_args, data_args, ensemble=False):

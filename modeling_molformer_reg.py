@@ -646,7 +646,8 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             atom_descriptors (`torch.Tensor`, *optional*): shape (B, T, A), likewise; goes with `environments`.
             environments (`torch.LongTensor`, *optional*): shape (B, T, R), classes, -100 where there is no atom.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): labeled tokens in all accumulated batches; the
-                loss is then the sum divided by it.
+                sum of cross-entropies is then divided by it. It says nothing of other targets: where there are some,
+                set `accepts_loss_kwargs` to `False`, and every batch counts alike.
         Raises:
             ValueError: if targets are given to a model without a head for them, or their number is another.
         """
@@ -662,7 +663,6 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         )
         states, losses = outputs.last_hidden_state, []
         logits = descriptor_logits = atom_logits = environment_logits = None
-        share = 1.0  # of this batch among the accumulated ones
         if labels is not None or (descriptors is None and environments is None):
             labeled_states = states
             if labels is not None and self.training:
@@ -676,12 +676,11 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             count = labeled if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
             count = count.clamp(min=1)  # a batch without labeled tokens has no such loss
             losses.append(total / count)
-            share = labeled / count
         if self.config.descriptor_names:
             descriptor_logits = self.descriptor_head(outputs.pooler_output)  # (B, M)
         if descriptors is not None:
             self._check_targets("descriptors", descriptors, (len(states), len(self.config.descriptor_names or ())))
-            losses.append(share * self.descriptor_head.loss(descriptor_logits, descriptors))
+            losses.append(self.descriptor_head.loss(descriptor_logits, descriptors))
         if environments is not None:
             shape = tuple(states.shape[:2])
             self._check_targets("environments", environments, (*shape, len(self.config.environment_buckets or ())))
@@ -690,8 +689,8 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             atoms = environments[..., 0] != -100  # (B, T)
             atom_logits = self.atom_head(states[atoms])  # (N, A)
             environment_logits = self.atom_head.environments(states[atoms])
-            losses.append(share * self.atom_head.loss(atom_logits, atom_descriptors[atoms]))
-            losses.append(share * self.atom_head.environment_loss(environment_logits, environments[atoms]))
+            losses.append(self.atom_head.loss(atom_logits, atom_descriptors[atoms]))
+            losses.append(self.atom_head.environment_loss(environment_logits, environments[atoms]))
         output = MolformerMaskedLMOutput(
             loss=sum(losses) if losses else None,
             logits=logits,

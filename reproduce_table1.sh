@@ -1,6 +1,7 @@
 #!/bin/sh
 # Table 1 of the paper and this project's rows beside it. Trains every cell that is not finished, continues the
-# interrupted ones, and writes results/table1.json, results/table1.md and results/table1.png.
+# interrupted ones, and writes table1.json, table1.md and table1.png: into results/ for the embedded checkpoint, beside
+# the cells for any other model.
 #
 #   ./reproduce_table1.sh                                # the embedded checkpoint; hours on two cores
 #   ./reproduce_table1.sh ibm/MoLFormer-XL-both-10pct    # with a network, and better with a GPU
@@ -11,38 +12,52 @@
 #   CHEMPROP=chemprop_env/bin/chemprop ./reproduce_table1.sh    # with the row of chemprop (see studies/peers.py)
 set -eu
 
-MODEL=${1:-models/molformer-mini}
-OUT=${OUT:-outputs/table1}
+EMBEDDED=models/molformer-mini
+MODEL=${1:-$EMBEDDED}
+if [ "$MODEL" = $EMBEDDED ]; then DEFAULT_OUT=outputs/table1; else DEFAULT_OUT=outputs/table1-$(basename "$MODEL"); fi
+OUT=${OUT:-$DEFAULT_OUT}
+if [ "$MODEL" = $EMBEDDED ]; then RESULTS=${RESULTS:-results}; else RESULTS=${RESULTS:-$OUT}; fi
 SEEDS=${SEEDS:-0 1 2 3 4}
 SPLITS=${SPLITS:-random scaffold}
 ROWS=${ROWS:-regression mlm_regression ensemble from_scratch descriptor_boosting${CHEMPROP:+ chemprop}}
 JOBS=${JOBS:-1}
-RESULTS=${RESULTS:-results}
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
-export PYTHON OUT CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
-
-# The rates of MoLFormer-XL are those of its authors, the small checkpoint's were found on validation.
+# The rate of MoLFormer-XL is that of its authors, the other one was found on validation for the embedded checkpoint.
 case $MODEL in
-models/molformer-mini) RATE=3e-4 ;;
-*) RATE=3e-5 ;;
+*MoLFormer-XL*) RATE=${RATE:-3e-5} ;;
+*) RATE=${RATE:-3e-4} ;;
 esac
-RECIPE="--augment_smiles 4 --predict_augment 10 --num_seeds 5"
+RECIPE=${RECIPE:---augment_smiles 1 --predict_augment 10 --num_seeds 5}
+export PYTHON OUT RATE RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
 
-# Runs a script into a folder, unless it is finished; continues what was interrupted.
+# Runs a script into a folder. Nothing is done if the same command, from the same weights, has finished there; if it was
+# interrupted, it continues.
 run() {
     target=$1
     shift
-    if [ -f "$target/all_results.json" ] && [ ! -e "$target/unfinished" ]; then return; fi
-    mode=--overwrite_output_dir
-    for begun in "$target"/checkpoint-* "$target"/member-*; do
-        if [ -d "$begun" ] && [ -e "$target/unfinished" ]; then mode="--resume_from_checkpoint true"; fi
-    done
     mkdir -p "$OUT"
-    echo "python $* --output_dir $target" >"$target.command"
+    weights=$MODEL/model.safetensors
+    {
+        echo "python $* --output_dir $target"
+        if [ -f "$weights" ]; then echo "# $weights: $(cksum <"$weights")"; fi
+    } >"$target.new"
+    mode=--overwrite_output_dir
+    if cmp -s "$target.new" "$target.command"; then
+        if [ -f "$target/all_results.json" ] && [ ! -e "$target/unfinished" ]; then
+            rm "$target.new"
+            return
+        fi
+        for begun in "$target"/checkpoint-*/trainer_state.json "$target"/member-*; do
+            if [ -e "$begun" ] && [ -e "$target/unfinished" ]; then mode="--resume_from_checkpoint true"; fi
+        done
+    fi
+    mv "$target.new" "$target.command"
     echo "$(date +%H:%M:%S) $target"
     # shellcheck disable=SC2086
-    "$PYTHON" "$@" --output_dir "$target" $mode --disable_tqdm true >"$target.log" 2>&1 ||
-        { tail -n 5 "$target.log"; return 1; }
+    "$PYTHON" "$@" --output_dir "$target" $mode --disable_tqdm true >"$target.log" 2>&1 || {
+        tail -n 5 "$target.log"
+        return 1
+    }
 }
 
 # Trains one cell of the table.
@@ -70,9 +85,11 @@ if [ "${CELL:-}" ]; then
     cell $CELL
     exit
 fi
+status=0
 for row in $ROWS; do
     for split in $SPLITS; do
         for seed in $SEEDS; do echo "$row $split $seed"; done
     done
-done | xargs -P "$JOBS" -I {} env CELL={} sh "$0" "$MODEL"
-"$PYTHON" studies/table1.py --folder "$OUT" --output "$RESULTS/table1.json"
+done | xargs -P "$JOBS" -I {} env CELL={} sh "$0" "$MODEL" || status=$?
+"$PYTHON" studies/table1.py --folder "$OUT" --output "$RESULTS/table1.json" # of the cells that are finished
+exit $status

@@ -92,7 +92,7 @@ def main(model_args, data_args, mlm_args, training_args):
     from utils_mlm import (
         PretrainingCollator,
         PretrainingMetrics,
-        add_targets,
+        check_heads,
         choose_heads,
         load_data,
         measure_scale,
@@ -104,11 +104,12 @@ def main(model_args, data_args, mlm_args, training_args):
     heads = choose_heads(load_config(model_args), mlm_args.parts)
     chosen = {name: value for name, value in heads.items() if value}
     model = load_model(MolformerForMaskedLM, model_args, tokenizer, **chosen)
-    train, held_out, digest, dropped = load_data(tokenizer, model_args, data_args, mlm_args, training_args)
+    check_heads(model, mlm_args.parts, training_args.do_train)
+    with training_args.main_process_first(desc="reading the corpus"):  # the others then find it in the cache
+        train, held_out, digest, dropped = load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads)
     check_split(model.config, digest, data_args, checkpoint)
     if digest is not None:
         model.config.split_hash = digest
-    train, held_out = add_targets(train, held_out, tokenizer, data_args, mlm_args, training_args, heads)
     for name, column in (("descriptor", "descriptors"), ("atom", "atom_descriptors")):
         if column in train.column_names and f"{name}_head." in model.new_heads:
             head = getattr(model, f"{name}_head")
@@ -116,6 +117,8 @@ def main(model_args, data_args, mlm_args, training_args):
     logger.info("%d training molecules, %d held out, %d parameters", len(train), len(held_out), model.num_parameters())
 
     # Trainer
+    if mlm_args.objective != "mlm":
+        model.accepts_loss_kwargs = False  # accumulated batches then count alike, not by their masked tokens
     training_args.remove_unused_columns = False  # the collator takes what it needs
     training_args.label_names = [label for part in mlm_args.parts for label in LABELS[part]]
     scorer = PretrainingMetrics(model, training_args.label_names)

@@ -18,6 +18,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from transformers import set_seed
 
 from arguments import (
@@ -79,14 +80,14 @@ def plan_members(model_args, training_args, num_seeds, checkpoint):
     Raises:
         InputError: if training is to start from an ensemble, or the last seed is too large.
     """
-    members = member_folders(model_args.model_name_or_path or "")
+    members = member_folders(model_args.model_name_or_path) if model_args.model_name_or_path else []
     if members and training_args.do_train:
         raise InputError(
             f"{model_args.model_name_or_path} holds an ensemble of {len(members)} models; training starts from one. "
             f"Pass one of them, such as {members[0]}, or --do_predict without --do_train."
         )
     if members:
-        return [(replace(model_args, model_name_or_path=str(folder)), training_args, None) for folder in members]
+        return [(_from_folder(model_args, folder), training_args, None) for folder in members]
     if num_seeds == 1 or not training_args.do_train:
         return [(model_args, training_args, checkpoint)]
     if training_args.seed + num_seeds > 2**32:
@@ -97,10 +98,15 @@ def plan_members(model_args, training_args, num_seeds, checkpoint):
         start = None if checkpoint is None else last_complete_checkpoint(member_args.output_dir)
         if checkpoint is not None and is_finished(member_args.output_dir):
             member_args.do_train = False
-            plan.append((replace(model_args, model_name_or_path=member_args.output_dir), member_args, None))
+            plan.append((_from_folder(model_args, member_args.output_dir), member_args, None))
         else:
             plan.append((model_args, member_args, None if start is None else str(start)))
     return plan
+
+
+def _from_folder(model_args, folder):
+    # without the configuration that the user named: the folder's own knows the scale of the labels
+    return replace(model_args, model_name_or_path=str(folder), config_name=None)
 
 
 def main(model_args, data_args, regression_args, training_args):
@@ -174,34 +180,43 @@ def main(model_args, data_args, regression_args, training_args):
                 plot_losses(trainer.state.log_history, path, held_out, "mean squared error of standardized labels")
 
         # Evaluate
-        if training_args.do_eval:
+        own_folder = len(plan) == 1 or member_args is not training_args
+        if training_args.do_eval and own_folder:
             metrics = trainer.evaluate()
             metrics["eval_samples"] = len(parts[held_out])
             trainer.log_metrics("eval", metrics)
             trainer.save_metrics("eval", metrics)
 
         # Predict
-        if training_args.do_predict:
+        if training_args.do_predict or len(plan) > 1:
             metrics = {}
-            for name, part in parts.items():
-                predicted = trainer.predict_molecules(part, regression_args.predict_augment, data_args.max_length)
+            for name, part in parts.items() if training_args.do_predict else [(held_out, parts[held_out])]:
+                predicted = trainer.predict_molecules(
+                    part, regression_args.predict_augment, data_args.max_length, training_args.seed
+                )
                 predictions[name].append(predicted)
                 values = regression_metrics(predicted.mean(axis=1), part["label"])
                 metrics |= {f"{name}_{key}": value for key, value in values.items()}
-            if member_args is not training_args:
+            if len(plan) > 1 and own_folder:
                 trainer.save_metrics("predict", metrics)
         if member_args is not training_args:
             end_writing(member_args)
 
     # Report
-    if training_args.do_predict and trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
-        metrics, table = write_reports(output_dir, parts, predictions, digest, data_args)
-        if len(plan) == 1:
+        metrics = {}
+        if len(plan) > 1:
+            values = regression_metrics(np.mean(predictions[held_out], axis=(0, 2)), parts[held_out]["label"])
+            metrics = {f"eval_{key}": value for key, value in values.items()} | {"members": len(plan)}
+        if training_args.do_predict:
+            test_metrics, table = write_reports(output_dir, parts, predictions, digest, data_args)
+            metrics |= test_metrics
+            print(table)
+        if len(plan) > 1:
+            write_json(metrics, output_dir / "all_results.json")
+        elif metrics:
             trainer.save_metrics("predict", metrics)
-        else:
-            write_json(metrics | {"members": len(plan)}, output_dir / "all_results.json")
-        print(table)
     end_writing(training_args)
 
 

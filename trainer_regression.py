@@ -6,6 +6,8 @@
 resume exactly, a learning rate for the head); `RegressionTrainer` adds labels in their own unit.
 """
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
+from rdkit import rdBase
 from safetensors import SafetensorError
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer
@@ -40,6 +43,9 @@ LEARNING_RATES = {"default": 3e-4, "paper": 1e-4}  # the default was found on va
 SMILES_PATTERN = (
     r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>|\*|\$|\%[0-9]{2}|[0-9])"
 )
+
+# Raise the number when what a cached function computes changes; RDKit's answers differ between versions.
+CACHE_VERSION = f"1, RDKit {rdBase.rdkitVersion}"
 
 logger = logging.getLogger("molformer.trainer")
 
@@ -278,15 +284,16 @@ class RegressionTrainer(MolformerTrainer):
         counted = [{"labels": torch.zeros_like(b["labels"])} for b in batch_samples if "labels" in b]
         return super()._get_num_items_in_batch(counted, device)
 
-    def predict_molecules(self, molecules, num_forms=0, max_length=None):
+    def predict_molecules(self, molecules, num_forms=0, max_length=None, seed=0):
         """Returns predictions for all molecules in their order, in label units, shape (N, num_forms + 1).
 
-        The first column is for the SMILES as the model reads it, the others are for random SMILES of the molecule.
+        The first column is for the SMILES as the model reads it, the others are for random SMILES of the molecule, the
+        same ones for one `seed`.
         Batches are of like length; the order of rows is restored.
         """
         dataset = to_dataset(molecules, with_labels=False)
         if num_forms:
-            dataset = augment(dataset, self.processing_class, num_forms, self.args.seed, max_length)
+            dataset = augment(dataset, self.processing_class, num_forms, seed, max_length)
         order = np.argsort(-np.asarray(dataset["length"][:]), kind="stable")
         predictions = np.empty(len(dataset))
         predictions[order] = self.predict(dataset.select(order)).predictions[:, 0]
@@ -301,19 +308,38 @@ def to_dataset(molecules, with_labels=True):
     return datasets.Dataset.from_dict(columns)
 
 
-def augment(dataset, tokenizer, count, seed, max_length, num_proc=None):
+def cached_map(dataset, function, tokenizer, **map_options):
+    """Returns `dataset.map` of a batched function that takes a tokenizer, cached by what its result depends on.
+
+    The library's own key is a pickle of the arguments, which differs between a tokenizer that was built and the same
+    one loaded. Ours is of the rows, the function's name, the tokenizer's content, the further arguments and
+    `CACHE_VERSION`.
+    """
+    arguments = map_options.pop("fn_kwargs", {})
+    content = tokenizer.backend_tokenizer.to_str()
+    key = json.dumps([dataset._fingerprint, function.__name__, content, arguments, CACHE_VERSION])
+    return dataset.map(
+        function,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, **arguments},
+        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
+        **map_options,
+    )
+
+
+def augment(dataset, tokenizer, count, seed, max_length, **map_options):
     """Returns the data set with `count` random SMILES beside every molecule, which keep its other columns.
 
     A random SMILES that the tokenizer does not know in full, or that has more than `max_length` tokens, is replaced by
-    the molecule's own. Where molecules came from is a function of the order: row i gave rows i * (count + 1) and on.
+    the molecule's own. Row i gives rows i * (count + 1) and on, its own SMILES first.
 
     Args:
         dataset (`datasets.Dataset`): with `input_ids` and `length`.
-        num_proc (`int`, *optional*): processes that write SMILES; one if absent.
+        map_options: for `datasets.Dataset.map`, such as `num_proc`.
     """
-    options = {"tokenizer": tokenizer, "count": count, "seed": seed, "max_length": max_length}
-    return dataset.map(
-        _augment_batch, batched=True, fn_kwargs=options, num_proc=num_proc, desc="Writing random SMILES"
+    options = {"count": count, "seed": seed, "max_length": max_length}
+    return cached_map(
+        dataset, _augment_batch, tokenizer, fn_kwargs=options, desc="Writing random SMILES", **map_options
     )
 
 
@@ -362,6 +388,8 @@ def prepare_head(model, train, digest, data_args, training_args):
         raise InputError(f"All {len(labels)} training labels are {mean:g}. A regression needs labels that differ.")
     model.config.label_mean, model.config.label_std = [mean], [std]
     model.config.split_hash = digest
+    # heads of the pre-training that this model does not have
+    model.config.descriptor_names = model.config.atom_descriptor_names = model.config.environment_buckets = None
     model.config.smiles_form = data_args.smiles_form
 
 

@@ -1,6 +1,6 @@
 """Corpora of SMILES, what run_mlm.py learns from them, and its metrics.
 
-    python -c "from utils_mlm import *; print(sum(atom_tokens(build_tokenizer())))"
+    python -c "from utils_mlm import *; print(is_corpus('molecules.smi.gz'))"
 
 Files are read once into memory-mapped, cached data sets, in worker processes: token ids, descriptors of molecules, and
 numbers of atoms. The collator masks tokens and places the numbers of atoms at their tokens.
@@ -17,10 +17,9 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
-from rdkit import rdBase
 
 from arguments import InputError
-from trainer_regression import augment
+from trainer_regression import augment, cached_map
 from utils_molecules import (
     ATOM_DESCRIPTORS,
     LABEL_COLUMNS,
@@ -45,9 +44,6 @@ from utils_molecules import (
 TEXT_SUFFIXES = (".txt", ".smi", ".smiles")
 MOST_HELD_OUT = 10_000  # molecules of a corpus; more would cost time and tell nothing new
 ENVIRONMENT_BUCKETS = (1024, 4096)  # classes of an atom's surroundings within one and two bonds
-# A cached result is used again for the same input, function name and arguments: raise the number when what a function
-# computes changes. RDKit's answers differ between versions.
-CACHE_KEY = f"1, RDKit {rdBase.rdkitVersion}"
 
 logger = logging.getLogger("molformer.mlm")
 
@@ -102,13 +98,24 @@ def take_smiles(corpus, data_args, source):
     return corpus if column == "smiles" else corpus.rename_column(column, "smiles")
 
 
-def load_data(tokenizer, model_args, data_args, mlm_args, training_args):
+def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
     """Returns training data, held-out data, the hash of the split (`None` for a corpus) and the dropped rows.
 
     Molecules with labels are split as run_regression.py splits them, and its test molecules are not learned. A part of
-    a corpus is held out, and of labeled molecules where `--protocol paper` gives no validation part.
+    a corpus is held out, and of labeled molecules where `--protocol paper` gives no validation part. Both parts have
+    the targets of `heads`; the training part has its random SMILES, with descriptors that are those of the molecule
+    and atoms in the order of each SMILES.
     """
     held_out = digest = None
+    options = (tokenizer, mlm_args, heads)
+
+    def encode(corpus, source, smiles_form=data_args.smiles_form):
+        encoded, dropped = encode_corpus(
+            corpus, tokenizer, replace(data_args, smiles_form=smiles_form), mlm_args, source
+        )
+        # all of it, so that another split or seed finds it in the cache; but not of a corpus that is then cut
+        return encoded if data_args.max_train_samples else add_descriptors(encoded, *options), dropped
+
     if data_args.dataset_name is not None:
         source = data_args.dataset_name
         corpus = load_hub_dataset(source, data_args.dataset_config_name, model_args.cache_dir)
@@ -118,39 +125,39 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args):
         columns = [] if is_corpus(source) else read_header(source)[0]
     if find_column(columns, data_args.label_column, LABEL_COLUMNS, "--label_column", source) is not None:
         molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
-        as_text = replace(data_args, smiles_form="raw")  # canonical already
-        parts = {
-            name: encode_corpus(
-                datasets.Dataset.from_dict({"smiles": molecules.loc[molecules["split"] == name, "text"].tolist()}),
-                tokenizer, as_text, mlm_args, source,
-            )[0]
-            for name in ("train", "validation")
-            if (molecules["split"] == name).any()
-        }  # fmt: skip
+        parts = {}
+        for name in ("train", "validation"):
+            texts = molecules.loc[molecules["split"] == name, "text"].tolist()
+            if texts:  # canonical already
+                parts[name], _ = encode(datasets.Dataset.from_dict({"smiles": texts}), source, smiles_form="raw")
         train, held_out = parts["train"], parts.get("validation")
         logger.info("%s has labels: learning the training molecules of its split alone", source)
     else:
         if data_args.dataset_name is None:
             corpus = read_corpus(source, data_args, model_args.cache_dir)
-        corpus = take_smiles(corpus, data_args, source)
-        train, dropped = encode_corpus(corpus, tokenizer, data_args, mlm_args, source)
+        train, dropped = encode(take_smiles(corpus, data_args, source), source)
         if data_args.validation_file is not None:
-            corpus = take_smiles(
-                read_corpus(data_args.validation_file, data_args, model_args.cache_dir), data_args, source
-            )
-            held_out, _ = encode_corpus(corpus, tokenizer, data_args, mlm_args, data_args.validation_file)
+            corpus = read_corpus(data_args.validation_file, data_args, model_args.cache_dir)
+            corpus = take_smiles(corpus, data_args, data_args.validation_file)
+            held_out, more = encode(corpus, data_args.validation_file)
+            dropped = pd.concat([dropped, more], ignore_index=True)
     if held_out is None:
         size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
         seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
         train, held_out = train.train_test_split(test_size=size, seed=seed).values()
     if data_args.max_train_samples is not None:
         train = train.select(range(min(len(train), data_args.max_train_samples)))
+        train, held_out = (add_descriptors(part, *options) for part in (train, held_out))
     if data_args.max_eval_samples is not None:
         held_out = held_out.select(range(min(len(held_out), data_args.max_eval_samples)))
+    if data_args.augment_smiles and training_args.do_train:
+        cache = {"load_from_cache_file": not mlm_args.overwrite_cache, "num_proc": mlm_args.workers(train)}
+        train = augment(train, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length, **cache)
+    train, held_out = (add_atoms(part, *options) for part in (train, held_out))
     return train, held_out.sort("length", reverse=True), digest, dropped
 
 
-def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False, cache_key=None):
+def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False):
     """Returns token ids, lengths and what is wrong with each SMILES ("" if nothing), for `datasets.Dataset.map`.
 
     Args:
@@ -181,16 +188,16 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source):
             "reason": datasets.Value("string"),
         }
     )
-    encoded = corpus.map(
+    options = {
+        "smiles_form": data_args.smiles_form,
+        "max_length": data_args.max_length,
+        "must_parse": mlm_args.objective != "mlm" or data_args.augment_smiles > 0,
+    }
+    encoded = cached_map(
+        corpus,
         encode_batch,
-        batched=True,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "smiles_form": data_args.smiles_form,
-            "max_length": data_args.max_length,
-            "must_parse": mlm_args.objective != "mlm",
-            "cache_key": CACHE_KEY,
-        },
+        tokenizer,
+        fn_kwargs=options,
         num_proc=mlm_args.workers(corpus),
         remove_columns=corpus.column_names,
         features=features,
@@ -218,13 +225,13 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source):
     return encoded.remove_columns("reason"), dropped
 
 
-def describe_molecules(batch, tokenizer, names, cache_key=None):
+def describe_molecules(batch, tokenizer, names):
     """Returns the named descriptors of each molecule, for `datasets.Dataset.map`."""
     molecules = (parse_smiles(to_text(ids, tokenizer)) for ids in batch["input_ids"])
     return {"descriptors": [compute_descriptors(molecule, names) for molecule in molecules]}
 
 
-def describe_atoms(batch, tokenizer, names, buckets, cache_key=None):
+def describe_atoms(batch, tokenizer, names, buckets):
     """Returns descriptors and environments of each molecule's atoms, flat, for `datasets.Dataset.map`.
 
     Atoms come in the order of their tokens. A molecule of which RDKit removed atoms that have a token, such as [H],
@@ -246,7 +253,7 @@ def atom_tokens(tokenizer):
     return np.array([token[0] == "[" or token[0].isalpha() for token in tokens])
 
 
-def add_columns(dataset, function, columns, mlm_args, **options):
+def add_columns(dataset, function, columns, tokenizer, mlm_args, **options):
     """Returns the data set with what `function` computes of its rows in worker processes, cached on disk.
 
     Args:
@@ -254,15 +261,33 @@ def add_columns(dataset, function, columns, mlm_args, **options):
     """
     features = datasets.Features(dataset.features)
     features |= {name: datasets.List(datasets.Value(dtype)) for name, dtype in columns.items()}
-    return dataset.map(
+    return cached_map(
+        dataset,
         function,
-        batched=True,
-        fn_kwargs=options | {"cache_key": CACHE_KEY},
+        tokenizer,
+        fn_kwargs=options,
         num_proc=mlm_args.workers(dataset),
         features=features,
         load_from_cache_file=not mlm_args.overwrite_cache,
         desc=f"Computing {' and '.join(columns).replace('_', ' ')}",
     )
+
+
+def add_descriptors(dataset, tokenizer, mlm_args, heads):
+    """Returns the data set with the descriptors that the model is to predict, if it is to."""
+    names = heads["descriptor_names"]
+    if not names:
+        return dataset
+    return add_columns(dataset, describe_molecules, {"descriptors": "float32"}, tokenizer, mlm_args, names=names)
+
+
+def add_atoms(dataset, tokenizer, mlm_args, heads):
+    """Returns the data set with what is to be predicted of its atoms, if it is to."""
+    names, buckets = heads["atom_descriptor_names"], heads["environment_buckets"]
+    if not names:
+        return dataset
+    columns = {"atom_descriptors": "float32", "environments": "int32"}
+    return add_columns(dataset, describe_atoms, columns, tokenizer, mlm_args, names=names, buckets=buckets)
 
 
 class PretrainingCollator:
@@ -414,31 +439,6 @@ def descriptor_metrics(predictions, targets):
     return metrics
 
 
-def add_targets(train, held_out, tokenizer, data_args, mlm_args, training_args, heads):
-    """Returns both parts with what the heads are to predict, and the training part with its random SMILES.
-
-    Descriptors of a molecule are those of all its SMILES; its atoms come in another order in each.
-    """
-    names, atom_names = heads["descriptor_names"], heads["atom_descriptor_names"]
-    parts = []
-    for part, count in ((train, data_args.augment_smiles * training_args.do_train), (held_out, 0)):
-        if names:
-            columns = {"descriptors": "float32"}
-            part = add_columns(part, describe_molecules, columns, mlm_args, tokenizer=tokenizer, names=names)
-        if count:
-            part = augment(
-                part, tokenizer, count, training_args.seed, data_args.max_length, num_proc=mlm_args.workers(part)
-            )
-        if atom_names:
-            columns = {"atom_descriptors": "float32", "environments": "int32"}
-            buckets = heads["environment_buckets"]
-            part = add_columns(
-                part, describe_atoms, columns, mlm_args, tokenizer=tokenizer, names=atom_names, buckets=buckets
-            )
-        parts.append(part)
-    return parts
-
-
 def measure_scale(dataset, column, width, sample=100_000):
     """Returns mean and standard deviation of each of `width` numbers in a column of lists, by a sample of the rows.
 
@@ -472,3 +472,28 @@ def choose_heads(config, objective_parts):
         heads["atom_descriptor_names"] = config.atom_descriptor_names or list(ATOM_DESCRIPTORS)
         heads["environment_buckets"] = config.environment_buckets or list(ENVIRONMENT_BUCKETS)
     return heads
+
+
+def check_heads(model, objective_parts, will_train):
+    """Removes heads that are still random and will not be trained, and refuses to evaluate a random one.
+
+    A configuration may name heads that its checkpoint lacks, as that of a regression model does. Saved untrained, they
+    would later pass for trained ones.
+
+    Raises:
+        InputError: if the objective needs a head that is random, and there is no training.
+    """
+    heads = {"mlm": "lm_head.", "mtr": "descriptor_head.", "atoms": "atom_head."}
+    random = [part for part, prefix in heads.items() if prefix in model.new_heads]
+    missing = [part for part in random if part in objective_parts]
+    if missing and not will_train:
+        raise InputError(
+            f"{model.name_or_path or 'The model'} has no trained head for {' and '.join(missing)}. Add --do_train, or "
+            "pass a --model_name_or_path that was trained for it."
+        )
+    if "mtr" in random and "mtr" not in objective_parts and model.config.descriptor_names:
+        del model.descriptor_head
+        model.config.descriptor_names = None
+    if "atoms" in random and "atoms" not in objective_parts and model.config.atom_descriptor_names:
+        del model.atom_head
+        model.config.atom_descriptor_names = model.config.environment_buckets = None

@@ -104,6 +104,8 @@ def main(model_args, data_args, peer_args, training_args):
     from trainer_regression import load_tokenizer
     from utils_molecules import load_molecules, metrics_table, regression_metrics, write_csv, write_json
 
+    if data_args.protocol == "paper":
+        raise InputError("--protocol paper has no validation part, and these methods choose on it.")
     molecules, digest, _ = load_molecules(load_tokenizer(model_args), model_args, data_args, training_args)
     start = time.perf_counter()
     if peer_args.peer == "chemprop":

@@ -45,12 +45,13 @@ SHAPE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "inte
 def run(name, args, threads):
     """Runs one trial, unless it is finished, and returns its row."""
     corpus, batch, flags = TRIALS[name]
-    folder = args.folder / name.replace(" ", "-").replace(",", "").replace("+", "-")
+    folder = args.folder / f"{name}-{args.molecules}".replace(" ", "-").replace(",", "").replace("+", "-")
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.json"
     shape = dict(zip(SHAPE_FIELDS, SHAPES.get(name, ()), strict=False))
     config.write_text(json.dumps(json.loads((ROOT / "configs" / "molformer-mini.json").read_text()) | shape))
-    pretrain = ["run_mlm.py", "--train_file", getattr(args, corpus), "--validation_file", args.validation_file]
+    pretrain = ["run_mlm.py", "--train_file", str(Path(getattr(args, corpus)).resolve())]
+    pretrain += ["--validation_file", str(Path(args.validation_file).resolve())]
     pretrain += ["--config_name", str(config), "--smiles_form", "raw", "--learning_rate", "1.2e-3", "--bf16", *flags]
     pretrain += ["--max_steps", str(args.molecules // batch), "--per_device_train_batch_size", str(batch)]
     pretrain += ["--lr_scheduler_type", "cosine", "--weight_decay", "0.01", "--eval_strategy", "no"]

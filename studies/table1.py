@@ -10,6 +10,7 @@ results/table1.png (predictions against true values of the first seed).
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -38,13 +39,15 @@ PAIRS = [
 METRICS = ("mse", "mae", "r2")
 
 
-def collect(folder, splits=("random", "scaffold"), most_seeds=100):
+def collect(folder, splits=("random", "scaffold")):
     """Returns the rows of the table, each with the metrics of its finished cells, in the order of the seeds."""
     rows = []
     for split in splits:
         for name, (pattern, key) in ROWS.items():
             row = {"name": name, "split": split, "seeds": []} | {f"test_{metric}": [] for metric in METRICS}
-            for seed in range(most_seeds):
+            run_name = pattern.split("/")[0]
+            found = (re.fullmatch(run_name.format(split, r"(\d+)"), path.name) for path in folder.glob("*"))
+            for seed in sorted(int(match[1]) for match in found if match):
                 cell = folder / pattern.format(split, seed)
                 if not (cell / "all_results.json").exists() or (cell / "unfinished").exists():
                     continue
@@ -52,12 +55,16 @@ def collect(folder, splits=("random", "scaffold"), most_seeds=100):
                 row["seeds"].append(seed)
                 for metric in METRICS:
                     row[f"test_{metric}"].append(values[key.format(metric)])
-                command = folder / f"{pattern.format(split, seed).split('/')[0]}.command"
-                if command.exists():
-                    row.setdefault("command", command.read_text().strip())
+                row.setdefault("command", commands(folder, run_name.format(split, seed)))
             if row["seeds"]:
                 rows.append(row)
     return rows
+
+
+def commands(folder, run_name):
+    """Returns the commands that made a cell, joined as a shell would run them."""
+    files = [folder / f"{run_name}{suffix}.command" for suffix in ("-mlm", "")]
+    return " && ".join(file.read_text().splitlines()[0] for file in files if file.exists())
 
 
 def paired_difference(first, second):
@@ -127,6 +134,8 @@ def plot(rows, folder, path):
         row for row in rows
         if row["split"] == rows[0]["split"] and row["name"] in ("regression", "mlm_regression", "ensemble")
     ]  # fmt: skip
+    if not shown:
+        return
     figure = Figure(figsize=(4.2 * len(shown), 4.6), layout="constrained")
     for number, row in enumerate(shown):
         seed = row["seeds"][0]
@@ -162,8 +171,8 @@ def main():
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     text = markdown(rows, pairs)
     args.output.with_suffix(".md").write_text(text)
-    plot(rows, args.folder, args.output.with_suffix(".png"))
     print(text)
+    plot(rows, args.folder, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

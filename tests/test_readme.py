@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 from studies.foundation import markdown
+from studies.ship_checkpoint import table
 from trainer_regression import LEARNING_RATES
 
 
@@ -23,15 +24,15 @@ def test_pretraining_is_clearly_better_than_from_scratch():
     assert all(a < b for a, b in zip(mse["embedded"], mse["mean_predictor"], strict=True))
 
 
-def test_model_card_tells_the_steps_that_training_logged():
-    """Reference: trainer_state.json, which run_mlm.py wrote."""
+def test_model_card_tells_what_training_logged():
+    """Reference: training_log.json, which `python studies/ship_checkpoint.py` wrote from the runs."""
     folder = ROOT / "models" / "molformer-mini"
-    card = (folder / "README.md").read_text()
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    for entry in (entry for entry in history if "eval_loss" in entry):
-        numbers = (entry["eval_loss"], entry["eval_perplexity"], entry["eval_masked_accuracy"])
-        line = " | ".join([f"| {entry['step']:,}", *(f"{number:.3f}" for number in numbers)])
-        assert line in card
+    entries = json.loads((folder / "training_log.json").read_text())
+    assert table(entries) in (folder / "README.md").read_text()
+    final = json.loads((folder / "all_results.json").read_text())
+    last = [entry for entry in entries if "eval_loss" in entry][-1]
+    assert last["molecules"] == final["molecules"] == entries[-1]["molecules"]
+    assert last["eval_masked_accuracy"] == pytest.approx(final["eval_masked_accuracy"], abs=1e-6)
 
 
 @pytest.mark.parametrize("document", ["README.md", "data/README.md", "models/molformer-mini/README.md"])

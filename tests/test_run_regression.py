@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -337,7 +338,10 @@ def test_ensemble_reports_mean_and_spread_of_its_members_and_serves_as_a_model(
     test = table[table["split"] == "test"]
     assert results(folder)["test_mse"] == pytest.approx(np.mean(test["error"] ** 2), rel=1e-6)
 
-    call_main("--model_name_or_path", folder, *flags, "--do_predict", "--output_dir", tmp_path / "again")
+    call_main("--model_name_or_path", folder, *flags, "--do_predict", "--do_eval", "--output_dir", tmp_path / "again")
+    held_out = table[table["split"] == "validation"]
+    for out in (folder, tmp_path / "again"):
+        assert results(out)["eval_mse"] == pytest.approx(np.mean(held_out["error"] ** 2), rel=1e-5)
     again = pd.read_csv(tmp_path / "again" / "predictions.csv")
     for column in ("prediction", "prediction_sd"):
         assert again[column].to_numpy() == pytest.approx(table[column].to_numpy(), abs=1e-5)
@@ -347,7 +351,9 @@ def test_ensemble_reports_mean_and_spread_of_its_members_and_serves_as_a_model(
 
 def test_interrupted_ensemble_keeps_its_finished_members(tiny_checkpoint, small_table, tmp_path, monkeypatch):
     """Reference: the uninterrupted ensemble."""
-    common = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--num_seeds", 2, *QUICK)
+    config = tmp_path / "config.json"  # named on resuming too, and must not replace those of finished members
+    config.write_text((Path(tiny_checkpoint) / "config.json").read_text())
+    common = ("--config_name", config, "--train_file", small_table, "--num_seeds", 2, "--predict_augment", 1, *QUICK)
     call_main(*common, "--output_dir", tmp_path / "whole")
 
     import trainer_regression
@@ -398,3 +404,30 @@ def test_seeds_beyond_the_last_are_refused(tiny_checkpoint, small_table, tmp_pat
     flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x")
     with pytest.raises(InputError, match="no room for 2 seeds"):
         call_main(*flags, "--seed", 2**32 - 1, "--num_seeds", 2)
+
+
+def test_members_predict_the_same_random_smiles(finished_run, small_table, tmp_path):
+    """Two equal members: forms spread as those of one, and members not at all."""
+    import shutil
+
+    folder = tmp_path / "ensemble"
+    for number in (0, 1):
+        shutil.copytree(finished_run, folder / f"member-{number}", ignore=shutil.ignore_patterns("checkpoint-*"))
+    flags = ("--train_file", small_table, "--do_predict", "--predict_augment", 3, "--disable_tqdm", "true")
+    call_main("--model_name_or_path", folder, *flags, "--output_dir", tmp_path / "both")
+    call_main("--model_name_or_path", finished_run, *flags, "--output_dir", tmp_path / "one")
+    both, one = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("both", "one"))
+    assert both["augment_sd"].to_numpy() == pytest.approx(one["augment_sd"].to_numpy(), abs=1e-5)
+    assert both["prediction_sd"].max() < 1e-5
+
+
+def test_evaluation_of_an_ensemble_alone_is_of_its_mean(finished_run, small_table, tmp_path):
+    import shutil
+
+    folder = tmp_path / "ensemble"
+    for number in (0, 1):
+        shutil.copytree(finished_run, folder / f"member-{number}", ignore=shutil.ignore_patterns("checkpoint-*"))
+    flags = ("--train_file", small_table, "--do_eval", "--disable_tqdm", "true", "--output_dir", tmp_path / "x")
+    call_main("--model_name_or_path", folder, *flags)
+    assert results(tmp_path / "x")["eval_mse"] == pytest.approx(results(finished_run)["eval_mse"], rel=1e-5)
+    assert not (tmp_path / "x" / "predictions.csv").exists()

@@ -59,22 +59,33 @@ def test_unfinished_cells_are_left_out(tmp_path):
         folder.mkdir()
         for name in names:
             (folder / name).write_text(json.dumps({"test_mse": 0.9, "test_mae": 0.7, "test_r2": 0.3}))
-    (tmp_path / "from_scratch-random-0.command").write_text("python run_regression.py\n")
+    (tmp_path / "from_scratch-random-0.command").write_text("python run_regression.py\n# weights\n")
     rows = table1.collect(tmp_path)
     assert [(r["name"], r["seeds"], r["test_mse"], r["command"]) for r in rows] == [
         ("from_scratch", [0], [0.9], "python run_regression.py")
     ]
 
 
-def test_boosting_beats_the_mean_on_the_split_of_the_regression(small_table, tmp_path):
-    flags = ["--train_file", small_table, "--output_dir", str(tmp_path / "x"), "--seed", "0"]
-    arguments = parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags)
-    peers.main(*arguments)
-    values = json.loads((tmp_path / "x" / "all_results.json").read_text())
-    table = pd.read_csv(tmp_path / "x" / "predictions.csv")
+def test_boosting_beats_the_mean_on_the_split_of_the_regression(tiny_checkpoint, small_table, tmp_path):
+    """References: run_regression.py's split of the same seed, and the mean of its training labels."""
+    import run_regression
+
+    flags = ["--train_file", small_table, "--seed", "0", "--output_dir"]
+    peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=[*flags, str(tmp_path / "x")]))
+    flags += [str(tmp_path / "y"), "--model_name_or_path", tiny_checkpoint, "--max_steps", "1"]
+    run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=flags))
+    values, other = (json.loads((tmp_path / run / "all_results.json").read_text()) for run in "xy")
+    table, expected = (pd.read_csv(tmp_path / run / "predictions.csv") for run in "xy")
+    assert table["split"].tolist() == expected["split"].tolist()
     test = table[table["split"] == "test"]
     assert values["test_mse"] == pytest.approx(np.mean((test["prediction"] - test["label"]) ** 2))
-    assert values["train_mse"] < 0.5 * table.loc[table["split"] == "train", "label"].var() and len(test) == 32
+    assert values["test_mse"] < other["test_mse_mean"]
+
+
+def test_boosting_needs_a_validation_part(small_table, tmp_path):
+    flags = ["--train_file", small_table, "--output_dir", str(tmp_path / "x"), "--protocol", "paper"]
+    with pytest.raises(InputError, match="no validation part"):
+        peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags))
 
 
 def test_chemprop_that_is_not_there_is_named(small_table, tmp_path):
@@ -107,3 +118,19 @@ def test_chain_of_table_1_trains_every_row_once_and_writes_the_table(tiny_checkp
     assert (tmp_path / "table1.png").stat().st_size > 10_000 and "| ensemble | random | 1 |" in done.stdout
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.startswith("| row |")  # nothing was trained again
+    # another recipe or other weights are another cell
+    environment["EXTRA"] += " --weight_decay 0.01"
+    other = subprocess.run(command, cwd=ROOT, env=environment | {"ROWS": "regression"}, capture_output=True, text=True)
+    assert other.returncode == 0 and "regression-random-0" in other.stdout.splitlines()[0]
+
+
+def test_chain_of_table_1_reports_what_failed_and_still_writes_the_table(tmp_path):
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "RESULTS": str(tmp_path), "SEEDS": "0",
+        "SPLITS": "random", "ROWS": "no_such_row", "PYTHON": sys.executable}  # fmt: skip
+    folder = tmp_path / "out" / "from_scratch-random-3"
+    folder.mkdir(parents=True)
+    (folder / "all_results.json").write_text(json.dumps({"test_mse": 0.9, "test_mae": 0.7, "test_r2": 0.3}))
+    command = ["sh", str(ROOT / "reproduce_table1.sh")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "There is no row no_such_row" in done.stdout
+    assert json.loads((tmp_path / "table1.json").read_text())["rows"][0]["test_mse"] == [0.9]

@@ -11,7 +11,7 @@ import torch
 import run_mlm
 import utils_mlm
 from arguments import InputError, parse_arguments
-from modeling_molformer_reg import MolformerAtomHead, MolformerConfig
+from modeling_molformer_reg import MolformerAtomHead, MolformerConfig, MolformerForMaskedLM
 from trainer_regression import build_tokenizer
 from utils_mlm import PretrainingCollator, mlm_metrics, score_tokens
 
@@ -19,6 +19,12 @@ from utils_mlm import PretrainingCollator, mlm_metrics, score_tokens
 def parse(*flags):
     classes = run_mlm.ARGUMENTS
     return parse_arguments(*classes, defaults=run_mlm.DEFAULTS, args=[str(flag) for flag in flags])
+
+
+def load_data(*parsed):
+    """Data with the targets that the objective has for a model without a checkpoint."""
+    heads = utils_mlm.choose_heads(MolformerConfig(), parsed[2].parts)
+    return utils_mlm.load_data(build_tokenizer(), *parsed, heads)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def test_labeled_table_gives_the_training_molecules_of_the_regression_split_alon
         "--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x"
     )
     tokenizer = build_tokenizer()
-    train, held_out, digest, _ = utils_mlm.load_data(tokenizer, *parsed)
+    train, held_out, digest, _ = load_data(*parsed)
     molecules, expected_digest, _ = load_molecules(tokenizer, parsed[0], parsed[1], parsed[3])
     by_split = {name: sorted(map(tuple, rows["input_ids"])) for name, rows in molecules.groupby("split")}
     assert digest == expected_digest
@@ -69,7 +75,7 @@ def test_corpus_is_read_alike_in_every_form(form, corpus, tiny_checkpoint, tmp_p
         cache = tmp_path / f"cache-{file.name}"
         parsed = parse("--train_file", file, "--model_name_or_path", tiny_checkpoint, "--cache_dir", cache,
             "--output_dir", tmp_path / "x", "--preprocessing_num_workers", 1)  # fmt: skip
-        train, held_out, digest, _ = utils_mlm.load_data(build_tokenizer(), *parsed)
+        train, held_out, digest, _ = load_data(*parsed)
         assert digest is None and train.cache_files  # memory-mapped, not in memory
         return [row["input_ids"] for row in train], [row["input_ids"] for row in held_out]
 
@@ -123,7 +129,7 @@ def test_unusable_lines_are_dropped_on_request(tiny_checkpoint, tmp_path, caplog
     (tmp_path / "c.txt").write_text("CCO\nC1CC\nCCC\nCCCC\n" * 3)
     parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--output_dir",
         tmp_path / "x", "--cache_dir", tmp_path / "cache", "--invalid_smiles", "drop")  # fmt: skip
-    train, held_out, _, dropped = utils_mlm.load_data(build_tokenizer(), *parsed)
+    train, held_out, _, dropped = load_data(*parsed)
     assert len(train) + len(held_out) == 9
     assert "3 of 12 SMILES" in caplog.text
     assert dropped["row"].tolist() == [1, 5, 9] and set(dropped["reason"]) == {"do not parse as SMILES"}
@@ -144,7 +150,7 @@ def test_validation_file_of_a_corpus_is_held_out_whole(corpus, tiny_checkpoint, 
     parsed = parse("--train_file", corpus, "--validation_file", tmp_path / "v.txt", "--model_name_or_path",
         tiny_checkpoint, "--output_dir", tmp_path / "x", "--cache_dir", tmp_path / "cache", "--max_train_samples", 7,
         "--max_eval_samples", 2)  # fmt: skip
-    train, held_out, digest, _ = utils_mlm.load_data(build_tokenizer(), *parsed)
+    train, held_out, digest, _ = load_data(*parsed)
     assert len(train) == 7 and digest is None
     assert [row["input_ids"] for row in held_out] == [build_tokenizer()(s)["input_ids"] for s in ("CCO", "CCC")]
 
@@ -154,7 +160,7 @@ def test_paper_protocol_holds_out_training_molecules_and_never_learns_test_molec
 ):
     parsed = parse("--train_file", small_table, "--protocol", "paper", "--model_name_or_path", tiny_checkpoint,
         "--output_dir", tmp_path / "x")  # fmt: skip
-    train, held_out, _, _ = utils_mlm.load_data(build_tokenizer(), *parsed)
+    train, held_out, _, _ = load_data(*parsed)
     assert (len(train), len(held_out)) == (115, 13)  # of the 128 on the training side; 32 are the test set
 
 
@@ -162,7 +168,7 @@ def test_hub_data_set_without_network_is_explained(tiny_checkpoint, tmp_path):
     parsed = parse("--dataset_name", "nobody/nothing", "--model_name_or_path", tiny_checkpoint, "--output_dir",
         tmp_path / "x", "--cache_dir", tmp_path / "cache")  # fmt: skip
     with pytest.raises(InputError, match="--train_file"):
-        utils_mlm.load_data(build_tokenizer(), *parsed)
+        load_data(*parsed)
 
 
 def test_values_that_are_not_finite_do_not_count_in_the_scale(caplog):
@@ -178,9 +184,9 @@ def test_unparsable_line_is_found_where_descriptors_need_it(tiny_checkpoint, tmp
     (tmp_path / "c.txt").write_text("CCO\nC1CC\nCCC\n")
     common = ("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--smiles_form", "raw",
         "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "x")  # fmt: skip
-    assert len(utils_mlm.load_data(build_tokenizer(), *parse(*common))[0]) == 2  # the tokenizer takes it
+    assert len(load_data(*parse(*common))[0]) == 2  # the tokenizer takes it
     with pytest.raises(InputError, match="row 1: 'C1CC'"):
-        utils_mlm.load_data(build_tokenizer(), *parse(*common, "--objective", "mtr"))
+        load_data(*parse(*common, "--objective", "mtr"))
 
 
 def test_descriptor_scores_are_over_molecules_not_batches():
@@ -201,11 +207,9 @@ def test_descriptor_scores_are_over_molecules_not_batches():
 def test_random_smiles_are_learned_and_the_held_out_part_is_left_as_it_is(tiny_checkpoint, corpus, tmp_path):
     common = ("--train_file", corpus, "--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x",
         "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1)  # fmt: skip
-    tokenizer = build_tokenizer()
     parsed = parse(*common, "--augment_smiles", 2, "--objective", "mtr+atoms")
-    train, held_out, *_ = utils_mlm.load_data(tokenizer, *parsed)
-    heads = utils_mlm.choose_heads(MolformerConfig(), parsed[2].parts)
-    augmented, same = utils_mlm.add_targets(train, held_out, tokenizer, *parsed[1:], heads)
+    train, held_out, *_ = load_data(*parse(*common))
+    augmented, same, *_ = load_data(*parsed)
     assert augmented["descriptors"][0] == augmented["descriptors"][2] != augmented["descriptors"][3]
     own, other = (sorted(augmented["environments"][row][1::2]) for row in (0, 1))
     assert own == other and augmented["environments"][0] != augmented["environments"][1]  # another order of the same
@@ -220,11 +224,11 @@ def test_numbers_of_atoms_stand_at_the_tokens_of_their_atoms():
     rows = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
     import datasets
 
-    options = {"tokenizer": tokenizer, "names": ["hydrogens", "crippen_log_p"], "buckets": [64, 64]}
+    options = {"names": ["hydrogens", "crippen_log_p"], "buckets": [64, 64]}
     columns = {"atom_descriptors": "float32", "environments": "int32"}
     mlm_args = parse("--preprocessing_num_workers", 1)[2]
     examples = utils_mlm.add_columns(
-        datasets.Dataset.from_list(rows), utils_mlm.describe_atoms, columns, mlm_args, **options
+        datasets.Dataset.from_list(rows), utils_mlm.describe_atoms, columns, tokenizer, mlm_args, **options
     ).to_list()
     collator = PretrainingCollator(tokenizer, None, 0, 1.0, ["hydrogens", "crippen_log_p"], [64, 64])
     placed = collator(examples)
@@ -268,3 +272,47 @@ def test_only_a_share_of_the_molecules_is_masked():
     assert ((batch["labels"] != -100).any(dim=1)).sum() == 10
     alone = PretrainingCollator(tokenizer, 0.15, 0, masked_share=0.25)(examples[:1])
     assert (alone["labels"] != -100).any()  # a batch is never without a masked molecule
+
+
+def test_the_same_corpus_is_read_once_whoever_made_the_tokenizer(corpus, tiny_checkpoint, tmp_path):
+    """The second run takes the files that the first one wrote, also with the tokenizer that a checkpoint carries."""
+    from transformers import AutoTokenizer
+
+    parsed = parse("--train_file", corpus, "--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x",
+        "--cache_dir", tmp_path / "cache", "--objective", "mtr+atoms")  # fmt: skip
+    heads = utils_mlm.choose_heads(MolformerConfig(), parsed[2].parts)
+    files = []
+    for tokenizer in (build_tokenizer(), AutoTokenizer.from_pretrained(tiny_checkpoint)):
+        train, *_ = utils_mlm.load_data(tokenizer, *parsed, heads)
+        files.append(sorted((tmp_path / "cache").rglob("*.arrow")))
+    assert files[0] == files[1] and train["descriptors"][0]
+
+
+def test_raw_line_that_does_not_parse_is_found_where_random_smiles_need_it(tiny_checkpoint, tmp_path):
+    (tmp_path / "c.txt").write_text("CCO\nC1CC\nCCC\n")
+    parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--smiles_form", "raw",
+        "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "x", "--augment_smiles", 1)  # fmt: skip
+    with pytest.raises(InputError, match="row 1: 'C1CC'"):
+        load_data(*parsed)
+
+
+def test_dropped_rows_of_the_validation_file_are_listed_too(tiny_checkpoint, tmp_path):
+    (tmp_path / "c.txt").write_text("CCO\nC1CC\nCCC\n")
+    (tmp_path / "v.txt").write_text("CCN\nCCCC\nc1cc\n")
+    parsed = parse("--train_file", tmp_path / "c.txt", "--validation_file", tmp_path / "v.txt", "--invalid_smiles",
+        "drop", "--model_name_or_path", tiny_checkpoint, "--cache_dir", tmp_path / "cache", "--output_dir",
+        tmp_path / "x")  # fmt: skip
+    *_, dropped = load_data(*parsed)
+    assert dropped["smiles"].tolist() == ["C1CC", "c1cc"] and dropped["source"].nunique() == 2
+
+
+def test_random_heads_are_removed_where_nobody_trains_them_and_not_evaluated():
+    config = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    heads = {"descriptor_names": ["MolLogP"], "atom_descriptor_names": ["hydrogens"], "environment_buckets": [4, 4]}
+    model = MolformerForMaskedLM(MolformerConfig(**config, **heads))
+    utils_mlm.check_heads(model, ["mlm"], will_train=True)
+    assert not hasattr(model, "descriptor_head") and not hasattr(model, "atom_head")
+    assert model.config.descriptor_names is None and model.config.environment_buckets is None
+    model(torch.tensor([[0, 5, 1]]))
+    with pytest.raises(InputError, match="no trained head for mlm and mtr"):
+        utils_mlm.check_heads(MolformerForMaskedLM(MolformerConfig(**config, **heads)), ["mlm", "mtr"], False)

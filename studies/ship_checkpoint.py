@@ -1,0 +1,105 @@
+"""Turns the runs of a pre-training, one after the other, into a checkpoint that ships.
+
+    python studies/ship_checkpoint.py outputs/stage1 outputs/stage2 --until 5000 --output models/molformer-mini
+
+Takes the weights of the last run without the head of the atoms (it is larger than the rest allows, and fine-tuning
+does not need it), and writes beside them all_results.json of the last run, training_log.json with the losses and
+held-out metrics of all runs by the molecules seen, and loss_curves.png. In README.md of the output folder the table
+between the two marks is replaced. `--until` gives for each run but the last the step at which the next one took over.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+COLUMNS = {
+    "eval_masked_accuracy": "masked accuracy",
+    "eval_perplexity": "perplexity",
+    "eval_descriptor_mse": "descriptor MSE",
+    "eval_atom_mse": "atom MSE",
+    "eval_environment_1_accuracy": "one bond",
+    "eval_environment_2_accuracy": "two bonds",
+}
+KEPT = ("loss", "learning_rate", "eval_loss", *COLUMNS)
+
+
+def read_log(runs, until):
+    """Returns the logged entries of all runs in turn, with the molecules seen so far."""
+    entries, seen = [], 0
+    for number, run in enumerate(runs):
+        states = [*run.glob("checkpoint-*/trainer_state.json"), *run.glob("trainer_state.json")]
+        states = [json.loads(path.read_text()) for path in states]
+        state = max(states, key=lambda state: state["global_step"])
+        last = until[number] if number < len(until) else state["global_step"]
+        batch = state["train_batch_size"]
+        for entry in state["log_history"]:
+            values = {key: entry[key] for key in KEPT if key in entry}
+            if values and entry["step"] <= last:
+                entries.append({"run": number + 1, "molecules": seen + entry["step"] * batch, **values})
+        seen += last * batch
+    return entries, seen
+
+
+def table(entries):
+    """Returns the held-out metrics as Markdown, one line an evaluation."""
+    lines = [f"| molecules | {' | '.join(COLUMNS.values())} |", "| ---: " * (1 + len(COLUMNS)) + "|"]
+    for entry in entries:
+        if "eval_loss" in entry:
+            cells = [f"{entry[key]:.3f}" if key in entry else "" for key in COLUMNS]
+            line = f"| {entry['molecules']:,} | {' | '.join(cells)} |"
+            if line != lines[-1]:  # the last step is evaluated twice
+                lines.append(line)
+    return "\n".join(lines)
+
+
+def plot(entries, path):
+    """Draws training and held-out loss by the molecules seen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, name in (("loss", "training"), ("eval_loss", "held-out")):
+        points = [(entry["molecules"] / 1e3, entry[key]) for entry in entries if key in entry]
+        axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 50 else None, markersize=4, label=name)
+    axes.set(xlabel="thousand molecules seen", ylabel="sum of the objectives' losses", yscale="log")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of run_mlm.py, the last one finished")
+    parser.add_argument("--until", nargs="*", type=int, default=[], help="last step of each run but the last")
+    parser.add_argument("--output", type=Path, default=ROOT / "models" / "molformer-mini")
+    args = parser.parse_args()
+
+    from modeling_molformer_reg import MolformerForMaskedLM
+    from trainer_regression import build_tokenizer
+
+    model = MolformerForMaskedLM.from_pretrained(args.runs[-1], atom_descriptor_names=None, environment_buckets=None)
+    model.save_pretrained(args.output)
+    (args.output / "modeling_molformer_reg.py").unlink(missing_ok=True)  # the repository's own serves
+    config = json.loads((args.output / "config.json").read_text())
+    config.pop("auto_map", None)
+    (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    build_tokenizer().save_pretrained(args.output)
+
+    entries, seen = read_log(args.runs, args.until)
+    (args.output / "training_log.json").write_text(json.dumps(entries, indent=1) + "\n")
+    results = json.loads((args.runs[-1] / "all_results.json").read_text())
+    (args.output / "all_results.json").write_text(json.dumps(results | {"molecules": seen}, indent=2) + "\n")
+    plot(entries, args.output / "loss_curves.png")
+    card = (args.output / "README.md").read_text()
+    marks = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
+    (args.output / "README.md").write_text(marks.sub(lambda m: f"{m[1]}{table(entries)}\n{m[2]}", card))
+    print(table(entries))
+
+
+if __name__ == "__main__":
+    main()
