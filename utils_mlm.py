@@ -315,7 +315,6 @@ class PretrainingCollator:
 
     def place_atoms(self, examples, ids):
         """Returns the numbers of atoms at the places of their tokens, (B, T, A) and (B, T, R); -100 elsewhere."""
-
         atoms = self.is_atom[ids.numpy()]  # (B, T)
         atoms[[not len(e["environments"]) for e in examples]] = False
         placed = {}
@@ -328,7 +327,6 @@ class PretrainingCollator:
 
     def mask(self, batch):
         """Returns the batch with masked `input_ids` (B, T), and `labels` (B, T) that are -100 elsewhere."""
-
         ids = batch["input_ids"]
         generator = torch.Generator().manual_seed(zlib.crc32(ids.numpy().tobytes(), self.seed % 2**32))
         specials = torch.tensor(
@@ -464,13 +462,17 @@ def choose_heads(config, objective_parts):
 
     Returns:
         values of `descriptor_names`, `atom_descriptor_names` and `environment_buckets`; `None` where there is none.
+    Raises:
+        InputError: if the checkpoint names descriptors that cannot be computed here.
     """
     heads = {"descriptor_names": None, "atom_descriptor_names": None, "environment_buckets": None}
     if "mtr" in objective_parts:
         heads["descriptor_names"] = config.descriptor_names or default_descriptors()
+        compute_descriptors(parse_smiles("C"), heads["descriptor_names"])  # unknown names, before any corpus is read
     if "atoms" in objective_parts:
         heads["atom_descriptor_names"] = config.atom_descriptor_names or list(ATOM_DESCRIPTORS)
         heads["environment_buckets"] = config.environment_buckets or list(ENVIRONMENT_BUCKETS)
+        compute_atom_descriptors(parse_smiles("C"), heads["atom_descriptor_names"])
     return heads
 
 

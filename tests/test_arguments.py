@@ -366,9 +366,10 @@ def test_an_argument_that_cannot_be_used_is_refused_with_its_value_and_what_to_d
     assert message in refusal(capsys, *args)
 
 
-@pytest.mark.parametrize("args", [["--hidden_dropout_prob", "0"], ["--test_fraction", "0.999"], ["--max_length", "1"]])
-def test_values_at_the_edge_are_taken(args):
-    parse(*args)
+@pytest.mark.parametrize(("name", "value"), [("hidden_dropout_prob", 0), ("test_fraction", 0.999), ("max_length", 1)])
+def test_values_at_the_edge_are_taken(name, value):
+    taken = [getattr(part, name) for part in parse(f"--{name}", value) if hasattr(part, name)]
+    assert taken == [value]
 
 
 def test_max_steps_takes_the_place_of_epochs():
@@ -714,6 +715,7 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path):
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 768 vs 662"), True),
         (RuntimeError("I/O error: File too large (os error 27)"), True),
         (OSError(13, "Permission denied"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],
 )

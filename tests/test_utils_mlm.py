@@ -316,3 +316,10 @@ def test_random_heads_are_removed_where_nobody_trains_them_and_not_evaluated():
     model(torch.tensor([[0, 5, 1]]))
     with pytest.raises(InputError, match="no trained head for mlm and mtr"):
         utils_mlm.check_heads(MolformerForMaskedLM(MolformerConfig(**config, **heads)), ["mlm", "mtr"], False)
+
+
+@pytest.mark.parametrize(("field", "part"), [("descriptor_names", "mtr"), ("atom_descriptor_names", "atoms")])
+def test_descriptors_that_cannot_be_computed_are_named_before_any_corpus_is_read(field, part):
+    names = {"atom_descriptor_names": ["hydrogens"], "environment_buckets": [4, 4]} | {field: ["no_such_number"]}
+    with pytest.raises(InputError, match="no_such_number"):
+        utils_mlm.choose_heads(MolformerConfig(**names), [part])
