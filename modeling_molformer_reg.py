@@ -173,19 +173,18 @@ def rotary_tables(position_ids, head_size, dtype):
     Args:
         position_ids (`torch.Tensor`): shape (1 or B, T).
     Returns:
-        Two `torch.Tensor` of shape (1 or B, T, 1, D), the halves of the last axis being equal.
+        Two `torch.Tensor` of shape (1 or B, T, 1, D): cosines twice, and sines of which the first half is negated.
     """
     precision = torch.promote_types(dtype, torch.float32)  # bf16 cannot count positions above 256
     pairs = torch.arange(0, head_size, 2, device=position_ids.device, dtype=precision)
     angles = position_ids[..., None].to(precision) * ROTARY_BASE ** (-pairs / head_size)  # (B, T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # (B, T, 1, D)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos()[:, :, None].to(dtype), angles.sin()[:, :, None].to(dtype)  # (B, T, 1, D/2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rotary(states, cos, sin):
     """Returns `states` (B, T, H, D) turned by the tables of `rotary_tables`, the two halves of D being a pair."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
+    return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
 
 
 def draw_random_features(count, head_size, num_random_features, device=None, dtype=torch.float32):
@@ -566,10 +565,11 @@ class MolformerAtomHead(MolformerDescriptorHead):
 
     def environment_loss(self, logits, environments):
         """Returns the cross-entropy of `logits` (N, sum of buckets) against classes (N, R), averaged over radii."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).split(self.buckets, dim=-1)
+        precision = torch.promote_types(logits.dtype, torch.float32)
         losses = [
-            nn.functional.cross_entropy(radius, environments[:, index], reduction="sum") / max(len(radius), 1)
-            for index, radius in enumerate(logits)
+            nn.functional.cross_entropy(radius.to(precision), environments[:, index], reduction="sum")
+            / max(len(radius), 1)
+            for index, radius in enumerate(logits.split(self.buckets, dim=-1))
         ]
         return sum(losses) / len(losses)
 

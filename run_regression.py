@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from transformers import set_seed
 
 from arguments import (
     DataTrainingArguments,
@@ -113,49 +112,33 @@ def main(model_args, data_args, regression_args, training_args):
     checkpoint = setup_run(training_args, data_args, ensemble=regression_args.num_seeds > 1)
 
     # Imported here, so that --help does not wait for RDKit and the data libraries
-    from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import (
-        RegressionTrainer,
         augment,
-        check_split,
-        load_model,
+        build_trainer,
+        evaluate_regression,
+        held_out_name,
         load_tokenizer,
-        prepare_head,
         select_parts,
-        set_learning_rate,
         to_dataset,
+        train_regression,
         write_reports,
     )
-    from utils_molecules import load_molecules, plot_losses, regression_metrics, write_csv, write_json
+    from utils_molecules import load_molecules, regression_metrics, write_csv, write_json
 
     # Data
     plan = plan_members(model_args, training_args, regression_args.num_seeds, checkpoint)
     tokenizer = load_tokenizer(plan[0][0])
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
     parts = select_parts(molecules, data_args)
-    held_out = "test" if data_args.protocol == "paper" else "validation"
+    held_out = held_out_name(parts)
     train_set = to_dataset(parts["train"])
     if data_args.augment_smiles and training_args.do_train:
         train_set = augment(train_set, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length)
-    set_learning_rate(training_args, data_args)
 
     predictions = {name: [] for name in parts}
     for number, (member_model_args, member_args, start) in enumerate(plan):
-        # Model
-        member_args.learning_rate = training_args.learning_rate
-        set_seed(member_args.seed)
-        model = load_model(MolformerForRegression, member_model_args, tokenizer, num_labels=1)
-        check_split(model.config, digest, data_args, start)
-        prepare_head(model, parts["train"], digest, data_args, member_args)
-
-        # Trainer
-        trainer = RegressionTrainer(
-            model=model,
-            args=member_args,
-            train_dataset=train_set,
-            eval_dataset=to_dataset(parts[held_out]),
-            processing_class=tokenizer,
-        )
+        # Model and trainer
+        trainer = build_trainer(member_model_args, data_args, member_args, tokenizer, parts, digest, train_set, start)
         if number == 0:  # all input is checked
             begin_writing(training_args, checkpoint, model_args.model_name_or_path)
             if len(dropped) and trainer.is_world_process_zero():
@@ -163,29 +146,14 @@ def main(model_args, data_args, regression_args, training_args):
         if len(plan) > 1:
             logger.info("Model %d of %d, seed %d", number + 1, len(plan), member_args.seed)
 
-        # Train
+        # Train and evaluate
         if member_args.do_train:
             if member_args is not training_args:
                 begin_writing(member_args, start)
-            result = trainer.train(resume_from_checkpoint=start)
-            trainer.save_model()
-            metrics = {**result.metrics, "train_samples": len(parts["train"])}
-            metrics["train_smiles"] = len(train_set)
-            metrics["trainable_parameters"] = model.num_parameters(only_trainable=True)
-            trainer.log_metrics("train", metrics)
-            trainer.save_metrics("train", metrics)
-            trainer.save_state()
-            if trainer.is_world_process_zero() and any("eval_loss" in entry for entry in trainer.state.log_history):
-                path = Path(member_args.output_dir) / "loss_curves.png"
-                plot_losses(trainer.state.log_history, path, held_out, "mean squared error of standardized labels")
-
-        # Evaluate
+            train_regression(trainer, parts, start)
         own_folder = len(plan) == 1 or member_args is not training_args
         if training_args.do_eval and own_folder:
-            metrics = trainer.evaluate()
-            metrics["eval_samples"] = len(parts[held_out])
-            trainer.log_metrics("eval", metrics)
-            trainer.save_metrics("eval", metrics)
+            evaluate_regression(trainer)
 
         # Predict
         if training_args.do_predict or len(plan) > 1:

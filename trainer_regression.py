@@ -18,15 +18,16 @@ import torch
 from rdkit import rdBase
 from safetensors import SafetensorError
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer, set_seed
 
 from arguments import EMBEDDED_VOCABULARY, InputError
-from modeling_molformer_reg import MolformerConfig
+from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import (
     SPLITS,
     baseline_predictions,
     encode_smiles,
     metrics_table,
+    plot_losses,
     plot_parity,
     random_smiles,
     regression_metrics,
@@ -397,6 +398,59 @@ def set_learning_rate(training_args, data_args):
     """Fills in the learning rate of the protocol where the user named none."""
     if training_args.learning_rate is None:
         training_args.learning_rate = LEARNING_RATES[data_args.protocol]
+
+
+def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, train_set=None, checkpoint=None):
+    """Returns a `RegressionTrainer` of the model that the arguments name, when model, labels and split are checked.
+
+    Args:
+        parts (`dict[str, pandas.DataFrame]`): molecules of each split; the trainer evaluates on validation, or on the
+            test set where there is no validation part.
+        train_set (`datasets.Dataset`, *optional*): what is learned in place of the molecules of `parts["train"]`.
+        checkpoint (`str`, *optional*): the folder that an interrupted run goes on from.
+    Raises:
+        InputError: as `load_model`, `check_split` and `prepare_head` do.
+    """
+    set_learning_rate(training_args, data_args)
+    set_seed(training_args.seed)
+    model = load_model(MolformerForRegression, model_args, tokenizer, num_labels=1)
+    check_split(model.config, digest, data_args, checkpoint)
+    prepare_head(model, parts["train"], digest, data_args, training_args)
+    return RegressionTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=to_dataset(parts["train"]) if train_set is None else train_set,
+        eval_dataset=to_dataset(parts[held_out_name(parts)]),
+        processing_class=tokenizer,
+    )
+
+
+def held_out_name(parts):
+    """Returns which part chooses the epoch: validation, or the test set with `--protocol paper`."""
+    return "validation" if "validation" in parts else "test"
+
+
+def train_regression(trainer, parts, checkpoint=None):
+    """Fine-tunes, and writes the model of the best epoch, metrics, state and loss curves into the output folder."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    metrics = {**result.metrics, "train_samples": len(parts["train"]), "train_smiles": len(trainer.train_dataset)}
+    metrics["trainable_parameters"] = trainer.model.num_parameters(only_trainable=True)
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero() and any("eval_loss" in entry for entry in trainer.state.log_history):
+        path = Path(trainer.args.output_dir) / "loss_curves.png"
+        loss_name = "mean squared error of standardized labels"
+        plot_losses(trainer.state.log_history, path, held_out_name(parts), loss_name)
+
+
+def evaluate_regression(trainer):
+    """Evaluates on the held-out part, and writes its metrics into the output folder."""
+    metrics = trainer.evaluate()
+    metrics["eval_samples"] = len(trainer.eval_dataset)
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
 
 
 def summarize_predictions(members):

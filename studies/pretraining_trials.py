@@ -21,24 +21,29 @@ from pathlib import Path
 from foundation import ROOT, machine
 
 
-# name: corpus, batch, flags of run_mlm.py; each differs in one thing from an earlier one
+# name: corpus, batch, flags of run_mlm.py
+ALL = ["--objective", "mlm+mtr+atoms", "--masked_share", "0.125"]
 TRIALS = {
-    "mlm": ("mixed", 64, []),
-    "mtr": ("mixed", 64, ["--objective", "mtr"]),
-    "mlm+mtr": ("mixed", 64, ["--objective", "mlm+mtr"]),
-    "mlm+mtr, no MOSES": ("chembl", 64, ["--objective", "mlm+mtr"]),
-    "mtr, no MOSES": ("chembl", 64, ["--objective", "mtr"]),
-    "mlm+mtr+atoms, no MOSES": ("chembl", 64, ["--objective", "mlm+mtr+atoms"]),
-    "mtr+atoms, no MOSES": ("chembl", 64, ["--objective", "mtr+atoms"]),
-    "one in eight masked": ("chembl", 64, ["--objective", "mlm+mtr+atoms", "--masked_share", "0.125"]),
-    "redrawn features": ("chembl", 64, ["--objective", "mlm+mtr", "--redraw_features", "true"]),
-    "dropout 0.1": ("chembl", 64, ["--objective", "mlm+mtr", "--hidden_dropout_prob", "0.1"]),
-    "rate 6e-4": ("chembl", 64, ["--objective", "mlm+mtr", "--learning_rate", "6e-4"]),
-    "rate 2.4e-3": ("chembl", 64, ["--objective", "mlm+mtr", "--learning_rate", "2.4e-3"]),
-    "batch 32": ("chembl", 32, ["--objective", "mlm+mtr"]),
-    "batch 128": ("chembl", 128, ["--objective", "mlm+mtr"]),
-    "deeper, narrower": ("chembl", 64, ["--objective", "mlm+mtr"]),
-    "shallower, wider": ("chembl", 64, ["--objective", "mlm+mtr"]),
+    "reference": ("chembl", 64, ALL),
+    # each differs from the reference in one thing
+    "random SMILES": ("chembl", 64, [*ALL, "--augment_smiles", "1"]),
+    "with MOSES": ("mixed", 64, ALL),
+    "redrawn features": ("chembl", 64, [*ALL, "--redraw_features", "true"]),
+    "dropout 0.1": ("chembl", 64, [*ALL, "--hidden_dropout_prob", "0.1"]),
+    "rate 6e-4": ("chembl", 64, [*ALL, "--learning_rate", "6e-4"]),
+    "rate 2.4e-3": ("chembl", 64, [*ALL, "--learning_rate", "2.4e-3"]),
+    "batch 32": ("chembl", 32, ALL),
+    "batch 128": ("chembl", 128, ALL),
+    "deeper, narrower": ("chembl", 64, ALL),
+    "shallower, wider": ("chembl", 64, ALL),
+    # objectives
+    "mlm": ("chembl", 64, []),
+    "mtr": ("chembl", 64, ["--objective", "mtr"]),
+    "mlm+mtr": ("chembl", 64, ["--objective", "mlm+mtr"]),
+    "mlm+mtr, with MOSES": ("mixed", 64, ["--objective", "mlm+mtr"]),
+    "mlm+mtr+atoms": ("chembl", 64, ["--objective", "mlm+mtr+atoms"]),
+    "mtr+atoms": ("chembl", 64, ["--objective", "mtr+atoms"]),
+    "atoms": ("chembl", 64, ["--objective", "atoms"]),
 }
 # hidden size, layers, heads, intermediate size: about the time of the embedded checkpoint's 256, 6, 8, 768
 SHAPES = {"deeper, narrower": (192, 10, 6, 576), "shallower, wider": (320, 4, 10, 960)}
@@ -86,7 +91,7 @@ def main():
     parser.add_argument("--mixed", required=True, help="corpus with all sources in random order")
     parser.add_argument("--chembl", required=True, help="corpus without the molecules of MOSES")
     parser.add_argument("--validation_file", required=True, help="held-out molecules for the pre-training")
-    parser.add_argument("--molecules", type=int, default=100_000, help="molecules that each trial sees")
+    parser.add_argument("--molecules", type=int, default=64_000, help="molecules that each trial sees")
     parser.add_argument("--pooling", default="mean", choices=["cls", "mean"], help="what the regression head reads")
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), help="names of the trials")
     parser.add_argument("--folder", type=Path, default=ROOT / "work" / "trials", help="where the runs are kept")

@@ -369,10 +369,12 @@ def test_positions_matter():
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3), (torch.bfloat16, 2**-8)], ids=str
 )
 def test_rotary_tables_count_beyond_the_digits_of_the_dtype(dtype, tolerance):
-    """Reference: math.cos and math.sin of p * 10000^(-2i/D); bfloat16 holds no odd number above 256."""
+    """Reference: math.cos and math.sin of p * 10000^(-2i/D), the first sine of a pair negated; bfloat16 holds no odd
+    number above 256."""
     positions = [0, 1, 201, 257, 1001, 4095]
     cos, sin = rotary_tables(torch.tensor([positions]), HEAD_SIZE, dtype)
     angles = [[p * 10000 ** (-2 * (j % (HEAD_SIZE // 2)) / HEAD_SIZE) for j in range(HEAD_SIZE)] for p in positions]
+    sin = torch.cat((-sin[..., : HEAD_SIZE // 2], sin[..., HEAD_SIZE // 2 :]), dim=-1)
     for table, function in ((cos, math.cos), (sin, math.sin)):
         assert table.dtype == dtype and table.shape == (1, len(positions), 1, HEAD_SIZE)
         expected = torch.tensor([[function(a) for a in row] for row in angles], dtype=torch.float64)
