@@ -36,6 +36,9 @@ MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**27, -4: 0}
 RUN_FILES = tuple(f"{stage}_results.json" for stage in ("all", "train", "eval", "predict"))
 RUN_FILES += ("trainer_state.json", "splits.json", "predictions.csv", "dropped_molecules.csv")
 RUN_FILES += ("parity.png", "loss_curves.png", UNFINISHED)
+RUN_FILES += ("influence_scores.csv", "influence.json", "merged_train.csv", "validation.csv", "test.csv")
+RUN_FILES += ("influence_scores.png", "influence_convergence.png", "influence_selection.png")
+RUN_PIECES = ("member-*", "finetune-*", "influence_state.safetensors")  # of runs that train several models
 
 logger = logging.getLogger("molformer.arguments")
 
@@ -344,12 +347,12 @@ def is_out_of_space(error):
     return any(f"os error {code})" in text for code in codes)
 
 
-def setup_run(training_args, data_args, ensemble=False):
+def setup_run(training_args, data_args, in_pieces=False):
     """Starts a run: logging, seed, output folder. Returns the checkpoint to resume from, or `None`.
 
     Args:
-        ensemble (`bool`): whether the output folder holds members in folders of their own; it is then itself what is
-            returned.
+        in_pieces (`bool`): whether the run trains several models, in folders of their own; the output folder is then
+            itself what is returned.
 
     Raises:
         InputError: if the output folder holds a run and no flag says what to do with it; if a checkpoint to resume
@@ -375,7 +378,7 @@ def setup_run(training_args, data_args, ensemble=False):
     )
     keep_freed_memory()
     set_seed(training_args.seed)
-    return find_checkpoint(training_args, data_args, ensemble)
+    return find_checkpoint(training_args, data_args, in_pieces)
 
 
 def keep_freed_memory():
@@ -390,16 +393,14 @@ def keep_freed_memory():
             mallopt(option, value)
 
 
-def find_checkpoint(training_args, data_args, ensemble=False):
+def find_checkpoint(training_args, data_args, in_pieces=False):
     """Returns the checkpoint folder that --resume_from_checkpoint means, or `None` for a new run."""
     output_dir = Path(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
     if resume is not None and str(resume).lower() not in ("false", "no", "0"):
-        if ensemble:
-            if str(resume).lower() not in ("true", "yes", "1") or not member_folders(output_dir):
-                raise InputError(
-                    f"There is no ensemble to resume in {output_dir}. Leave --resume_from_checkpoint out."
-                )
+        if in_pieces:
+            if str(resume).lower() not in ("true", "yes", "1") or not _run_pieces(output_dir):
+                raise InputError(f"There is no run to resume in {output_dir}. Leave --resume_from_checkpoint out.")
             return str(output_dir)
         last = last_complete_checkpoint(output_dir)
         path = last if str(resume).lower() in ("true", "yes", "1") else Path(resume)
@@ -414,7 +415,7 @@ def find_checkpoint(training_args, data_args, ensemble=False):
             raise InputError(f"The output folder {output_dir} cannot be: {path} is a file. Give another --output_dir.")
     if not output_dir.is_dir() or data_args.overwrite_output_dir or not any(output_dir.iterdir()):
         return None
-    begun = last_complete_checkpoint(output_dir) is not None or member_folders(output_dir)
+    begun = last_complete_checkpoint(output_dir) is not None or _run_pieces(output_dir)
     if begun and (output_dir / UNFINISHED).exists():
         raise InputError(
             f"The output folder {output_dir} holds an interrupted run. Continue it with --resume_from_checkpoint "
@@ -424,6 +425,10 @@ def find_checkpoint(training_args, data_args, ensemble=False):
         f"The output folder {output_dir} is not empty. Replace the run in it with --overwrite_output_dir, or give "
         "another --output_dir."
     )
+
+
+def _run_pieces(output_dir):
+    return [path for pattern in RUN_PIECES for path in Path(output_dir).glob(pattern)]
 
 
 def member_folders(output_dir):
@@ -468,8 +473,11 @@ def clear_run(output_dir):
     for folder in output_dir.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             shutil.rmtree(folder)
-    for folder in member_folders(output_dir):
-        shutil.rmtree(folder)
+    for path in _run_pieces(output_dir):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     for name in RUN_FILES:
         (output_dir / name).unlink(missing_ok=True)
 

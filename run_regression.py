@@ -109,7 +109,7 @@ def _from_folder(model_args, folder):
 
 
 def main(model_args, data_args, regression_args, training_args):
-    checkpoint = setup_run(training_args, data_args, ensemble=regression_args.num_seeds > 1)
+    checkpoint = setup_run(training_args, data_args, in_pieces=regression_args.num_seeds > 1)
 
     # Imported here, so that --help does not wait for RDKit and the data libraries
     from trainer_regression import (

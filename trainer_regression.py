@@ -6,9 +6,11 @@
 resume exactly, a learning rate for the head); `RegressionTrainer` adds labels in their own unit.
 """
 
+import copy
 import hashlib
 import json
 import logging
+import math
 from pathlib import Path
 
 import datasets
@@ -20,7 +22,14 @@ from safetensors import SafetensorError
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer, set_seed
 
-from arguments import EMBEDDED_VOCABULARY, InputError
+from arguments import (
+    EMBEDDED_VOCABULARY,
+    InputError,
+    begin_writing,
+    end_writing,
+    is_finished,
+    last_complete_checkpoint,
+)
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import (
     SPLITS,
@@ -400,21 +409,19 @@ def set_learning_rate(training_args, data_args):
         training_args.learning_rate = LEARNING_RATES[data_args.protocol]
 
 
-def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, train_set=None, checkpoint=None):
-    """Returns a `RegressionTrainer` of the model that the arguments name, when model, labels and split are checked.
+def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, train_set=None):
+    """Returns a `RegressionTrainer` of the model that the arguments name, when model and labels are checked.
 
     Args:
         parts (`dict[str, pandas.DataFrame]`): molecules of each split; the trainer evaluates on validation, or on the
             test set where there is no validation part.
         train_set (`datasets.Dataset`, *optional*): what is learned in place of the molecules of `parts["train"]`.
-        checkpoint (`str`, *optional*): the folder that an interrupted run goes on from.
     Raises:
-        InputError: as `load_model`, `check_split` and `prepare_head` do.
+        InputError: as `load_model` and `prepare_head` do.
     """
     set_learning_rate(training_args, data_args)
     set_seed(training_args.seed)
     model = load_model(MolformerForRegression, model_args, tokenizer, num_labels=1)
-    check_split(model.config, digest, data_args, checkpoint)
     prepare_head(model, parts["train"], digest, data_args, training_args)
     return RegressionTrainer(
         model=model,
@@ -451,6 +458,37 @@ def evaluate_regression(trainer):
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+
+
+def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, digest):
+    """Fine-tunes in a folder of its own, or goes on there, and returns the metrics of validation and test (`dict`).
+
+    A finished run of the same molecules is not repeated, an interrupted one continues, one of others is replaced.
+
+    Args:
+        digest (`str`): hash of the molecules of `parts` and of their split, which the model will carry.
+    """
+    stage_args = copy.copy(training_args)
+    stage_args.output_dir, stage_args.do_train = str(folder), True
+    start = folder if is_finished(folder) else last_complete_checkpoint(folder)
+    if start is not None and MolformerConfig.from_pretrained(start).split_hash != digest:
+        start = None
+    if start is not None and is_finished(folder):
+        return json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
+    trainer = build_trainer(model_args, data_args, stage_args, tokenizer, parts, digest)
+    begin_writing(stage_args, start)
+    train_regression(trainer, parts, None if start is None else str(start))
+    evaluate_regression(trainer)
+    metrics = {}
+    for name in [name for name in parts if name != "train"]:
+        values = regression_metrics(trainer.predict_molecules(parts[name])[:, 0], parts[name]["label"])
+        metrics |= {f"{name}_{key}": value for key, value in values.items()}
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    metrics["eval_losses"] = losses[: math.ceil(stage_args.num_train_epochs)]
+    trainer.save_metrics("predict", metrics)
+    trainer.accelerator.wait_for_everyone()  # the others read what the first process has written
+    end_writing(stage_args)
+    return json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
 
 
 def summarize_predictions(members):

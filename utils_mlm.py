@@ -437,7 +437,7 @@ def descriptor_metrics(predictions, targets):
     return metrics
 
 
-def measure_scale(dataset, column, width, sample=100_000):
+def measure_scale(dataset, column, width, sample=20_000):
     """Returns mean and standard deviation of each of `width` numbers in a column of lists, by a sample of the rows.
 
     Values that are not finite do not count.

@@ -643,7 +643,7 @@ def plot_parity(predictions, labels, metrics, path, label_name):
     )
     axes.set_xlim(low - margin, high + margin)
     axes.set_ylim(low - margin, high + margin)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_losses(log_history, path, held_out, loss_name):
@@ -663,10 +663,10 @@ def plot_losses(log_history, path, held_out, loss_name):
     axes.set(xlabel="epoch", ylabel=loss_name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def _save_figure(figure, path):
+def save_figure(figure, path):
     temporary = Path(path).with_suffix(".part.png")
     figure.savefig(temporary, dpi=150)
     os.replace(temporary, path)

@@ -1,0 +1,899 @@
+"""Scores external molecules by influence functions, adds the helpful ones to the training set and fine-tunes again.
+
+    python run_influence.py                                              # a pool of 300 molecules, a third mislabeled
+    python run_influence.py --external_file my.csv --output_dir outputs/mine
+    python run_influence.py --model_name_or_path outputs/influence/finetune-base --ihvp cg --influence_params head
+    accelerate launch run_influence.py
+
+The score of a molecule is positive if learning it lowers the loss of the validation molecules. Writes to --output_dir
+influence_scores.csv (one line a molecule), influence.json (how they were computed, and how far they can be trusted),
+merged_train.csv with the selected molecules and the files that go with it, the models that were fine-tuned with them
+and with the controls, all_results.json and plots.
+
+Koh and Liang, Understanding black-box predictions via influence functions, ICML 2017,
+https://arxiv.org/abs/1703.04730. Agarwal et al., Second-order stochastic optimization for machine learning in linear
+time (LiSSA), JMLR 18 (2017), https://arxiv.org/abs/1602.03943. Shape letters: B molecules of a batch, K labels, P
+parameters, R repeats, N molecules.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import reduce
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding
+
+from arguments import (
+    EMBEDDED_CHECKPOINT,
+    DataTrainingArguments,
+    InputError,
+    ModelArguments,
+    TrainingArguments,
+    begin_writing,
+    end_writing,
+    run_script,
+    setup_run,
+)
+
+
+DEFAULTS = {"output_dir": "outputs/influence"}
+CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
+SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
+SAVE_SECONDS = 60
+FIXED_MOLECULES = 256  # on which largest eigenvalue and residual are measured
+
+logger = logging.getLogger("molformer.influence")
+
+
+@dataclass
+class InfluenceArguments:
+    """Which molecules are scored, how, which of them are learned, and what that is compared with."""
+
+    external_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "CSV or TSV of external molecules with SMILES and labels. Default: a pool of training molecules, "
+            "some of them with wrong labels, so that the truth is known."
+        },
+    )
+    external_smiles_column: str | None = field(
+        default=None, metadata={"help": "Its column of SMILES. Default: the one called smiles, in any case."}
+    )
+    external_label_column: str | None = field(
+        default=None, metadata={"help": "Its column of labels. Default: the one called label, exp, y or target."}
+    )
+    pool_size: int = field(
+        default=300, metadata={"help": "Training molecules that are taken out as a pool, without --external_file."}
+    )
+    pool_noise: float = field(default=0.3, metadata={"help": "Share of the pool whose labels are permuted."})
+    pretrained_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint from which models are fine-tuned, if --model_name_or_path is fine-tuned already. "
+            "Default: models/molformer-mini, if it is of the same size."
+        },
+    )
+    ihvp: str = field(
+        default="lissa",
+        metadata={
+            "choices": ["lissa", "cg", "identity"],
+            "help": "How the inverse curvature is applied: stochastic, by conjugate gradients on all training "
+            "molecules (slower, exact), or not at all (the dot product of gradients).",
+        },
+    )
+    curvature: str = field(
+        default="ggn",
+        metadata={"choices": ["ggn", "hessian"], "help": "Generalized Gauss-Newton matrix, or Hessian."},
+    )
+    damping: float | None = field(
+        default=None, metadata={"help": "What is added to the curvature. Default: by --relative_damping."}
+    )
+    relative_damping: float = field(
+        default=0.01, metadata={"help": "Damping as a share of the largest eigenvalue of the curvature."}
+    )
+    scale: str = field(
+        default="auto",
+        metadata={"help": "What LiSSA divides the curvature by; auto: 1.5 times the largest eigenvalue of a batch."},
+    )
+    recursion_depth: int = field(default=300, metadata={"help": "Steps of one LiSSA run, or most steps of cg."})
+    num_repeats: int = field(default=3, metadata={"help": "LiSSA runs with other batches; scores are their mean."})
+    tail_fraction: float = field(
+        default=0.5, metadata={"help": "Share of the last LiSSA iterates that are averaged; 0 takes the last one."}
+    )
+    hessian_batch_size: int = field(default=32, metadata={"help": "Training molecules of a LiSSA step, all devices."})
+    tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Relative residual up to which it counts as solved. Default: 1e-4 for cg, 0.3 for lissa."},
+    )
+    score_mode: str = field(
+        default="jvp",
+        metadata={
+            "choices": ["jvp", "per_sample_gradient"],
+            "help": "Scores of a batch by one forward-mode product, or molecule by molecule (the reference).",
+        },
+    )
+    influence_params: str = field(
+        default="all",
+        metadata={"help": "Parameters that the loss depends on: all, head, last_N (layers and head), or a pattern."},
+    )
+    score_split: str = field(
+        default="validation",
+        metadata={
+            "choices": ["validation", "test"],
+            "help": "Whose loss is to fall. test is the paper's way, and leaks: its test numbers are optimistic.",
+        },
+    )
+    select: str = field(
+        default="top_k",
+        metadata={
+            "choices": ["top_k", "positive", "threshold", "fraction"],
+            "help": "Select --num_selected, all of positive score, all above --threshold, or the best --fraction.",
+        },
+    )
+    num_selected: int | None = field(default=None, metadata={"help": "For top_k. Default: half of the molecules."})
+    threshold: float = field(default=0.0, metadata={"help": "For threshold: the score that is needed."})
+    fraction: float = field(default=0.5, metadata={"help": "For fraction: the share that is selected."})
+    controls: list[str] = field(
+        default_factory=lambda: ["none", "all", "random"],
+        metadata={
+            "help": "What the selection is compared with: none, all, and as many molecules: random, bottom (of lowest "
+            "score), smallest_loss, gradient_dot."
+        },
+    )
+
+    def check_selection(self, count):
+        """Raises `InputError` if more than the `count` molecules that there are would be selected."""
+        if self.select == "top_k" and (self.num_selected or 0) > count:
+            raise InputError(f"--num_selected {self.num_selected} is more than the {count} molecules to choose from.")
+
+    def __post_init__(self):
+        for name in ("pool_size", "num_repeats", "hessian_batch_size", "num_selected"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; give a positive number.")
+        for name in ("damping", "relative_damping", "tolerance"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"--{name} is {value}; give a positive number.")
+        for name in ("pool_noise", "tail_fraction", "fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; give a number from 0 to 1.")
+        if self.recursion_depth < 0 or (self.ihvp == "cg" and self.recursion_depth < 1):
+            raise ValueError(f"--recursion_depth is {self.recursion_depth}; give a positive number.")
+        if self.scale != "auto":
+            try:
+                number = float(self.scale)
+            except ValueError:
+                number = math.nan
+            if not (number > 0 and math.isfinite(number)):
+                raise ValueError(f"--scale is {self.scale}; give auto or a positive number.")
+        unknown = [name for name in self.controls if name not in CONTROLS]
+        if unknown:
+            raise ValueError(f"--controls {', '.join(unknown)} is unknown. Choose from {', '.join(CONTROLS)}.")
+        self.tolerance = self.tolerance or {"cg": 1e-4, "lissa": 0.3, "identity": 0.3}[self.ihvp]
+
+
+ARGUMENTS = (ModelArguments, DataTrainingArguments, InfluenceArguments, TrainingArguments)
+
+
+# -------------------------------------------------------------------------------------------------- the mathematics
+#
+# A model is here a function of its parameters (a dictionary of tensors): `residuals(params)` of shape (B, K). The loss
+# of a molecule is the sum of its squared residuals. Vectors are flat, shape (P,).
+
+
+def flatten(tensors):
+    """Returns the tensors of a dictionary as one vector, shape (P,)."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+
+
+def unflatten(vector, params):
+    """Returns a vector (P,) as a dictionary of tensors with the names and shapes of `params`."""
+    parts = vector.split([tensor.numel() for tensor in params.values()])
+    return {name: part.view_as(params[name]) for name, part in zip(params, parts, strict=True)}
+
+
+def molecule_losses(residuals, params):
+    """Returns the loss of each molecule, shape (B,)."""
+    return residuals(params).square().sum(dim=-1)
+
+
+def loss_gradient(residuals, params):
+    """Returns the gradient of the summed losses, shape (P,)."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+    loss = molecule_losses(residuals, leaves).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return flatten(dict(zip(leaves, gradients, strict=True)))
+
+
+def ggn_vector_product(residuals, params, vector):
+    """Returns the generalized Gauss-Newton matrix of the summed losses times a vector, shape (P,).
+
+    With J the Jacobian of the residuals it is 2 Jᵀ J v: a forward-mode product, then a reverse-mode one (Schraudolph
+    2002, https://doi.org/10.1162/08997660260028683). Positive semi-definite, and the Hessian where residuals vanish.
+    """
+    _, tangent = torch.func.jvp(residuals, (params,), (unflatten(vector, params),))  # J v, (B, K)
+    _, pull_back = torch.func.vjp(residuals, params)
+    return flatten(pull_back(2 * tangent)[0])
+
+
+def hessian_vector_product(residuals, params, vector):
+    """Returns the Hessian of the summed losses times a vector, shape (P,), by differentiating twice.
+
+    Pearlmutter 1994, https://doi.org/10.1162/neco.1994.6.1.147. Away from a minimum it has negative eigenvalues.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+    loss = molecule_losses(residuals, leaves).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+    slope = flatten(dict(zip(leaves, gradients, strict=True))) @ vector
+    products = torch.autograd.grad(slope, list(leaves.values()), materialize_grads=True)
+    return flatten(dict(zip(leaves, products, strict=True)))
+
+
+PRODUCTS = {"ggn": ggn_vector_product, "hessian": hessian_vector_product}
+
+
+def scores_by_jvp(residuals, params, direction):
+    """Returns ∇L(z)·direction of every molecule z, shape (B,): one forward-mode product, no gradient in memory."""
+
+    def losses(params):
+        return molecule_losses(residuals, params)
+
+    return torch.func.jvp(losses, (params,), (unflatten(direction, params),))[1]
+
+
+def scores_by_gradients(residuals, params, direction):
+    """Returns the same from the gradient of every molecule, one after the other: the reference, and slower."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+    scores = []
+    for loss in molecule_losses(residuals, leaves):
+        gradients = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, materialize_grads=True)
+        scores.append(flatten(dict(zip(leaves, gradients, strict=True))) @ direction)
+    return torch.stack(scores)
+
+
+SCORES = {"jvp": scores_by_jvp, "per_sample_gradient": scores_by_gradients}
+
+
+def largest_eigenvalue(product, vector, steps=20):
+    """Returns the eigenvalue of largest size of a symmetric matrix, by power iteration from a vector (P,).
+
+    Args:
+        product (`Callable`): maps a vector (P,) to the matrix times it.
+    """
+    eigenvalue = 0.0
+    for _ in range(steps):
+        vector = vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)
+        image = product(vector)
+        eigenvalue, vector = float(image @ vector), image
+    return eigenvalue
+
+
+@dataclass
+class LissaState:
+    """Where a LiSSA run stands: enough to go on from. `iterate` is h_t; `tail` the sum of the averaged iterates."""
+
+    iterate: torch.Tensor
+    tail: torch.Tensor
+    step: int = 0
+    answers: list = field(default_factory=list)  # of the finished repeats, each (P,)
+
+
+def lissa_inverse_hvp(
+    hvp, vector, *, damping, scale, recursion_depth, num_repeats=1, tail_fraction=0.0, state=None, on_step=None
+):
+    """Estimates (C + damping * I)^-1 vector with LiSSA (Agarwal et al. 2017; Koh and Liang 2017), once a repeat.
+
+    h_0 = v, h_t = v + h_{t-1} - (C h_{t-1} + damping h_{t-1}) / scale for t = 1 ... T; the answer is the mean of the
+    last T * tail_fraction iterates (at least of h_T) over scale: a truncated Neumann series. It converges while every
+    eigenvalue of C + damping * I is between 0 and 2 * scale, in each of the batches that C is estimated from.
+
+    Args:
+        hvp (`Callable`): maps a vector (P,) to C times it, (P,); each call may use a new random batch.
+        vector (`torch.Tensor`): v, shape (P,).
+        state (`LissaState`, *optional*): where an earlier call was stopped. `hvp` must go on with the next batch.
+        on_step (`Callable`, *optional*): called with the state after every step.
+    Returns:
+        `torch.Tensor` of shape (R, P), on `vector`'s device and in its dtype.
+    Raises:
+        FloatingPointError: if the estimate grows beyond what a convergent run can reach, or is not finite; the message
+            gives step, norm and what to raise.
+    """
+    if state is None:
+        state = LissaState(vector, torch.zeros_like(vector))
+    averaged = max(1, round(tail_fraction * recursion_depth))
+    size = float(vector.norm())
+    while len(state.answers) < num_repeats:
+        before = size
+        while state.step < recursion_depth:
+            curved = hvp(state.iterate) + damping * state.iterate
+            state.iterate = vector + state.iterate - curved / scale
+            state.step += 1
+            norm = float(state.iterate.norm())
+            # no step of a convergent run adds more than |v|; ten times that leaves room for single bad batches
+            if not norm <= 10 * (state.step + 1) * size:
+                raise FloatingPointError(
+                    f"LiSSA diverged: norm {before:.1e} -> {norm:.1e} at step {state.step} of {recursion_depth} with "
+                    f"scale={scale:.4g} and damping={damping:.4g}. Raise --scale or --damping."
+                )
+            before = norm
+            if state.step > recursion_depth - averaged:
+                state.tail = state.tail + state.iterate
+            if on_step is not None:
+                on_step(state)
+        mean = state.tail / averaged if recursion_depth else state.iterate
+        state.answers.append(mean / scale)
+        state.iterate, state.tail, state.step = vector, torch.zeros_like(vector), 0
+    return torch.stack(state.answers)
+
+
+def conjugate_gradient_inverse_hvp(hvp, vector, *, damping, tolerance, max_steps, on_step=None):
+    """Solves (C + damping * I) x = vector by conjugate gradients (Hestenes and Stiefel 1952), from x = 0.
+
+    Args:
+        hvp (`Callable`): maps a vector (P,) to C times it, always with the same symmetric C.
+        tolerance (`float`): stops when |vector - (C + damping I) x| is below `tolerance` times |vector|.
+        on_step (`Callable`, *optional*): called with step and relative residual after every step.
+    Returns:
+        `torch.Tensor` of shape (P,).
+    Raises:
+        FloatingPointError: if C + damping * I is met with a direction in which it is not positive.
+    """
+    answer, residual = torch.zeros_like(vector), vector
+    direction, square = vector, float(vector @ vector)
+    target = tolerance * math.sqrt(square)
+    for step in range(1, max_steps + 1):
+        if math.sqrt(square) <= target:
+            break
+        image = hvp(direction) + damping * direction
+        curvature = float(direction @ image)
+        if not curvature > 0:
+            raise FloatingPointError(
+                f"Conjugate gradients met curvature {curvature / float(direction @ direction):.2e} at step {step}: "
+                f"the matrix with damping={damping:.4g} is not positive. Raise --damping, or use --curvature ggn."
+            )
+        answer = answer + (square / curvature) * direction
+        residual = residual - (square / curvature) * image
+        square, before = float(residual @ residual), square
+        direction = residual + (square / before) * direction
+        if on_step is not None:
+            on_step(step, math.sqrt(square / float(vector @ vector)))
+    return answer
+
+
+# ------------------------------------------------------------------------------- a model on molecules, in N processes
+
+
+class MoleculeProblem:
+    """What the mathematics computes, for a model on molecules, summed over all processes.
+
+    Every process has the same parameters and vectors and takes its share of the molecules; sums, not means, are
+    reduced, so that an uneven last share counts right and the answer is that of one process. The model is in
+    evaluation mode: no dropout, fixed random features, float32.
+
+    Args:
+        names (`list[str]`): parameters that the loss is a function of; the others are constants.
+        chunk_size (`int`): molecules that are computed at once; does not change an answer.
+        curvature (`str`): `"ggn"` or `"hessian"`.
+    """
+
+    def __init__(self, model, tokenizer, names, chunk_size, curvature):
+        self.model = model.eval().requires_grad_(False)
+        self.params = {name: tensor.detach() for name, tensor in model.named_parameters() if name in set(names)}
+        self.collator = DataCollatorWithPadding(tokenizer)
+        self.chunk_size = chunk_size
+        self.curvature_product = PRODUCTS[curvature]
+        self.process = PartialState()
+
+    def residuals(self, molecules):
+        """Returns the residuals of molecules (`pandas.DataFrame`), standardized as in training, as a function."""
+        batch = self.collator([{"input_ids": ids} for ids in molecules["input_ids"]]).to(self.model.device)
+        labels = torch.tensor(molecules["label"].to_numpy(), dtype=torch.float32, device=self.model.device)
+
+        def residuals(params):
+            logits = torch.func.functional_call(self.model, params, kwargs=dict(batch)).logits  # (B, 1)
+            _, std = self.model.label_scale(logits)
+            return (logits - labels[:, None]) / std
+
+        return residuals
+
+    def chunks(self, molecules):
+        """Yields positions and rows of this process's share of the molecules, those of like length together."""
+        order = np.argsort(molecules["length"].to_numpy(), kind="stable")
+        share = order[self.process.process_index :: self.process.num_processes]
+        for start in range(0, len(share), self.chunk_size):
+            positions = share[start : start + self.chunk_size]
+            yield positions, molecules.iloc[positions]
+
+    def mean(self, function, molecules, *args):
+        """Returns the mean over molecules of a function of residuals and parameters that sums, such as a gradient."""
+        total = torch.zeros(sum(tensor.numel() for tensor in self.params.values()), device=self.model.device)
+        for _, rows in self.chunks(molecules):
+            total += function(self.residuals(rows), self.params, *args)
+        return reduce(total, "sum") / len(molecules)
+
+    def curvature(self, molecules, vector):
+        """Returns C v, C being the curvature of the mean loss of the molecules, shape (P,)."""
+        return self.mean(self.curvature_product, molecules, vector)
+
+    def gradient(self, molecules):
+        """Returns the gradient of the mean loss, shape (P,)."""
+        return self.mean(loss_gradient, molecules)
+
+    def each(self, function, molecules, *args):
+        """Returns a number of each molecule, shape (N,): what `function` returns for the batch."""
+        total = torch.zeros(len(molecules), device=self.model.device)
+        for positions, rows in self.chunks(molecules):
+            total[torch.as_tensor(positions, device=total.device)] = function(
+                self.residuals(rows), self.params, *args
+            ).detach()
+        return reduce(total, "sum")
+
+    @torch.no_grad()
+    def predictions(self, molecules):
+        """Returns predictions in label units, shape (N,)."""
+        labels = torch.tensor(molecules["label"].to_numpy(), dtype=torch.float32, device=self.model.device)
+
+        def errors(residuals, params):
+            _, std = self.model.label_scale(labels)
+            return residuals(params)[:, 0] * std
+
+        return self.each(errors, molecules) + labels
+
+
+def choose_parameters(model, wanted):
+    """Returns the names of the parameters that `--influence_params` means.
+
+    Raises:
+        InputError: if there is none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    layers = re.fullmatch(r"last_(\d+)", wanted)
+    if wanted == "all":
+        return names
+    if wanted == "head" or layers:
+        count = int(layers[1]) if layers else 0
+        first = model.config.num_hidden_layers - count
+        if first < 0 or wanted == "last_0":
+            raise InputError(
+                f"--influence_params {wanted}: the model has {model.config.num_hidden_layers} layers. Pass last_1 to "
+                f"last_{model.config.num_hidden_layers}, all or head."
+            )
+        kept = ["classifier."] + [f".layer.{number}." for number in range(first, model.config.num_hidden_layers)]
+        kept += ["molformer.LayerNorm."] if layers else []
+        return [name for name in names if any(part in name for part in kept)]
+    try:
+        chosen = [name for name in names if re.search(wanted, name)]
+    except re.error as error:
+        raise InputError(f"--influence_params {wanted!r} is no regular expression: {error}.") from error
+    if not chosen:
+        raise InputError(
+            f"--influence_params {wanted!r} matches no parameter. Pass all, head, last_N or a pattern for one of: "
+            f"{', '.join(names)}."
+        )
+    return chosen
+
+
+class RandomBatches:
+    """Maps a vector to the curvature of a new random batch of training molecules times it; batch i is a function of
+    the seed and i, so that a run that starts at `position` i goes on as an uninterrupted one."""
+
+    def __init__(self, problem, molecules, batch_size, seed, position=0):
+        self.problem, self.molecules, self.seed, self.position = problem, molecules, seed, position
+        self.batch_size = min(batch_size, len(molecules))
+
+    def draw(self):
+        rows = np.random.default_rng([self.seed, self.position]).choice(
+            len(self.molecules), self.batch_size, replace=False
+        )
+        self.position += 1
+        return self.molecules.iloc[rows]
+
+    def __call__(self, vector):
+        return self.problem.curvature(self.draw(), vector)
+
+
+def measure_curvature(problem, train, batches, influence_args, seed, show_progress):
+    """Returns largest eigenvalue, damping, scale and, for the Hessian, smallest eigenvalue, by name (`dict`).
+
+    Args:
+        batches (`RandomBatches`): five of them are drawn; their largest eigenvalue, not that of all molecules, decides
+            whether LiSSA converges.
+    Raises:
+        InputError: if the curvature is zero.
+    """
+    size = sum(tensor.numel() for tensor in problem.params.values())
+    start = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(problem.model.device)
+    fixed = fixed_molecules(train, seed)
+    hessian = influence_args.curvature == "hessian"
+    with tqdm(total=90 if hessian else 70, desc="Largest eigenvalues", disable=not show_progress) as bar:
+
+        def measure(molecules, steps, shift=0.0):
+            def product(vector):
+                bar.update()
+                return problem.curvature(molecules, vector) - shift * vector
+
+            return largest_eigenvalue(product, start, steps) + shift
+
+        values = {"largest_eigenvalue": measure(fixed, 20)}
+        values["largest_eigenvalue_of_batches"] = [measure(batches.draw(), 10) for _ in range(5)]
+        if hessian:  # of the Hessian minus its largest eigenvalue, the one of largest size is the smallest
+            values["smallest_eigenvalue"] = measure(fixed, 20, shift=abs(values["largest_eigenvalue"]))
+    largest = abs(values["largest_eigenvalue"])
+    damping = influence_args.damping or influence_args.relative_damping * largest
+    if not damping > 0:
+        raise InputError("The curvature is zero: none of the chosen parameters changes a prediction. Pass --damping.")
+    if hessian and values["smallest_eigenvalue"] + damping <= 0:
+        logger.warning(
+            "The Hessian has eigenvalues down to %.3g, and damping is %.3g: the scores mean little. Pass --damping "
+            "%.2g or more, or --curvature ggn.",
+            values["smallest_eigenvalue"], damping, -1.1 * values["smallest_eigenvalue"],
+        )  # fmt: skip
+    automatic = 1.5 * max(map(abs, values["largest_eigenvalue_of_batches"])) + damping
+    scale = automatic if influence_args.scale == "auto" else float(influence_args.scale)
+    return {**values, "damping": damping, "scale": scale}
+
+
+def fixed_molecules(train, seed):
+    """Returns the training molecules on which eigenvalues and residuals are measured."""
+    return train.sample(min(FIXED_MOLECULES, len(train)), random_state=seed)
+
+
+def inverse_curvature(problem, train, gradient, influence_args, seed, state_file=None, show_progress=True):
+    """Returns (C + damping I)^-1 gradient, shape (R, P), and how it was computed and how well (`dict`).
+
+    Args:
+        train (`pandas.DataFrame`): molecules whose mean loss has the curvature C.
+        state_file (`Path`, *optional*): where an interrupted LiSSA run is kept, and continued from.
+    Raises:
+        InputError: if LiSSA diverges, or conjugate gradients meet negative curvature.
+    """
+    report = {"ihvp": influence_args.ihvp, "curvature": influence_args.curvature, "parameters": len(gradient)}
+    if influence_args.ihvp == "identity":
+        return gradient[None], report
+    batches = RandomBatches(problem, train, influence_args.hessian_batch_size, seed)
+    report |= measure_curvature(problem, train, batches, influence_args, seed, show_progress)
+    fixed = fixed_molecules(train, seed)
+
+    def residual(answer):
+        left = problem.curvature(fixed, answer) + report["damping"] * answer - gradient
+        return float(left.norm() / gradient.norm())
+
+    method = run_conjugate_gradients if influence_args.ihvp == "cg" else run_lissa
+    try:
+        answers, details = method(
+            problem, train, gradient, batches, residual, report, influence_args, state_file, show_progress
+        )
+    except FloatingPointError as error:
+        raise InputError(str(error)) from error
+    report |= details
+    report["converged"] = report["residual"] <= influence_args.tolerance
+    if not report["converged"]:
+        logger.warning(
+            "Not converged: the relative residual is %.3g, --tolerance %.3g. Raise --recursion_depth or --damping%s.",
+            report["residual"],
+            influence_args.tolerance,
+            "" if influence_args.ihvp == "cg" else ", --num_repeats or --hessian_batch_size",
+        )
+    return answers, report
+
+
+def run_conjugate_gradients(
+    problem, train, gradient, batches, residual, report, influence_args, state_file, show_progress
+):
+    trace = []
+    with tqdm(total=influence_args.recursion_depth, desc="Conjugate gradients", disable=not show_progress) as bar:
+
+        def on_step(step, relative):
+            trace.append({"step": step, "residual": relative})
+            bar.update()
+            bar.set_postfix(residual=f"{relative:.1e}")
+
+        answer = conjugate_gradient_inverse_hvp(
+            lambda vector: problem.curvature(train, vector),
+            gradient,
+            damping=report["damping"],
+            tolerance=influence_args.tolerance,
+            max_steps=influence_args.recursion_depth,
+            on_step=on_step,
+        )
+    return answer[None], {"residual": trace[-1]["residual"] if trace else 0.0, "trace": trace}
+
+
+def run_lissa(problem, train, gradient, batches, residual, report, influence_args, state_file, show_progress):
+    depth, repeats = influence_args.recursion_depth, influence_args.num_repeats
+    settings = {name: report[name] for name in ("curvature", "damping", "scale")} | {"depth": depth}
+    settings |= {"tail_fraction": influence_args.tail_fraction, "batch_size": batches.batch_size, "seed": batches.seed}
+    key = hashlib.sha256(json.dumps(settings).encode() + gradient.cpu().numpy().tobytes()).hexdigest()
+    state, trace = load_state(state_file, key, gradient)
+    done = len(state.answers) * depth + state.step
+    batches.position += done
+    last_saved = time.monotonic()
+    with tqdm(total=repeats * depth, initial=done, desc="LiSSA", disable=not show_progress) as bar:
+
+        def on_step(state):
+            nonlocal last_saved
+            bar.update()
+            if state.step % max(1, depth // 10) == 0:
+                answer = state.iterate / report["scale"]
+                trace.append({"repeat": len(state.answers), "step": state.step, "norm": float(answer.norm())})
+                trace[-1]["residual"] = residual(answer)
+                bar.set_postfix(norm=f"{trace[-1]['norm']:.2e}", residual=f"{trace[-1]['residual']:.2f}")
+            if time.monotonic() - last_saved > SAVE_SECONDS:
+                save_state(state_file, key, state, trace)
+                last_saved = time.monotonic()
+
+        answers = lissa_inverse_hvp(
+            batches,
+            gradient,
+            damping=report["damping"],
+            scale=report["scale"],
+            recursion_depth=depth,
+            num_repeats=repeats,
+            tail_fraction=influence_args.tail_fraction,
+            state=state,
+            on_step=on_step,
+        )
+    save_state(state_file, key, state, trace)
+    details = {"implicit_damping": report["scale"] / max(depth, 1), "recursion_depth": depth, "num_repeats": repeats}
+    details |= {"tail_fraction": influence_args.tail_fraction, "hessian_batch_size": batches.batch_size}
+    details["residual"] = residual(answers.mean(dim=0))
+    return answers, details | {"trace": trace}
+
+
+def save_state(path, key, state, trace):
+    """Writes where a LiSSA run stands, whole or not at all; only the first process does."""
+    if path is None or not PartialState().is_main_process:
+        return
+    tensors = {"iterate": state.iterate, "tail": state.tail}
+    tensors |= {f"answer_{number}": answer for number, answer in enumerate(state.answers)}
+    metadata = {"key": key, "step": str(state.step), "trace": json.dumps(trace)}
+    part = Path(path).with_suffix(".part")
+    save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, part, metadata)
+    os.replace(part, path)
+
+
+def load_state(path, key, gradient):
+    """Returns the state that `save_state` wrote with the same key and its trace, or those of a new run."""
+    new = LissaState(gradient, torch.zeros_like(gradient)), []
+    if path is None or not Path(path).exists():
+        return new
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        if metadata.get("key") != key:
+            logger.warning("%s is of a run with other settings; LiSSA starts anew", path)
+            return new
+        tensors = {name: file.get_tensor(name).to(gradient.device) for name in file.keys()}  # noqa: SIM118
+    answers = [tensors[f"answer_{number}"] for number in range(len(tensors) - 2)]
+    state = LissaState(tensors["iterate"], tensors["tail"], int(metadata["step"]), answers)
+    logger.info("Going on with LiSSA at step %d of repeat %d", state.step, len(answers) + 1)
+    return state, json.loads(metadata["trace"])
+
+
+def score_molecules(problem, external, solutions, gradient, influence_args):
+    """Returns the external molecules with prediction, loss, score and what goes with it (`pandas.DataFrame`).
+
+    The score is ∇L(z)ᵀ (C + damping I)^-1 ∇L(target), positive if learning z lowers the target's loss; `score_sd` its
+    standard deviation over the repeats, `gradient_dot` the same without the inverse curvature, rank 1 the best.
+
+    Args:
+        solutions (`torch.Tensor`): (C + damping I)^-1 ∇L(target) of every repeat, shape (R, P).
+        gradient (`torch.Tensor`): ∇L(target), shape (P,).
+    """
+    function = SCORES[influence_args.score_mode]
+    repeats = torch.stack([problem.each(function, external, solution) for solution in solutions]).cpu().numpy()
+    table = external.copy()
+    table["prediction"] = problem.predictions(external).cpu().numpy()
+    table["loss"] = problem.each(molecule_losses, external).cpu().numpy()
+    table["score"] = repeats.mean(axis=0)
+    if len(repeats) > 1:
+        table["score_sd"] = repeats.std(axis=0, ddof=1)
+    table["gradient_dot"] = problem.each(function, external, gradient).cpu().numpy()
+    table["rank"] = table["score"].rank(ascending=False, method="first").astype(int)
+    broken = ~np.isfinite(table[["prediction", "loss", "score", "gradient_dot"]]).all(axis=1)
+    if broken.any():
+        raise InputError(
+            f"The scores of {broken.sum()} molecules are not finite, first at row {table['row'][broken].iloc[0]}: the "
+            "checkpoint is broken, or LiSSA diverged. Use another checkpoint, or raise --damping."
+        )
+    agreement = {
+        "agreement_of_solutions": mean_agreement(torch.corrcoef(solutions).cpu().numpy()),
+        "agreement_of_ranks": mean_agreement(pd.DataFrame(repeats.T).corr("spearman").to_numpy()),
+    }
+    return table, agreement
+
+
+def mean_agreement(correlations):
+    """Returns the mean of a correlation matrix off its diagonal; `None` for a single row."""
+    if np.ndim(correlations) < 2 or len(correlations) < 2:
+        return None
+    return float(correlations[np.triu_indices(len(correlations), k=1)].mean())
+
+
+def main(model_args, data_args, influence_args, training_args):
+    checkpoint = setup_run(training_args, data_args, in_pieces=True)
+    output_dir, seed = Path(training_args.output_dir), training_args.seed
+
+    from modeling_molformer_reg import MolformerForRegression
+    from trainer_regression import (
+        check_split,
+        fine_tune,
+        load_config,
+        load_model,
+        load_tokenizer,
+        prepare_head,
+        select_parts,
+        set_learning_rate,
+    )
+    from utils_influence import (
+        detection,
+        load_external,
+        losses_table,
+        merge,
+        plot_convergence,
+        plot_scores,
+        plot_selection,
+        results_table,
+        select_control,
+        select_molecules,
+        take_pool,
+        write_merged,
+        write_scores,
+    )
+    from utils_molecules import load_molecules, split_hash, write_csv, write_json
+
+    # Data
+    tokenizer = load_tokenizer(model_args)
+    molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
+    if influence_args.external_file is None:
+        pool_seed = seed if data_args.split_seed is None else data_args.split_seed
+        molecules, external = take_pool(molecules, influence_args.pool_size, influence_args.pool_noise, pool_seed)
+        excluded, digest = external.iloc[:0], split_hash(molecules, molecules["split"])
+    else:
+        external, excluded = load_external(tokenizer, data_args, influence_args, molecules)
+    parts = select_parts(molecules, data_args)
+    target = parts.get(influence_args.score_split)
+    if target is None:
+        raise InputError("--protocol paper has no validation molecules. Pass --score_split test, or leave it out.")
+    influence_args.check_selection(len(external))
+    set_learning_rate(training_args, data_args)
+
+    # Model: a fine-tuned one, or the pre-trained one from which it is made
+    model = load_model(MolformerForRegression, model_args, tokenizer, num_labels=1)
+    check_split(model.config, digest, data_args)
+    if not (model.head_is_new and training_args.do_train):
+        prepare_head(model, parts["train"], digest, data_args, replace(training_args, do_train=False))
+    names = choose_parameters(model, influence_args.influence_params)
+    start_args = model_args if model.head_is_new else pretrained_arguments(model_args, influence_args, model)
+    check_split(load_config(start_args), digest, data_args)
+    begin_writing(training_args, checkpoint, model_args.model_name_or_path)
+    if training_args.should_save:
+        rows = {name: [int(row) for row in part["row"]] for name, part in parts.items()}
+        if "corrupted" in external:
+            rows |= {"pool": external["row"].tolist(), "corrupted": external["row"][external["corrupted"]].tolist()}
+        write_json({"split": data_args.split, "hash": digest, **rows}, output_dir / "splits.json")
+        if len(dropped):
+            write_csv(dropped, output_dir / "dropped_molecules.csv")
+    results = {}
+
+    def fine_tune_with(name, added):
+        merged, merged_digest = merge(parts, added) if len(added) else (parts, digest)
+        folder = output_dir / f"finetune-{name}"
+        logger.info("Fine-tuning with %d of the external molecules: %s", len(added), name)
+        values = fine_tune(folder, start_args, data_args, training_args, tokenizer, merged, merged_digest)
+        results[name] = {"added": len(added), **values}
+
+    if model.head_is_new:
+        fine_tune_with("none", external.iloc[:0])
+        scored_args = replace(model_args, model_name_or_path=str(output_dir / "finetune-none"), config_name=None)
+        model = load_model(MolformerForRegression, scored_args, tokenizer, num_labels=1)
+
+    # Score
+    started = time.monotonic()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model.to(training_args.device)
+    chunk_size = training_args.per_device_eval_batch_size
+    problem = MoleculeProblem(model, tokenizer, names, chunk_size, influence_args.curvature)
+    gradient = problem.gradient(target)
+    show_progress = training_args.should_log and not training_args.disable_tqdm
+    solutions, report = inverse_curvature(
+        problem,
+        parts["train"],
+        gradient,
+        influence_args,
+        seed,
+        output_dir / "influence_state.safetensors",
+        show_progress,
+    )
+    table, agreement = score_molecules(problem, external, solutions, gradient, influence_args)
+    table["selected"] = select_molecules(table, influence_args)
+    report = {
+        "sign": SIGN,
+        "score_split": influence_args.score_split,
+        "leakage": influence_args.score_split == "test",
+        "split_hash": digest,
+        "influence_params": influence_args.influence_params,
+        **report,
+        **agreement,
+        **detection(table),
+        "molecules": len(table),
+        "selected": int(table["selected"].sum()),
+        "excluded": len(excluded),
+        "seconds": time.monotonic() - started,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if report["leakage"]:
+        logger.warning("Molecules were chosen by the loss of the test molecules: the test numbers below leak.")
+    if training_args.should_save:
+        write_scores(output_dir, table, excluded)
+        write_json(report, output_dir / "influence.json")
+        write_merged(output_dir, parts, table[table["selected"]])
+        plot_scores(table, output_dir / "influence_scores.png")
+        if report.get("trace"):
+            plot_convergence(report, output_dir / "influence_convergence.png")
+        text = ", ".join(f"{name} {value:.3f}" for name, value in report.items() if name.startswith(("auc", "agree")))
+        logger.info("%d of %d molecules selected. %s", report["selected"], len(table), text)
+    del model, problem, solutions
+
+    # Fine-tune with the selected molecules and with the controls
+    if not table["selected"].any():
+        logger.warning("No molecule is selected: nothing is fine-tuned again. See influence_scores.csv.")
+    elif training_args.do_train:
+        chosen = {name: select_control(name, table, seed) for name in influence_args.controls}
+        chosen = {"none": chosen.pop("none", None), "selected": table["selected"].to_numpy(), **chosen}
+        for name, rows in chosen.items():
+            if rows is not None and name not in results:
+                fine_tune_with(name, table[rows])
+        if training_args.should_save:
+            plot_selection(results, output_dir / "influence_selection.png", data_args.label_name)
+            print(results_table(results))
+            print(losses_table(results["selected"]["eval_losses"]))
+    if training_args.should_save:
+        write_json({"influence": report, "results": results}, output_dir / "all_results.json")
+        print(
+            f"To learn the selected molecules elsewhere: python run_regression.py --train_file "
+            f"{output_dir / 'merged_train.csv'} --validation_file {output_dir / 'validation.csv'} "
+            f"--test_file {output_dir / 'test.csv'} --output_dir outputs/merged"
+        )
+        (output_dir / "influence_state.safetensors").unlink(missing_ok=True)
+    end_writing(training_args)
+
+
+def pretrained_arguments(model_args, influence_args, model):
+    """Returns the arguments of the model that is fine-tuned again, when the one that is scored is fine-tuned already.
+
+    Raises:
+        InputError: if none was named, and the embedded checkpoint is of another size.
+    """
+    from trainer_regression import load_config
+
+    source = influence_args.pretrained_model or EMBEDDED_CHECKPOINT
+    pretrained_args = replace(model_args, model_name_or_path=source, config_name=None)
+    config = load_config(pretrained_args)
+    sizes = [
+        name for name in ("hidden_size", "num_hidden_layers") if getattr(config, name) != getattr(model.config, name)
+    ]
+    if sizes and influence_args.pretrained_model is None:
+        raise InputError(
+            f"{model_args.model_name_or_path} is fine-tuned, and not from models/molformer-mini: {', '.join(sizes)} "
+            "differ. Pass --pretrained_model with the checkpoint that the selection is to be fine-tuned from."
+        )
+    return pretrained_args
+
+
+if __name__ == "__main__":
+    run_script(main, ARGUMENTS, DEFAULTS, __doc__)
