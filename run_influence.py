@@ -53,7 +53,6 @@ from arguments import (
 DEFAULTS = {"output_dir": "outputs/influence"}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
 SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
-SAVE_SECONDS = 60
 FIXED_MOLECULES = 256  # on which largest eigenvalue and residual are measured
 
 logger = logging.getLogger("molformer.influence")
@@ -581,8 +580,9 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
     except FloatingPointError as error:
         raise InputError(str(error)) from error
     report |= details
-    report["converged"] = report["residual"] <= influence_args.tolerance
-    if not report["converged"]:
+    solved = report["residual"] <= influence_args.tolerance
+    report["converged"] = solved and report.get("smallest_eigenvalue", 0.0) + report["damping"] > 0
+    if not solved:
         logger.warning(
             "Not converged: the relative residual is %.3g, --tolerance %.3g. Raise --recursion_depth or --damping%s.",
             report["residual"],
@@ -622,20 +622,16 @@ def run_lissa(problem, train, gradient, batches, residual, report, influence_arg
     state, trace = load_state(state_file, key, gradient)
     done = len(state.answers) * depth + state.step
     batches.position += done
-    last_saved = time.monotonic()
     with tqdm(total=repeats * depth, initial=done, desc="LiSSA", disable=not show_progress) as bar:
 
         def on_step(state):
-            nonlocal last_saved
             bar.update()
             if state.step % max(1, depth // 10) == 0:
                 answer = state.iterate / report["scale"]
                 trace.append({"repeat": len(state.answers), "step": state.step, "norm": float(answer.norm())})
                 trace[-1]["residual"] = residual(answer)
                 bar.set_postfix(norm=f"{trace[-1]['norm']:.2e}", residual=f"{trace[-1]['residual']:.2f}")
-            if time.monotonic() - last_saved > SAVE_SECONDS:
                 save_state(state_file, key, state, trace)
-                last_saved = time.monotonic()
 
         answers = lissa_inverse_hvp(
             batches,
@@ -845,7 +841,8 @@ def main(model_args, data_args, influence_args, training_args):
         plot_scores(table, output_dir / "influence_scores.png")
         if report.get("trace"):
             plot_convergence(report, output_dir / "influence_convergence.png")
-        text = ", ".join(f"{name} {value:.3f}" for name, value in report.items() if name.startswith(("auc", "agree")))
+        shown = {name: value for name, value in report.items() if name.startswith(("auc", "agreement")) and value}
+        text = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
         logger.info("%d of %d molecules selected. %s", report["selected"], len(table), text)
     del model, problem, solutions
 

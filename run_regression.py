@@ -115,8 +115,10 @@ def main(model_args, data_args, regression_args, training_args):
     from trainer_regression import (
         augment,
         build_trainer,
+        check_split,
         evaluate_regression,
         held_out_name,
+        load_config,
         load_tokenizer,
         select_parts,
         to_dataset,
@@ -138,7 +140,8 @@ def main(model_args, data_args, regression_args, training_args):
     predictions = {name: [] for name in parts}
     for number, (member_model_args, member_args, start) in enumerate(plan):
         # Model and trainer
-        trainer = build_trainer(member_model_args, data_args, member_args, tokenizer, parts, digest, train_set, start)
+        check_split(load_config(member_model_args), digest, data_args, start)
+        trainer = build_trainer(member_model_args, data_args, member_args, tokenizer, parts, digest, train_set)
         if number == 0:  # all input is checked
             begin_writing(training_args, checkpoint, model_args.model_name_or_path)
             if len(dropped) and trainer.is_world_process_zero():

@@ -381,7 +381,7 @@ def test_interrupted_ensemble_keeps_its_finished_members(tiny_checkpoint, small_
 
 def test_ensemble_that_is_not_there_cannot_be_resumed(tiny_checkpoint, tmp_path):
     flags = ("--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x", "--num_seeds", 2)
-    with pytest.raises(InputError, match="no ensemble to resume"):
+    with pytest.raises(InputError, match="no run to resume"):
         call_main(*flags, "--resume_from_checkpoint", "true")
 
 

@@ -1,0 +1,186 @@
+"""How far influence scores can be trusted: do they find wrong labels, and does learning what they choose help?
+
+    python studies/influence.py                                      # hours; finished runs are not repeated
+    python studies/influence.py --external_file external.csv --jobs 2
+
+Runs run_influence.py for pools with wrong labels and, if given, an external file, on random and scaffold splits and
+several seeds (split, pool and training vary together), with controls of the same size; and the paper's variant, in
+which molecules are chosen by the loss of the test molecules (a leak). Writes results/influence_study.json (.md, .png):
+areas under the ROC curve of finding wrong labels, test errors after the selection, paired differences with 95 %
+intervals of Student's t distribution.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from foundation import ROOT, machine
+from scipy import stats
+
+
+CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
+MOST = 3  # seeds of the controls after the third
+NAMES = {
+    "selected": "top-k by influence",
+    "none": "none",
+    "all": "all",
+    "random": "random-k",
+    "bottom": "bottom-k",
+    "smallest_loss": "smallest-loss-k",
+    "gradient_dot": "gradient-dot-k",
+    "leakage": "positive on the test set (leaks)",
+}
+
+
+def run(cell, args, threads):
+    """Runs one cell (pool, split, seed, variant), unless it is finished, and returns its results."""
+    pool, split, seed, leaks = cell
+    folder = args.folder / "-".join((pool, split, str(seed), *(["leakage"] if leaks else [])))
+    controls = ["none"] if leaks else CONTROLS[: 3 if seed >= MOST else None]
+    command = ["run_influence.py", "--split", split, "--seed", str(seed), "--output_dir", str(folder)]
+    command += ["--controls", *controls, *shlex.split(args.extra)]
+    command += ["--external_file", str(Path(args.external_file).resolve())] if pool == "external" else []
+    command += ["--score_split", "test", "--select", "positive"] if leaks else []
+    results = folder / "all_results.json"
+    if not results.exists() or (folder / "unfinished").exists():
+        mode = ["--resume_from_checkpoint", "true"] if (folder / "unfinished").exists() else ["--overwrite_output_dir"]
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with (args.folder / f"{folder.name}.log").open("a") as log:
+            subprocess.run(
+                [sys.executable, *command, *mode, "--disable_tqdm", "true"],
+                cwd=ROOT, env=environment, stdout=log, stderr=log, check=True,
+            )  # fmt: skip
+    values = json.loads(results.read_text())
+    return {
+        "pool": pool,
+        "split": split,
+        "seed": seed,
+        "leakage": leaks,
+        "command": "python " + shlex.join(command),
+        **values,
+    }
+
+
+def interval(values):
+    """Returns mean and half width of its 95 % interval; the width is `None` for a single value."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), None
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def summarize(runs):
+    """Returns rows of the table (pool, split, name, values by seed, mean, interval, paired difference to top-k)."""
+    rows = []
+    for pool, split in sorted({(r["pool"], r["split"]) for r in runs}):
+        here = [r for r in runs if (r["pool"], r["split"]) == (pool, split)]
+        errors = {name: {} for name in NAMES}
+        for result in here:
+            for name, values in result["results"].items():
+                if result["leakage"] and name == "selected":
+                    errors["leakage"][result["seed"]] = values["test_mse"]
+                elif not result["leakage"]:
+                    errors[name][result["seed"]] = values["test_mse"]
+        for name, by_seed in errors.items():
+            if not by_seed:
+                continue
+            mean, half = interval(list(by_seed.values()))
+            row = {"pool": pool, "split": split, "name": name, "test_mse": by_seed, "mean": mean, "half_width": half}
+            common = sorted(by_seed.keys() & errors["selected"].keys())
+            if name != "selected" and common:
+                row["selected_minus_this"] = interval([errors["selected"][s] - by_seed[s] for s in common])
+            rows.append(row)
+    return rows
+
+
+def detection_rows(runs):
+    """Returns areas under the ROC curve of finding wrong labels, by split and score."""
+    rows = []
+    for split in sorted({r["split"] for r in runs}):
+        here = [r for r in runs if r["split"] == split and r["pool"] == "corrupted" and not r["leakage"]]
+        for score in ("influence", "gradient_dot", "loss"):
+            values = {r["seed"]: r["influence"][f"auc_{score}"] for r in here}
+            if values:
+                mean, half = interval(list(values.values()))
+                rows.append({"split": split, "score": score, "auc": values, "mean": mean, "half_width": half})
+        if here:
+            rows.append(
+                {"split": split, "score": "random (by definition)", "auc": {}, "mean": 0.5, "half_width": None}
+            )
+    return rows
+
+
+def to_text(pair, signed=False):
+    mean, half = pair
+    return f"{mean:{'+' if signed else ''}.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def to_markdown(rows, detected):
+    """Returns both tables as Markdown."""
+    lines = ["| pool | split | added | n | test MSE | top-k minus this |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        paired = to_text(row["selected_minus_this"], signed=True) if "selected_minus_this" in row else ""
+        error = to_text((row["mean"], row["half_width"]))
+        cells = (row["pool"], row["split"], NAMES[row["name"]], str(len(row["test_mse"])), error, paired)
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| split | score | n | area under the ROC curve |", "| --- | --- | ---: | ---: |"]
+    for row in detected:
+        cells = (row["split"], row["score"], str(len(row["auc"])), to_text((row["mean"], row["half_width"])))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows, path):
+    """Draws for each pool and split the paired differences with their intervals."""
+    from matplotlib.figure import Figure
+
+    groups = sorted({(row["pool"], row["split"]) for row in rows})
+    figure = Figure(figsize=(4.5 * len(groups), 3.2), layout="constrained")
+    for axes, group in zip(np.atleast_1d(figure.subplots(1, len(groups), sharey=True)), groups, strict=True):
+        shown = [r for r in rows if (r["pool"], r["split"]) == group and "selected_minus_this" in r][::-1]
+        for height, row in enumerate(shown):
+            mean, half = row["selected_minus_this"]
+            axes.errorbar(mean, height, xerr=half, fmt="o", color="tab:blue", capsize=3)
+        axes.axvline(0, color="0.5", linewidth=1)
+        axes.set_yticks(range(len(shown)), [NAMES[row["name"]] for row in shown])
+        axes.set_title(f"{group[0]} pool, {group[1]} split", fontsize=10)
+        axes.set_xlabel("test MSE: top-k by influence minus this")
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--external_file", help="CSV of external molecules, a second pool")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--splits", nargs="+", default=["random", "scaffold"])
+    parser.add_argument("--extra", default="", help="further flags of run_influence.py, as one text")
+    parser.add_argument("--folder", type=Path, default=ROOT / "work" / "influence", help="where the runs are kept")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "influence_study.json")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; they share the cores")
+    args = parser.parse_args()
+    threads = max(1, os.cpu_count() // args.jobs)
+    pools = ["corrupted", *(["external"] if args.external_file else [])]
+    cells = [(pool, split, seed, False) for seed in args.seeds for pool in pools for split in args.splits]
+    cells += [(pool, "random", seed, True) for seed in args.seeds[:MOST] for pool in pools if "random" in args.splits]
+    with ThreadPoolExecutor(args.jobs) as executor:
+        runs = list(executor.map(lambda cell: run(cell, args, threads), cells))
+    rows, detected = summarize(runs), detection_rows(runs)
+    report = {"command": "python " + shlex.join(sys.argv), "machine": machine() | {"threads_a_run": threads}}
+    report |= {"unit": "logD7.4", "selection": rows, "detection": detected, "runs": runs}
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(to_markdown(rows, detected))
+    plot(rows, args.output.with_suffix(".png"))
+    print(to_markdown(rows, detected))
+
+
+if __name__ == "__main__":
+    main()

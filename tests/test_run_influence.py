@@ -1,0 +1,708 @@
+"""Tests of run_influence.py: the mathematics against explicit matrices in float64, then the script on tiny models.
+
+References: matrices by `torch.autograd.functional`, `torch.linalg.solve`, Neumann sums written out, retraining.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from scipy.stats import spearmanr
+
+import run_influence
+from arguments import EMBEDDED_CHECKPOINT, EMBEDDED_DATA, InputError, parse_arguments
+from modeling_molformer_reg import MolformerForRegression
+from run_influence import (
+    PRODUCTS,
+    SCORES,
+    InfluenceArguments,
+    LissaState,
+    MoleculeProblem,
+    choose_parameters,
+    conjugate_gradient_inverse_hvp,
+    flatten,
+    inverse_curvature,
+    largest_eigenvalue,
+    lissa_inverse_hvp,
+    loss_gradient,
+    molecule_losses,
+    unflatten,
+)
+from trainer_regression import build_tokenizer
+from utils_molecules import prepare_molecules, read_table
+
+
+EXACT = 1e-9  # float64
+
+
+@pytest.fixture
+def network():
+    """Residuals of a small network in float64: (B, K) = (7, 2), P = 26."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs, labels = draw(7, 3), draw(7, 2)
+    params = {"first.weight": draw(4, 3), "first.bias": draw(4), "last.weight": draw(2, 4), "last.bias": draw(2)}
+
+    def residuals(params):
+        hidden = torch.tanh(inputs @ params["first.weight"].T + params["first.bias"])
+        return hidden @ params["last.weight"].T + params["last.bias"] - labels
+
+    return residuals, params
+
+
+def explicit(residuals, params, kind):
+    """The curvature matrix of the summed losses, from autograd's own Jacobian and Hessian."""
+    point = flatten(params)
+    if kind == "ggn":
+        jacobian = torch.autograd.functional.jacobian(lambda x: residuals(unflatten(x, params)).reshape(-1), point)
+        return 2 * jacobian.T @ jacobian
+    return torch.autograd.functional.hessian(lambda x: residuals(unflatten(x, params)).square().sum(), point)
+
+
+@pytest.fixture
+def matrix():
+    """A symmetric positive matrix with eigenvalues from 0.01 to 2, and a vector."""
+    generator = torch.Generator().manual_seed(1)
+    orthogonal, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    values = torch.tensor([0.01, 0.1, 0.3, 0.7, 1.1, 2.0], dtype=torch.float64)
+    return orthogonal @ torch.diag(values) @ orthogonal.T, torch.randn(6, generator=generator, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------- the mathematics
+
+
+def test_a_vector_is_put_apart_and_together(network):
+    _, params = network
+    vector = torch.arange(26, dtype=torch.float64)
+    parts = unflatten(vector, params)
+    assert {name: part.shape for name, part in parts.items()} == {name: p.shape for name, p in params.items()}
+    assert torch.equal(flatten(parts), vector)
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_products_equal_the_explicit_matrix(network, kind):
+    """Reference: autograd's Jacobian and Hessian."""
+    residuals, params = network
+    matrix = explicit(residuals, params, kind)
+    for vector in torch.eye(26, dtype=torch.float64):
+        product = PRODUCTS[kind](residuals, params, vector)
+        assert torch.allclose(product, matrix @ vector, rtol=0, atol=EXACT)
+
+
+def test_the_ggn_is_positive_and_the_hessian_is_not(network):
+    residuals, params = network
+    assert torch.linalg.eigvalsh(explicit(residuals, params, "ggn")).min() > -EXACT
+    assert torch.linalg.eigvalsh(explicit(residuals, params, "hessian")).min() < -0.1
+
+
+def test_gradient_and_losses_equal_autograd(network):
+    residuals, params = network
+    expected = torch.autograd.functional.jacobian(
+        lambda x: residuals(unflatten(x, params)).square().sum(), flatten(params)
+    )
+    assert torch.allclose(loss_gradient(residuals, params), expected, rtol=0, atol=EXACT)
+    assert torch.allclose(molecule_losses(residuals, params), (residuals(params) ** 2).sum(1), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("mode", SCORES)
+def test_scores_equal_the_gradients_of_single_molecules(network, mode):
+    """Reference: autograd's Jacobian of the vector of losses."""
+    residuals, params = network
+    direction = torch.linspace(-1, 1, 26, dtype=torch.float64)
+    gradients = torch.autograd.functional.jacobian(
+        lambda x: residuals(unflatten(x, params)).square().sum(1), flatten(params)
+    )
+    scores = SCORES[mode](residuals, params, direction)
+    assert torch.allclose(scores, gradients @ direction, rtol=0, atol=EXACT)
+
+
+def test_power_iteration_finds_the_largest_eigenvalue(matrix):
+    matrix, vector = matrix
+    assert largest_eigenvalue(lambda v: matrix @ v, vector, 50) == pytest.approx(2.0, abs=1e-9)
+    shifted = largest_eigenvalue(lambda v: matrix @ v - 2.0 * v, vector, 2000) + 2.0
+    assert shifted == pytest.approx(0.01, abs=1e-6)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 5])
+def test_lissa_without_tail_is_the_truncated_neumann_sum(matrix, depth):
+    """Reference: sum over t = 0 ... T of (I - (C + damping I) / scale)^t v / scale, written out."""
+    matrix, vector = matrix
+    scale, damping = 3.0, 0.05
+    step = torch.eye(6, dtype=torch.float64) - (matrix + damping * torch.eye(6, dtype=torch.float64)) / scale
+    terms = [torch.linalg.matrix_power(step, t) @ vector for t in range(depth + 1)]
+    answer = lissa_inverse_hvp(
+        lambda v: matrix @ v, vector, damping=damping, scale=scale, recursion_depth=depth, tail_fraction=0.0
+    )
+    assert answer.shape == (1, 6)
+    assert torch.allclose(answer[0], sum(terms) / scale, rtol=0, atol=EXACT)
+
+
+def test_the_tail_is_the_mean_of_the_last_iterates(matrix):
+    matrix, vector = matrix
+    options = {"damping": 0.05, "scale": 3.0}
+    single = [lissa_inverse_hvp(lambda v: matrix @ v, vector, recursion_depth=t, **options)[0] for t in (7, 8, 9, 10)]
+    tail = lissa_inverse_hvp(lambda v: matrix @ v, vector, recursion_depth=10, tail_fraction=0.4, **options)[0]
+    assert torch.allclose(tail, sum(single) / 4, rtol=0, atol=EXACT)
+
+
+def test_the_limits_are_the_exact_solution(matrix):
+    """Reference: torch.linalg.solve."""
+    matrix, vector = matrix
+    exact = torch.linalg.solve(matrix + 0.05 * torch.eye(6, dtype=torch.float64), vector)
+    lissa = lissa_inverse_hvp(lambda v: matrix @ v, vector, damping=0.05, scale=3.0, recursion_depth=2000)[0]
+    assert (lissa - exact).norm() / exact.norm() < 1e-3
+    gradients = conjugate_gradient_inverse_hvp(
+        lambda v: matrix @ v, vector, damping=0.05, tolerance=1e-9, max_steps=20
+    )
+    assert (gradients - exact).norm() / exact.norm() < 1e-6
+
+
+def test_shrinking_by_koh_and_liang_is_damping_times_scale(matrix):
+    """Reference: their code, h = v + (1 - d) h - C h / scale; then damping = d * scale."""
+    matrix, vector = matrix
+    shrink, scale, estimate = 0.02, 3.0, vector
+    for _ in range(25):
+        estimate = vector + (1 - shrink) * estimate - matrix @ estimate / scale
+    ours = lissa_inverse_hvp(lambda v: matrix @ v, vector, damping=shrink * scale, scale=scale, recursion_depth=25)
+    assert torch.allclose(ours[0], estimate / scale, rtol=0, atol=EXACT)
+
+
+def test_lissa_that_diverges_says_where_and_what_to_raise(matrix):
+    matrix, vector = matrix
+    with pytest.raises(FloatingPointError, match=r"norm .* at step \d+ of 500 with scale=0\.5.*Raise --scale"):
+        lissa_inverse_hvp(lambda v: matrix @ v, vector, damping=0.01, scale=0.5, recursion_depth=500)
+    with pytest.raises(FloatingPointError, match="norm .* -> nan at step 1 of 5"):
+        lissa_inverse_hvp(lambda v: v * math.nan, vector, damping=0.01, scale=5.0, recursion_depth=5)
+
+
+def test_lissa_at_the_edge_of_convergence_is_not_called_divergent(matrix):
+    """All eigenvalues of C + damping are below 2 * scale, the largest by a hundredth."""
+    matrix, vector = matrix
+    answer = lissa_inverse_hvp(lambda v: matrix @ v, vector, damping=0.05, scale=1.035, recursion_depth=5000)[0]
+    exact = torch.linalg.solve(matrix + 0.05 * torch.eye(6, dtype=torch.float64), vector)
+    assert torch.allclose(answer, exact, rtol=1e-3)
+
+
+def test_conjugate_gradients_refuse_a_matrix_that_is_not_positive(matrix):
+    matrix, vector = matrix
+    with pytest.raises(FloatingPointError, match="Raise --damping"):
+        conjugate_gradient_inverse_hvp(lambda v: matrix @ v - v, vector, damping=0.05, tolerance=1e-9, max_steps=20)
+
+
+def test_lissa_goes_on_where_it_was_stopped(matrix):
+    """Reference: the same run without a stop, bit for bit."""
+    matrix, vector = matrix
+
+    def noisy():
+        generator = torch.Generator().manual_seed(3)
+        return lambda v: matrix @ v * (1 + 0.1 * torch.rand(1, generator=generator, dtype=torch.float64))
+
+    options = {"damping": 0.05, "scale": 3.0, "recursion_depth": 10, "num_repeats": 3, "tail_fraction": 0.5}
+    whole = lissa_inverse_hvp(noisy(), vector, **options)
+    assert not torch.equal(whole[0], whole[1])
+
+    class StopError(Exception):
+        pass
+
+    state, hvp = LissaState(vector, torch.zeros_like(vector)), noisy()
+
+    def stop(state):
+        if (len(state.answers), state.step) == (1, 7):
+            raise StopError
+
+    with pytest.raises(StopError):
+        lissa_inverse_hvp(hvp, vector, **options, state=state, on_step=stop)
+    assert torch.equal(lissa_inverse_hvp(hvp, vector, **options, state=state), whole)
+
+
+def test_scores_predict_leaving_one_out_of_ridge_regression():
+    """Reference: retraining without each row. The score over N is what the target loss rises by without the row."""
+    generator = torch.Generator().manual_seed(0)
+    rows, width, penalty = 60, 5, 0.1
+    inputs = torch.randn(rows + 40, width, generator=generator, dtype=torch.float64)
+    labels = inputs @ torch.linspace(-1, 1, width, dtype=torch.float64)
+    labels = labels + 0.5 * torch.randn(len(labels), generator=generator, dtype=torch.float64)
+    train, target = slice(0, rows), slice(rows, None)
+
+    def fit(kept):  # of sum (x w - y)^2 / N + penalty w^2 / 2, N staying that of all rows
+        x, y = inputs[train][kept], labels[train][kept]
+        return torch.linalg.solve(
+            2 * x.T @ x / rows + penalty * torch.eye(width, dtype=torch.float64), 2 * x.T @ y / rows
+        )
+
+    def residuals_of(part):
+        return lambda params: (inputs[part] @ params["w"] - labels[part])[:, None]
+
+    params = {"w": fit(torch.ones(rows, dtype=torch.bool))}
+    gradient = loss_gradient(residuals_of(target), params) / 40
+    solution = conjugate_gradient_inverse_hvp(
+        lambda v: PRODUCTS["ggn"](residuals_of(train), params, v) / rows,
+        gradient,
+        damping=penalty,
+        tolerance=1e-12,
+        max_steps=50,
+    )
+    scores = SCORES["jvp"](residuals_of(train), params, solution) / rows
+    before = molecule_losses(residuals_of(target), params).mean()
+    changes = []
+    for row in range(rows):
+        kept = torch.arange(rows) != row
+        changes.append(molecule_losses(residuals_of(target), {"w": fit(kept)}).mean() - before)
+    changes = torch.stack(changes)
+    assert spearmanr(scores, changes).statistic > 0.95
+    assert float(scores @ changes / (scores @ scores)) == pytest.approx(1.0, abs=0.15)  # sign and size
+
+
+# --------------------------------------------------------------------------------------------- a model on molecules
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded checkpoint with a head solved by least squares, its tokenizer, and 96 prepared molecules."""
+    tokenizer = build_tokenizer()
+    options = argparse.Namespace(smiles_form="canonical", max_length=256, invalid_smiles="error")
+    molecules, _ = prepare_molecules(read_table(EMBEDDED_DATA).head(96), tokenizer, options, "data")
+    torch.manual_seed(0)
+    model = MolformerForRegression.from_pretrained(EMBEDDED_CHECKPOINT).eval()
+    model.config.label_mean, model.config.label_std = [molecules["label"].mean()], [molecules["label"].std()]
+    return model, tokenizer, molecules
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint, embedded):
+    """A model of two layers with random weights, and the molecules of `embedded`."""
+    torch.manual_seed(0)
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint).eval()
+    model.config.label_mean, model.config.label_std = embedded[0].config.label_mean, embedded[0].config.label_std
+    return model, embedded[1], embedded[2]
+
+
+def problem_of(embedded, pattern, chunk_size=32, curvature="ggn"):
+    model, tokenizer, molecules = embedded
+    return MoleculeProblem(model, tokenizer, choose_parameters(model, pattern), chunk_size, curvature)
+
+
+def explicit_ggn(problem, molecules):
+    """2 Jᵀ J / N from the Jacobian by torch.func.jacrev."""
+    total = 0
+    for _, rows in problem.chunks(molecules):
+        jacobian = torch.func.jacrev(problem.residuals(rows))(problem.params)  # (B, 1, ...)
+        jacobian = torch.cat([part.flatten(start_dim=2) for part in jacobian.values()], dim=2)[:, 0].double()
+        total = total + 2 * jacobian.T @ jacobian
+    return total / len(molecules)
+
+
+@pytest.mark.parametrize("pattern", ["head", r"layer\.5\.output\.(dense\.bias|LayerNorm)|classifier"])
+def test_lissa_on_molformer_is_near_the_exact_solution(embedded, pattern):
+    """Reference: torch.linalg.solve with the explicit matrix, in float64. Goals: cosine and rank correlation 0.99."""
+    _, _, molecules = embedded
+    problem, train, target = problem_of(embedded, pattern), molecules.iloc[:48], molecules.iloc[48:]
+    gradient = problem.gradient(target)
+    influence_args = InfluenceArguments(
+        relative_damping=0.03, recursion_depth=200, num_repeats=1, hessian_batch_size=16
+    )
+    solutions, report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)
+    matrix = explicit_ggn(problem, train)
+    exact = torch.linalg.solve(
+        matrix + report["damping"] * torch.eye(len(matrix), dtype=torch.float64), gradient.double()
+    ).float()
+    solution = solutions.mean(dim=0)
+    assert torch.cosine_similarity(solution, exact, dim=0) > 0.99
+    scores, expected = (problem.each(SCORES["jvp"], target, direction) for direction in (solution, exact))
+    assert spearmanr(scores, expected).statistic > 0.99
+    assert report["largest_eigenvalue"] == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=0.1)
+
+
+def test_scores_by_jvp_equal_scores_by_gradients_on_the_real_model(embedded):
+    """Tolerance: 1e-5 of the largest, all parameters, float32."""
+    _, _, molecules = embedded
+    problem = problem_of(embedded, "all", chunk_size=8)
+    gradient = problem.gradient(molecules.iloc[:16])
+    fast, slow = (problem.each(SCORES[mode], molecules.iloc[16:32], gradient) for mode in SCORES)
+    assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max()
+
+
+@pytest.mark.parametrize("curvature", PRODUCTS)
+def test_products_do_not_depend_on_chunks_and_are_symmetric(embedded, curvature):
+    _, _, molecules = embedded
+    generator = torch.Generator().manual_seed(0)
+    small, large = (problem_of(embedded, "last_1", size, curvature) for size in (5, 32))
+    size = sum(tensor.numel() for tensor in small.params.values())
+    first, second = torch.randn(2, size, generator=generator)
+    rows = molecules.iloc[:13]
+    image = large.curvature(rows, first)
+    assert torch.allclose(small.curvature(rows, first), image, atol=1e-4 * float(image.abs().max()))
+    assert torch.equal(large.curvature(rows, first), image)
+    assert float(image @ second) == pytest.approx(float(large.curvature(rows, second) @ first), rel=1e-3, abs=1e-3)
+
+
+def test_predictions_are_those_of_the_model(embedded):
+    model, tokenizer, molecules = embedded
+    predictions = problem_of(embedded, "head").predictions(molecules.iloc[:9])
+    for index in range(9):
+        encoded = {"input_ids": torch.tensor([molecules["input_ids"].iloc[index]])}
+        assert float(predictions[index]) == pytest.approx(float(model(**encoded).logits), abs=1e-5)
+
+
+def test_an_interrupted_lissa_run_goes_on_from_its_file(tiny, tmp_path):
+    """Reference: the run without interruption, bit for bit; other settings start anew."""
+    _, _, molecules = tiny
+    train, target = molecules.iloc[:24], molecules.iloc[24:40]
+    influence_args = InfluenceArguments(recursion_depth=10, num_repeats=2, hessian_batch_size=4)
+
+    def run(problem, path, args=influence_args):
+        return inverse_curvature(problem, train, problem.gradient(target), args, 0, path, show_progress=False)
+
+    whole, report = run(problem_of(tiny, "head"), None)
+    path, broken = tmp_path / "state.safetensors", problem_of(tiny, "head")
+    product, count = broken.curvature, 0
+
+    def failing(rows, vector):
+        nonlocal count
+        count += len(rows) == 4  # a step of LiSSA or of a batch's largest eigenvalue
+        if count == 5 * 10 + 14:
+            raise KeyboardInterrupt
+        return product(rows, vector)
+
+    broken.curvature = failing
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, path)
+    assert path.exists()
+    again, again_report = run(problem_of(tiny, "head"), path)
+    assert torch.equal(again, whole)
+    assert again_report == report
+    other = InfluenceArguments(recursion_depth=5, num_repeats=2, hessian_batch_size=4)
+    anew, expected = (run(problem_of(tiny, "head"), file, other)[0] for file in (path, None))
+    assert torch.equal(anew, expected)
+
+
+def test_parameters_are_chosen_by_name(embedded):
+    model, _, _ = embedded
+    assert len(choose_parameters(model, "all")) == len(list(model.parameters()))
+    assert choose_parameters(model, "head") == ["classifier.out_proj.weight", "classifier.out_proj.bias"]
+    last = choose_parameters(model, "last_2")
+    assert {name.split(".layer.")[1][0] for name in last if ".layer." in name} == {"4", "5"}
+    assert "molformer.LayerNorm.weight" in last and "classifier.out_proj.bias" in last
+    assert choose_parameters(model, r"layer\.0\..*query\.bias") == [
+        "molformer.encoder.layer.0.attention.self.query.bias"
+    ]
+    for wanted, message in (
+        ("nothing", "matches no parameter.*molformer.embeddings.word_embeddings.weight"),
+        ("last_7", "the model has 6 layers"),
+        ("last_0", "the model has 6 layers"),
+        ("(", "is no regular expression"),
+    ):
+        with pytest.raises(InputError, match=message):
+            choose_parameters(model, wanted)
+
+
+def test_a_hessian_with_negative_directions_is_warned_of(tiny, caplog):
+    _, _, molecules = tiny
+    problem = problem_of(tiny, "last_1", curvature="hessian")
+    influence_args = InfluenceArguments(curvature="hessian", damping=1e-6, recursion_depth=1, num_repeats=1)
+    with caplog.at_level("WARNING"):
+        _, report = inverse_curvature(
+            problem,
+            molecules.iloc[:16],
+            problem.gradient(molecules.iloc[16:32]),
+            influence_args,
+            0,
+            show_progress=False,
+        )
+    assert report["smallest_eigenvalue"] < 0
+    advised = float(caplog.text.split("Pass --damping ")[1].split()[0])
+    assert advised > -report["smallest_eigenvalue"]
+    assert not report["converged"]
+
+
+# ------------------------------------------------------------------------------------------------------ the script
+
+
+QUICK = ("--pool_size", "31", "--num_train_epochs", "2", "--learning_rate", "1e-3", "--recursion_depth", "20")
+QUICK += ("--num_repeats", "2", "--hessian_batch_size", "7", "--per_device_eval_batch_size", "8")
+QUICK += ("--disable_tqdm", "true")
+FILES = ("influence_scores.csv", "influence.json", "merged_train.csv", "validation.csv", "test.csv", "splits.json")
+FILES += ("all_results.json", "influence_scores.png", "influence_convergence.png", "influence_selection.png")
+
+
+def call_main(*flags):
+    """Parses `flags` as the script does and calls its `main`."""
+    flags = [str(flag) for flag in flags]
+    run_influence.main(*parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=flags))
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_checkpoint, small_table):
+    return ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *QUICK)
+
+
+@pytest.fixture(scope="module")
+def finished_run(flags, tmp_path_factory):
+    """A run on the small table with all controls."""
+    folder = tmp_path_factory.mktemp("influence") / "out"
+    controls = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
+    call_main(*flags, "--controls", *controls, "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scoring(finished_run, tiny_checkpoint, small_table):
+    """Flags that score the model of `finished_run` again, and fine-tune nothing."""
+    model = ("--model_name_or_path", finished_run / "finetune-none", "--pretrained_model", tiny_checkpoint)
+    return (*model, "--train_file", small_table, *QUICK, "--do_predict")
+
+
+def test_a_run_leaves_what_the_readme_lists(finished_run):
+    for name in FILES:
+        assert (finished_run / name).stat().st_size > 0, name
+        if name.endswith(".png"):
+            colors = Image.open(finished_run / name).convert("RGB").getcolors(maxcolors=2**24)
+            assert len(colors) > 10, f"{name} is blank"
+    assert not (finished_run / "influence_state.safetensors").exists()
+    results = json.loads((finished_run / "all_results.json").read_text())["results"]
+    added = {name: values["added"] for name, values in results.items()}
+    assert added == {
+        "none": 0,
+        "selected": 15,
+        "all": 31,
+        **dict.fromkeys(added.keys() - {"none", "selected", "all"}, 15),
+    }
+    assert len(added) == 7
+    assert all(len(values["eval_losses"]) == 2 and values["test_mse"] > 0 for values in results.values())
+
+
+def test_the_table_is_consistent(finished_run, small_table):
+    """Reference: the given file, and ranks and losses computed again."""
+    table = pd.read_csv(finished_run / "influence_scores.csv")
+    given = pd.read_csv(small_table)
+    splits = json.loads((finished_run / "splits.json").read_text())
+    assert table["row"].tolist() == splits["pool"]
+    assert table["SMILES"].tolist() == given["SMILES"][table["row"]].tolist()
+    wrong = table["label"].to_numpy() != given["label"][table["row"]].to_numpy()
+    assert wrong.sum() >= 8 and (table["corrupted"] == wrong).all()
+    assert table["row"][wrong].tolist() == splits["corrupted"]
+    assert not set(splits["pool"]) & {row for part in ("train", "validation", "test") for row in splits[part]}
+    assert table["rank"].tolist() == table["score"].rank(ascending=False).astype(int).tolist()
+    assert (table["selected"] == (table["rank"] <= 15)).all()
+    std = json.loads((finished_run / "finetune-none" / "config.json").read_text())["label_std"][0]
+    assert np.allclose(table["loss"], ((table["prediction"] - table["label"]) / std) ** 2, rtol=1e-3, atol=1e-6)
+    assert (table["score_sd"] >= 0).all()
+
+
+def test_the_report_says_how_the_scores_were_computed(finished_run):
+    report = json.loads((finished_run / "influence.json").read_text())
+    assert "positive" in report["sign"] and report["score_split"] == "validation" and not report["leakage"]
+    assert report["damping"] == pytest.approx(0.01 * report["largest_eigenvalue"])
+    assert report["scale"] == pytest.approx(1.5 * max(report["largest_eigenvalue_of_batches"]) + report["damping"])
+    assert report["implicit_damping"] == pytest.approx(report["scale"] / 20)
+    assert len(report["trace"]) == 20 and all(entry["residual"] > 0 for entry in report["trace"])
+    assert -1 <= report["agreement_of_ranks"] <= 1 and 0 <= report["auc_influence"] <= 1
+    config = json.loads((finished_run / "finetune-none" / "config.json").read_text())
+    assert report["split_hash"] == config["split_hash"]
+
+
+def test_scores_foretell_the_loss_after_a_step(finished_run, small_table, tmp_path, scoring):
+    """Sign, for the real script: the validation loss falls as a helpful molecule is learned."""
+    call_main(*scoring, "--ihvp", "identity", "--influence_params", "head", "--output_dir", tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "influence_scores.csv")
+    splits = json.loads((finished_run / "splits.json").read_text())
+    data = pd.read_csv(small_table)
+    tokenizer = build_tokenizer()
+    model = MolformerForRegression.from_pretrained(finished_run / "finetune-none").eval()
+    options = argparse.Namespace(smiles_form="canonical", max_length=256, invalid_smiles="error")
+    molecules, _ = prepare_molecules(read_table(small_table), tokenizer, options, "data")
+    molecules["label"] = data["label"]
+    problem = MoleculeProblem(model, tokenizer, choose_parameters(model, "head"), 32, "ggn")
+    target = molecules.iloc[splits["validation"]]
+    before = problem.each(molecule_losses, target).mean()
+    params, rate = dict(problem.params), 1e-4
+    for index in (table["score"].idxmax(), table["score"].idxmin()):
+        row = table.loc[[index]].rename(columns={"SMILES": "smiles"})
+        molecule, _ = prepare_molecules(row[["row", "smiles", "label"]], tokenizer, options, "data")
+        step = loss_gradient(problem.residuals(molecule), params)
+        problem.params = {name: params[name] - rate * part for name, part in unflatten(step, params).items()}
+        change = problem.each(molecule_losses, target).mean() - before
+        problem.params = params
+        assert float(change) == pytest.approx(-rate * table["score"][index], rel=0.05)
+
+
+def test_the_merged_files_go_into_run_regression(finished_run, tiny_checkpoint, tmp_path, run_script):
+    """The split that they make is the one that the fine-tuned model carries, so it can be evaluated on it."""
+    table = pd.read_csv(finished_run / "influence_scores.csv")
+    merged = pd.read_csv(finished_run / "merged_train.csv")
+    chosen = table[table["selected"]]
+    assert merged.tail(15).to_numpy().tolist() == chosen[["SMILES", "label"]].to_numpy().tolist()
+    files = [f"--{name}_file={finished_run / file}.csv" for name, file in
+             (("train", "merged_train"), ("validation", "validation"), ("test", "test"))]  # fmt: skip
+    model = finished_run / "finetune-selected"
+    result = run_script(
+        "run_regression.py", "--model_name_or_path", model, *files, "--do_predict", "--output_dir", tmp_path / "out"
+    )
+    assert result.returncode == 0, result.stderr
+    values = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    expected = json.loads((finished_run / "all_results.json").read_text())["results"]["selected"]
+    assert values["test_mse"] == pytest.approx(expected["test_mse"], rel=1e-5)
+
+
+def test_two_runs_with_one_seed_give_equal_bits(scoring, tmp_path):
+    for name in ("a", "b"):
+        call_main(*scoring, "--output_dir", tmp_path / name)
+    first, second = ((tmp_path / name / "influence_scores.csv").read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+def test_two_processes_give_the_scores_of_one(scoring, tmp_path, run_script):
+    """Tolerance: 1e-5 of the largest score. 31 molecules in chunks of 8, so the shares are uneven."""
+    call_main(*scoring, "--output_dir", tmp_path / "one")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    result = run_script("run_influence.py", *scoring, "--use_cpu", "--output_dir", tmp_path / "two", launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    one, two = (pd.read_csv(tmp_path / name / "influence_scores.csv") for name in ("one", "two"))
+    for column in ("score", "gradient_dot", "loss", "prediction"):
+        assert np.abs(one[column] - two[column]).max() <= 1e-5 * one[column].abs().max(), column
+    assert (one["rank"] == two["rank"]).all()
+
+
+def test_modes_and_solvers_agree(scoring, tmp_path):
+    """jvp and single gradients; conjugate gradients and a long LiSSA run on the whole training set."""
+    whole = ("--hessian_batch_size", "1000", "--num_repeats", "1", "--influence_params", "head")
+    whole += ("--relative_damping", "0.05", "--tail_fraction", "0")
+    variants = {
+        "lissa": (*whole, "--recursion_depth", "300"),
+        "cg": (*whole, "--ihvp", "cg", "--tolerance", "1e-6"),
+        "slow": (*whole, "--recursion_depth", "300", "--score_mode", "per_sample_gradient"),
+    }
+    scores = {}
+    for name, extra in variants.items():
+        call_main(*scoring, *extra, "--output_dir", tmp_path / name)
+        scores[name] = pd.read_csv(tmp_path / name / "influence_scores.csv")["score"]
+        assert json.loads((tmp_path / name / "influence.json").read_text())["converged"]
+    largest = scores["cg"].abs().max()
+    assert np.abs(scores["slow"] - scores["lissa"]).max() <= 1e-5 * largest
+    assert np.abs(scores["cg"] - scores["lissa"]).max() <= 1e-2 * largest
+
+
+def test_a_killed_run_goes_on_to_the_same_result(flags, finished_run, tmp_path):
+    """Reference: the uninterrupted run. SIGKILL in the second fine-tuning."""
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "run_influence.py"), *map(str, flags), "--output_dir", str(folder)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not list(folder.glob("finetune-selected/checkpoint-*")) and time.time() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--resume_from_checkpoint" in refused.stderr
+    resumed = subprocess.run(
+        [*command, "--resume_from_checkpoint", "true"], env=environment, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    results = json.loads((folder / "all_results.json").read_text())["results"]
+    expected = json.loads((finished_run / "all_results.json").read_text())["results"]
+    assert results.keys() == {"none", "selected", "all", "random"}
+    for name, values in results.items():
+        assert values["test_mse"] == pytest.approx(expected[name]["test_mse"], rel=1e-5), name
+
+
+def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
+    scoring, finished_run, small_table, tmp_path
+):
+    """One row is a test molecule without its stereo, one a validation molecule, one a training molecule."""
+    splits = json.loads((finished_run / "splits.json").read_text())
+    given = pd.read_csv(small_table)["SMILES"]
+    rows = [given[splits["test"][0]].replace("@", ""), given[splits["validation"][0]], given[splits["train"][0]]]
+    external = tmp_path / "external.csv"
+    lines = [f"{text},1.5" for text in [*rows, "CCOC(=O)c1ccccc1Br", "CCCCCCN"]]
+    external.write_bytes(("\ufeffSMILES,Label\r\n" + "\r\n".join(lines) + "\r\n").encode())
+    split = ("--split_file", finished_run / "splits.json", "--external_file", external)
+    call_main(*scoring, *split, "--output_dir", tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "influence_scores.csv").sort_values("row")
+    assert table["excluded"].fillna("").tolist() == ["is a test molecule", "is a validation molecule", "", "", ""]
+    assert table["score"].notna().tolist() == [False, False, True, True, True]
+    external.write_text(f"SMILES,Label\n{rows[1]},1\n")
+    with pytest.raises(InputError, match="No molecule of .* is left"):
+        call_main(*scoring, *split, "--output_dir", tmp_path / "none")
+    external.write_text("SMILES,Label\nCCO,1\nCCN,\n")
+    with pytest.raises(InputError, match="1 of 2 labels in column 'Label' .* first at row 1"):
+        call_main(*scoring, *split, "--output_dir", tmp_path / "none")
+    external.write_text("SMILES,Label\nCCO,1\nC1CC,2\n")
+    with pytest.raises(InputError, match="row 1: 'C1CC'"):
+        call_main(*scoring, *split, "--output_dir", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--num_selected", "40"), "--num_selected 40 is more than the 31 molecules"),
+        (("--pool_size", "90"), "--pool_size 90 would take more than half of the"),
+        (("--influence_params", "nowhere"), "matches no parameter"),
+        (("--scale", "1e-3"), r"LiSSA diverged: norm .* at step \d+ of 20 with scale=0.001.*Raise --scale"),
+        (("--split_seed", "7"), "The checkpoint was trained with another split"),
+    ],
+)
+def test_bad_input_is_named(scoring, tmp_path, extra, message):
+    with pytest.raises(InputError, match=message):
+        call_main(*scoring, *extra, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out" / "influence_scores.csv").exists()
+
+
+def test_a_checkpoint_that_knows_the_pool_is_refused(tiny_checkpoint, small_table, tmp_path, run_script):
+    result = run_script(
+        "run_regression.py", "--model_name_or_path", tiny_checkpoint, "--train_file", small_table,
+        "--num_train_epochs", 1, "--output_dir", tmp_path / "model",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    given = ("--model_name_or_path", tmp_path / "model", "--train_file", small_table, *QUICK)
+    with pytest.raises(InputError, match="another split"):
+        call_main(*given, "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match="is fine-tuned, and not from models/molformer-mini.*--pretrained_model"):
+        call_main(*given, "--ignore_split_mismatch", "--output_dir", tmp_path / "out")
+
+
+def test_a_model_without_head_is_refused_where_nothing_is_trained(flags, tmp_path):
+    with pytest.raises(InputError, match="no trained regression head"):
+        call_main(*flags, "--do_predict", "--output_dir", tmp_path / "out")
+
+
+def test_the_test_set_as_target_is_called_leakage(scoring, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        call_main(*scoring, "--score_split", "test", "--ihvp", "identity", "--output_dir", tmp_path / "out")
+    assert "leak" in caplog.text
+    assert json.loads((tmp_path / "out" / "influence.json").read_text())["leakage"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"damping": 0.0}, "--damping is 0.0"),
+        ({"relative_damping": -1.0}, "--relative_damping is -1.0"),
+        ({"scale": "-2"}, "--scale is -2; give auto or a positive number"),
+        ({"scale": "wide"}, "--scale is wide"),
+        ({"pool_noise": 1.5}, "--pool_noise is 1.5"),
+        ({"num_repeats": 0}, "--num_repeats is 0"),
+        ({"recursion_depth": -1}, "--recursion_depth is -1"),
+        ({"controls": ["none", "luck"]}, "--controls luck is unknown. Choose from none, all"),
+        ({"tolerance": math.nan}, "--tolerance is nan"),
+    ],
+)
+def test_arguments_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        InfluenceArguments(**values)
