@@ -19,11 +19,14 @@ import pandas as pd
 import torch
 from rdkit import rdBase
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer, set_seed
+from transformers.utils import cached_file
 
 from arguments import (
     EMBEDDED_VOCABULARY,
+    ROOT,
     InputError,
     begin_writing,
     end_writing,
@@ -46,6 +49,11 @@ from utils_molecules import (
 )
 
 
+PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names
+PARTIAL_METHODS = ("head", "bitfit")
+# `cached_file` then answers `None` for a file that is not there
+QUIET = {name: False for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")}
+QUIET["_raise_exceptions_for_gated_repo"] = False
 LEARNING_RATES = {"default": 3e-4, "paper": 1e-4}  # the default was found on validation, see the README
 
 
@@ -129,8 +137,77 @@ def load_config(model_args):
         raise InputError(_not_loaded("configuration", source, error)) from error
 
 
+def find_base(source, model_args):
+    """Returns how a checkpoint of adapters, or of some parameters, names its method and base; `None` for a plain one.
+
+    Returns:
+        `dict` with `method` and `base`.
+    """
+    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    for name, base in ((PARTIAL_FILE, "base"), ("adapter_config.json", "base_model_name_or_path")):
+        path = cached_file(source, name, **hub, **QUIET) if source is not None else None
+        if path is not None:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            return {"method": values.get("method") or values.get("peft_type"), "base": values.get(base)}
+    return None
+
+
+def portable_path(source):
+    """Returns a checkpoint's name as an adapter keeps it: relative to this project where the checkpoint is in it."""
+    path = Path(source)
+    return path.resolve().relative_to(ROOT).as_posix() if path.exists() and ROOT in path.resolve().parents else source
+
+
+def _load_adapted(model_class, source, found, hub, values):
+    """Returns the base of a checkpoint of adapters, or of some parameters, with these in it."""
+    if model_class is not MolformerForRegression:
+        raise InputError(
+            f"{source} holds a regression adapter ({found['method']}). Merge it first: run_peft.py --merge_adapter."
+        )
+    base = found["base"]
+    if base is not None and not Path(base).exists() and (ROOT / base).exists():
+        base = str(ROOT / base)
+    config = MolformerConfig.from_pretrained(source, **hub, **values)
+    try:
+        model = model_class.from_pretrained(base, config=config, dtype=torch.float32, cache_dir=hub["cache_dir"])
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
+        raise InputError(
+            f"The base of {source} cannot be loaded. {_not_loaded('model', str(base), error)} Or correct its name in "
+            "the adapter's configuration."
+        ) from error
+    if found["method"] in PARTIAL_METHODS:
+        weights = load_file(cached_file(source, "model.safetensors", **hub))
+        _, unexpected = model.load_state_dict(weights, strict=False)
+        if unexpected:
+            raise InputError(f"{source} has parameters that its base {base} lacks: {', '.join(unexpected[:3])}.")
+    else:
+        import peft
+
+        # the model inside, with the adapters in its layers: it is what the scripts know
+        model = _unwrap(peft.PeftModel.from_pretrained(model, source, **hub))
+    model.new_heads = ()  # the head came with the adapter
+    return model
+
+
+def merge_adapter(model):
+    """Returns the plain model that a PEFT model is equal to; a model without adapters is returned as it is."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    _unwrap(model)
+    return model.merge_and_unload()
+
+
+def _unwrap(model):
+    """Returns the model inside a PEFT model, the trained head in its place: PEFT does not do so for every method."""
+    inside = model.get_base_model()
+    inside.classifier = inside.classifier.modules_to_save[model.active_adapter]
+    return inside
+
+
 def load_model(model_class, model_args, tokenizer, **overrides):
     """Returns the model of the checkpoint, or one with random weights if only a configuration was named.
+
+    A checkpoint of adapters, or of some parameters, gives its base with these in it.
 
     Args:
         overrides: configuration values that hold over the checkpoint's and the user's, such as `num_labels`.
@@ -148,11 +225,15 @@ def load_model(model_class, model_args, tokenizer, **overrides):
                 "Training from scratch: %s names a configuration, the weights are random", model_args.config_name
             )
             model = model_class(config)
+        elif (found := find_base(source, model_args)) is not None:
+            model = _load_adapted(model_class, source, found, hub, values)
         else:
             if model_args.config_name:
                 hub["config"] = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
                 values = {}
             model = model_class.from_pretrained(source, dtype=torch.float32, **hub, **values)
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(_not_loaded("model", source or model_args.config_name, error)) from error
     config = model.config
@@ -234,7 +315,12 @@ class LengthGroupedBatchSampler(Sampler):
 
 
 class MolformerTrainer(Trainer):
-    """Trainer for MoLFormer: exact resumption, equal random features on all processes, a head learning rate."""
+    """Trainer for MoLFormer: exact resumption, equal random features on all processes, a head learning rate.
+
+    `partial_method` names the method if some of the model's own parameters are trained; only these are saved then.
+    """
+
+    partial_method = None
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -274,11 +360,22 @@ class MolformerTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        if self.partial_method is not None:
+            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            state_dict = {name: tensor for name, tensor in self.model.state_dict().items() if name in trained}
         token, self.args.hub_token = self.args.hub_token, None  # training_args.bin would hold it in plain bytes
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+        if not self.args.should_save:
+            return
+        if self.partial_method is not None:
+            values = {"method": self.partial_method, "base": self.model.name_or_path, "parameters": sorted(trained)}
+            write_json(values, folder / PARTIAL_FILE)
+        elif hasattr(self.model, "peft_config"):  # with the scale of the labels, pooling and head
+            self.model.get_base_model().config.save_pretrained(folder)
 
 
 class RegressionTrainer(MolformerTrainer):
@@ -409,13 +506,14 @@ def set_learning_rate(training_args, data_args):
         training_args.learning_rate = LEARNING_RATES[data_args.protocol]
 
 
-def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, train_set=None):
+def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, train_set=None, adapt=None):
     """Returns a `RegressionTrainer` of the model that the arguments name, when model and labels are checked.
 
     Args:
         parts (`dict[str, pandas.DataFrame]`): molecules of each split; the trainer evaluates on validation, or on the
             test set where there is no validation part.
         train_set (`datasets.Dataset`, *optional*): what is learned in place of the molecules of `parts["train"]`.
+        adapt (`Callable`, *optional*): returns the model that is trained in place of the one that was loaded.
     Raises:
         InputError: as `load_model` and `prepare_head` do.
     """
@@ -423,6 +521,10 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     set_seed(training_args.seed)
     model = load_model(MolformerForRegression, model_args, tokenizer, num_labels=1)
     prepare_head(model, parts["train"], digest, data_args, training_args)
+    if adapt is not None:
+        if model_args.model_name_or_path is not None:
+            model.name_or_path = portable_path(model_args.model_name_or_path)
+        model = adapt(model)
     return RegressionTrainer(
         model=model,
         args=training_args,
@@ -438,7 +540,11 @@ def held_out_name(parts):
 
 
 def train_regression(trainer, parts, checkpoint=None):
-    """Fine-tunes, and writes the model of the best epoch, metrics, state and loss curves into the output folder."""
+    """Fine-tunes, and writes the model of the best epoch, metrics, state and loss curves into the output folder.
+
+    Returns:
+        the metrics of the training (`dict`).
+    """
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     metrics = {**result.metrics, "train_samples": len(parts["train"]), "train_smiles": len(trainer.train_dataset)}
@@ -450,6 +556,7 @@ def train_regression(trainer, parts, checkpoint=None):
         path = Path(trainer.args.output_dir) / "loss_curves.png"
         loss_name = "mean squared error of standardized labels"
         plot_losses(trainer.state.log_history, path, held_out_name(parts), loss_name)
+    return metrics
 
 
 def evaluate_regression(trainer):

@@ -1,0 +1,326 @@
+"""Fine-tunes a few parameters of MoLFormer to predict lipophilicity: BitFit, (IA)³, LoRA and newer methods.
+
+    python run_peft.py                                                    # LoRA on the embedded checkpoint and data
+    python run_peft.py --peft_method bitfit --output_dir outputs/bitfit
+    python run_regression.py --do_predict --model_name_or_path outputs/peft --output_dir outputs/predicted
+
+Data, split, head, protocol and outputs are those of run_regression.py. Writes to --output_dir what was trained and
+nothing else (an adapter of PEFT, or the trained parameters beside the name of their base), all_results.json with the
+numbers of trainable parameters, time, memory and size, predictions.csv, splits.json and plots. The folder serves as
+--model_name_or_path of every script.
+
+Ben Zaken et al., BitFit, 2021, https://arxiv.org/abs/2106.10199. Liu et al., (IA)³, 2022,
+https://arxiv.org/abs/2205.05638. Hu et al., LoRA, 2021, https://arxiv.org/abs/2106.09685.
+"""
+
+import logging
+import re
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from arguments import (
+    DataTrainingArguments,
+    InputError,
+    ModelArguments,
+    TrainingArguments,
+    begin_writing,
+    end_writing,
+    run_script,
+    setup_run,
+)
+
+
+DEFAULTS = {"output_dir": "outputs/peft"}
+
+# What --peft_method means: learning rate, rank, target modules. Rates were found on validation, see the README.
+LAYER = r"molformer\.encoder\.layer\.\d+\."
+ALL_LINEAR = LAYER + r"(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
+
+
+@dataclass
+class Method:
+    """Defaults of a method: peak learning rate, rank (`None` where it has none), and which modules it adapts."""
+
+    learning_rate: float
+    rank: int | None = None
+    targets: str | None = None
+    summary: str = ""
+
+
+METHODS = {
+    "full": Method(3e-4, summary="all parameters, the line to beat"),
+    "head": Method(3e-3, summary="the regression head alone"),
+    "bitfit": Method(3e-3, summary="every bias of the encoder"),
+    "ia3": Method(
+        1e-2, None, LAYER + r"(attention\.self\.(key|value)|output\.dense)",
+        "factors for keys, values and the inner state of the feed-forward layer",
+    ),
+    "ln_tuning": Method(3e-3, None, r".*LayerNorm", "weight and bias of every LayerNorm"),
+    "lora": Method(2e-3, 8, ALL_LINEAR, "low-rank updates of every linear layer"),
+    "rslora": Method(1e-3, 8, ALL_LINEAR, "LoRA scaled by 1 / sqrt(rank)"),
+    "dora": Method(2e-3, 8, ALL_LINEAR, "LoRA of directions, with a magnitude for each output"),
+    "pissa": Method(1e-3, 8, ALL_LINEAR, "LoRA that starts from the largest singular vectors"),
+    "vera": Method(1e-2, 256, ALL_LINEAR, "scalings of shared random projections"),
+    "oft": Method(1e-3, 32, ALL_LINEAR, "rotations of the inputs, in blocks of `rank`"),
+    "miss": Method(1e-3, 8, ALL_LINEAR, "one shared shard of each weight matrix"),
+    "hira": Method(2e-3, 8, ALL_LINEAR, "low-rank factors that multiply the weights, element by element"),
+    "shira": Method(1e-3, 8, ALL_LINEAR, "a random sparse part of the weights, as many as LoRA would have"),
+}  # fmt: skip
+PLAIN_METHODS = ("full", "head", "bitfit")  # parameters of the model itself; all others are tuners of PEFT
+
+logger = logging.getLogger("molformer.peft")
+
+
+@dataclass
+class PeftArguments:
+    """Which parameters are trained."""
+
+    peft_method: str = field(
+        default="lora",
+        metadata={"help": "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + "."},
+    )
+    peft_rank: int | None = field(
+        default=None, metadata={"help": "Rank; of oft the block size. Default: the method's, see the README."}
+    )
+    peft_alpha: float | None = field(
+        default=None, metadata={"help": "Scaling of LoRA and its kin, divided by the rank. Default: twice the rank."}
+    )
+    peft_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, where there is one."})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that are adapted: ends of their names, or one pattern. Default: the method's."},
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Also write a plain checkpoint, the adapter merged into its base, to the folder merged."},
+    )
+
+    def __post_init__(self):
+        if self.peft_method not in METHODS:
+            raise ValueError(f"--peft_method {self.peft_method} is unknown. Choose one of {', '.join(METHODS)}.")
+        method = METHODS[self.peft_method]
+        if method.targets is None and (self.peft_rank or self.target_modules):
+            raise ValueError(f"--peft_method {self.peft_method} has neither rank nor target modules. Leave them out.")
+        if self.peft_rank is not None and method.rank is None:
+            raise ValueError(f"--peft_method {self.peft_method} has no rank. Leave --peft_rank out.")
+        if self.peft_rank is not None and self.peft_rank < 1:
+            raise ValueError(f"--peft_rank is {self.peft_rank}; give a positive number.")
+        if not 0 <= self.peft_dropout < 1:
+            raise ValueError(f"--peft_dropout is {self.peft_dropout}; give a number from 0 up to, not including, 1.")
+        self.peft_rank = self.peft_rank or method.rank
+
+
+ARGUMENTS = (ModelArguments, DataTrainingArguments, PeftArguments, TrainingArguments)
+
+
+def find_targets(model, peft_args):
+    """Returns the names of the modules that the method adapts.
+
+    Raises:
+        InputError: if a target names no linear layer (for ln_tuning, no LayerNorm) of the encoder, or the rank is
+            larger than a layer allows.
+    """
+    wanted = METHODS[peft_args.peft_method].targets
+    kind = nn.LayerNorm if peft_args.peft_method == "ln_tuning" else nn.Linear
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    modules = {name: module for name, module in modules.items() if not name.startswith("classifier")}
+    if peft_args.target_modules is None:
+        patterns = [wanted]
+    elif len(peft_args.target_modules) == 1:
+        patterns = [rf"(.*\.)?({peft_args.target_modules[0]})"]
+    else:
+        patterns = [rf"(.*\.)?{re.escape(target)}" for target in peft_args.target_modules]
+    found = []
+    for pattern in patterns:
+        try:
+            matched = [name for name in modules if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise InputError(f"--target_modules {pattern!r} is no regular expression: {error}.") from error
+        if not matched:
+            ends = sorted({re.sub(r".*layer\.\d+\.", "", name) for name in modules})
+            raise InputError(f"--target_modules {pattern!r} matches no module. There are: {', '.join(ends)}.")
+        found += matched
+    check_shapes({name: modules[name] for name in found}, peft_args)
+    return sorted(set(found))
+
+
+def check_shapes(modules, peft_args):
+    """Raises `InputError` if a rank is larger than a layer, or a layer cannot be cut into the blocks of a method."""
+    method, rank = peft_args.peft_method, peft_args.peft_rank
+    for name, module in modules.items():
+        if rank is None:
+            return
+        smallest = min(module.weight.shape)
+        if method not in ("vera", "oft") and rank > smallest:
+            raise InputError(
+                f"--peft_rank {rank} is larger than {name}, {tuple(module.weight.shape)}. Give at most {smallest}."
+            )
+        if method == "oft" and module.in_features % rank:
+            fits = [size for size in range(2, 129) if module.in_features % size == 0]
+            raise InputError(
+                f"--peft_method oft cuts the {module.in_features} inputs of {name} into blocks of --peft_rank {rank}, "
+                f"which does not divide them. Choose one of {', '.join(map(str, fits))}, or --peft_method lora."
+            )
+
+
+def peft_config(peft_args, targets):
+    """Returns the configuration of PEFT's tuner for a method (`peft.PeftConfig`)."""
+    import peft
+
+    method, rank = peft_args.peft_method, peft_args.peft_rank
+    common = {"task_type": "SEQ_CLS", "target_modules": targets, "modules_to_save": ["classifier"]}
+    lora = {"r": rank, "lora_alpha": peft_args.peft_alpha or 2 * (rank or 0), "lora_dropout": peft_args.peft_dropout}
+    inner = [name for name in targets if re.search(r"layer\.\d+\.output\.dense$", name)]
+    makers = {
+        "lora": lambda: peft.LoraConfig(**common, **lora),
+        "rslora": lambda: peft.LoraConfig(**common, **lora, use_rslora=True),
+        "dora": lambda: peft.LoraConfig(**common, **lora, use_dora=True),
+        "pissa": lambda: peft.LoraConfig(**common, **{**lora, "lora_alpha": peft_args.peft_alpha or rank},
+                                         init_lora_weights="pissa"),
+        "ia3": lambda: peft.IA3Config(**common, feedforward_modules=inner),
+        "ln_tuning": lambda: peft.LNTuningConfig(**common),
+        "vera": lambda: peft.VeraConfig(**common, r=rank, vera_dropout=peft_args.peft_dropout, d_initial=0.1),
+        "oft": lambda: peft.OFTConfig(**common, oft_block_size=rank, module_dropout=peft_args.peft_dropout,
+                                      use_cayley_neumann=False),
+        "miss": lambda: peft.MissConfig(**common, r=rank, miss_dropout=peft_args.peft_dropout),
+        "hira": lambda: peft.HiraConfig(**common, r=rank, hira_dropout=peft_args.peft_dropout),
+        "shira": lambda: peft.ShiraConfig(**common, r=rank),
+    }  # fmt: skip
+    return makers[method]()
+
+
+def trained_names(model, method):
+    """Returns the names of the parameters that a method trains which adds none of its own."""
+    encoder = {"full": lambda name: True, "head": lambda name: False, "bitfit": lambda name: name.endswith(".bias")}
+    return [name for name, _ in model.named_parameters() if name.startswith("classifier.") or encoder[method](name)]
+
+
+def adapt(model, peft_args):
+    """Returns the model in which only what the method trains requires gradients, adapters added.
+
+    Raises:
+        InputError: as `find_targets` does.
+    """
+    method = peft_args.peft_method
+    if method in PLAIN_METHODS:
+        names = set(trained_names(model, method))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        return model
+    import peft
+
+    targets = find_targets(model, peft_args)
+    config = peft_config(peft_args, targets)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:  # a condition of the tuner's own on shapes
+        raise InputError(
+            f"--peft_method {method} cannot be applied: {error} Choose another rank or method."
+        ) from error
+
+
+def measure(trainer, base_parameters):
+    """Returns what the training took: trainable parameters (all, and without the head), peak memory, size on disk."""
+    trainable = {name: p.numel() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trainable.items() if "classifier." in name)
+    total = sum(trainable.values())
+    folder = Path(trainer.args.output_dir)
+    weights = [path for path in folder.glob("*.safetensors")]
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {
+        "trainable_parameters": total,
+        "trainable_parameters_without_head": total - head,
+        "base_parameters": base_parameters,
+        "trainable_percent": 100 * total / base_parameters,
+        "checkpoint_bytes": sum(path.stat().st_size for path in weights),
+        "peak_memory_bytes": peak,
+    }
+
+
+def main(model_args, data_args, peft_args, training_args):
+    checkpoint = setup_run(training_args, data_args)
+
+    from trainer_regression import (
+        build_trainer,
+        check_split,
+        evaluate_regression,
+        load_config,
+        load_tokenizer,
+        merge_adapter,
+        select_parts,
+        train_regression,
+        write_reports,
+    )
+    from utils_molecules import load_molecules, write_csv
+
+    # Data
+    tokenizer = load_tokenizer(model_args)
+    molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
+    parts = select_parts(molecules, data_args)
+
+    # Model and trainer
+    if peft_args.peft_method != "full":
+        if model_args.redraw_features:
+            raise InputError(
+                "--redraw_features true changes the attention of the base in every layer, which no adapter could "
+                "keep. Leave it out, or use --peft_method full."
+            )
+        model_args.redraw_features = False
+    if training_args.learning_rate is None:
+        training_args.learning_rate = METHODS[peft_args.peft_method].learning_rate
+    check_split(load_config(model_args), digest, data_args, checkpoint)
+    base_parameters = []
+
+    def adapt_model(model):
+        base_parameters.append(model.num_parameters())
+        return adapt(model, peft_args)
+
+    trainer = build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, adapt=adapt_model)
+    if peft_args.peft_method in PLAIN_METHODS[1:]:
+        trainer.partial_method = peft_args.peft_method
+    begin_writing(training_args, checkpoint, model_args.model_name_or_path)
+    if len(dropped) and trainer.is_world_process_zero():
+        write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
+
+    # Train
+    if training_args.do_train:
+        metrics = train_regression(trainer, parts, checkpoint)
+        measured = measure(trainer, base_parameters[0])
+        trainer.save_metrics("train", {**metrics, "peft_method": peft_args.peft_method, **measured})
+        logger.info(
+            "%s: %d trainable parameters, %.3f %% of the base model's %d (%d without the head)",
+            peft_args.peft_method, measured["trainable_parameters"], measured["trainable_percent"],
+            measured["base_parameters"], measured["trainable_parameters_without_head"],
+        )  # fmt: skip
+
+    # Evaluate
+    if training_args.do_eval:
+        evaluate_regression(trainer)
+
+    # Predict
+    if training_args.do_predict:
+        predictions = {name: [trainer.predict_molecules(part)] for name, part in parts.items()}
+        if trainer.is_world_process_zero():
+            metrics, table = write_reports(training_args.output_dir, parts, predictions, digest, data_args)
+            trainer.save_metrics("predict", metrics)
+            print(table)
+
+    # Merge
+    if peft_args.merge_adapter and trainer.is_world_process_zero():
+        merged = merge_adapter(trainer.model)
+        merged.save_pretrained(Path(training_args.output_dir) / "merged")
+        tokenizer.save_pretrained(Path(training_args.output_dir) / "merged")
+    end_writing(training_args)
+
+
+if __name__ == "__main__":
+    run_script(main, ARGUMENTS, DEFAULTS, __doc__)

@@ -1,0 +1,228 @@
+"""What each parameter-efficient method reaches, with how many parameters, memory and time.
+
+    python studies/peft_comparison.py --tune            # first: three learning rates a method, by validation
+    python studies/peft_comparison.py --jobs 2          # hours; finished cells are not trained again
+
+Runs run_peft.py: every method with its default rate on the same splits and seeds (split and seed vary together), five
+seeds for full fine-tuning, LoRA, BitFit, (IA)³ and the winner, three for the rest; the winner and full fine-tuning on the
+scaffold split too; and the paper's setting, one learning rate for all. Writes results/peft_comparison.json, .csv, .md
+and .png, and with --tune results/peft_tuning.json.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from foundation import ROOT, machine
+from scipy import stats
+
+
+sys.path.insert(0, str(ROOT))
+
+from run_peft import METHODS  # noqa: E402
+
+
+PAPER = {  # test MSE and final training loss of its appendix
+    "bitfit": (0.8617, 0.884),
+    "ia3": (0.9203, 0.956),
+    "lora": (0.7456, 0.778),
+}
+PAPER_RATE = "1e-4"
+ALL_SEEDS = ("full", "lora", "bitfit", "ia3")  # and the winner
+FACTORS = (1 / 3, 1.0, 3.0)  # of a method's default rate, for --tune
+MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
+NUMBERS = ("trainable_parameters", "trainable_parameters_without_head", "trainable_percent", "peak_memory_bytes")
+NUMBERS += ("checkpoint_bytes", "train_runtime", "train_loss", "eval_mse", "test_mse", "test_mae", "test_r2")
+
+
+def run(cell, args, threads):
+    """Runs one cell (method, split, seed, flags), unless it is finished, and returns its numbers."""
+    method, split, seed, name, flags = cell
+    folder = args.folder / f"{name}-{split}-{seed}"
+    command = ["run_peft.py", "--peft_method", method, "--split", split, "--seed", str(seed)]
+    command += [*flags, *shlex.split(args.extra), "--output_dir", str(folder)]
+    results = folder / "all_results.json"
+    if not results.exists() or (folder / "unfinished").exists():
+        begun = (folder / "unfinished").exists() and any(folder.glob("checkpoint-*/trainer_state.json"))
+        mode = ["--resume_from_checkpoint", "true"] if begun else ["--overwrite_output_dir"]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (args.folder / f"{folder.name}.log").open("a") as log:
+            subprocess.run(
+                [sys.executable, *command, *mode, "--disable_tqdm", "true"],
+                cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log, check=True,
+            )  # fmt: skip
+    values = json.loads(results.read_text())
+    print(name, split, seed, {key: values.get(key) for key in ("eval_mse", "test_mse")}, flush=True)
+    row = {"method": method, "name": name, "split": split, "seed": seed, "command": "python " + shlex.join(command)}
+    return row | {key: values[key] for key in NUMBERS if key in values}
+
+
+def run_all(cells, args):
+    threads = max(1, os.cpu_count() // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as executor:
+        return list(executor.map(lambda cell: run(cell, args, threads), cells))
+
+
+def tune(args):
+    """Trains every method at three rates and writes validation errors; the test set is not read."""
+    cells = []
+    for method in args.methods:
+        for factor in FACTORS:
+            rate = f"{METHODS[method].learning_rate * factor:.2g}"
+            flags = ["--learning_rate", rate, "--do_train", "--do_eval"]
+            cells.append((method, "random", 42, f"tune-{method}-{rate}", flags))
+    runs = run_all(cells, args)
+    best = {}
+    for row in runs:
+        if row["method"] not in best or row["eval_mse"] < best[row["method"]]["eval_mse"]:
+            best[row["method"]] = row
+    report = {"command": "python " + shlex.join(sys.argv), "machine": machine(), "runs": runs}
+    report["best"] = {method: row["name"].rsplit("-", 1)[1] for method, row in best.items()}
+    write(args.output.with_name("peft_tuning.json"), report)
+    print(json.dumps(report["best"], indent=2))
+
+
+def interval(values):
+    """Returns mean and half width of its 95 % interval (Student's t); the width is `None` for one value."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), None
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def winner_of(runs):
+    """Returns the method of lowest mean validation error among those that train few parameters."""
+    errors = {}
+    for row in runs:
+        share = (
+            100
+            * row["trainable_parameters_without_head"]
+            / (row["trainable_parameters"] / row["trainable_percent"] * 100)
+        )
+        if (
+            row["name"] == row["method"]
+            and row["method"] != "head"
+            and share <= MOST_PERCENT
+            and row["split"] == "random"
+        ):
+            errors.setdefault(row["method"], []).append(row["eval_mse"])
+    return min(errors, key=lambda method: np.mean(errors[method]))
+
+
+def summarize(runs):
+    """Returns one row for each name and split: means, intervals, and the paired difference to full fine-tuning."""
+    rows = []
+    full = {(r["split"], r["seed"]): r["test_mse"] for r in runs if r["name"] == "full"}
+    for name, split in dict.fromkeys((r["name"], r["split"]) for r in runs):
+        here = [r for r in runs if (r["name"], r["split"]) == (name, split)]
+        row = {"name": name, "method": here[0]["method"], "split": split, "n": len(here)}
+        row["test_mse"], row["half_width"] = interval([r["test_mse"] for r in here])
+        row |= {key: float(np.mean([r[key] for r in here])) for key in NUMBERS if key != "test_mse"}
+        pairs = [r["test_mse"] - full[split, r["seed"]] for r in here if (split, r["seed"]) in full]
+        if pairs and name != "full":
+            row["minus_full"], row["minus_full_half_width"] = interval(pairs)
+        row["paper_test_mse"] = PAPER.get(row["method"], (None,))[0]
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["split"], row["name"].startswith("paper"), row["test_mse"]))
+
+
+def to_markdown(rows):
+    header = ("method", "split", "n", "test MSE", "minus full", "validation MSE", "training loss")
+    header += ("trained parameters", "of the base", "on disk", "peak memory", "minutes", "paper")
+    lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
+    for row in rows:
+        error = f"{row['test_mse']:.3f}" + (f" ± {row['half_width']:.3f}" if row["half_width"] is not None else "")
+        difference = ""
+        if "minus_full" in row:
+            half = row["minus_full_half_width"]
+            difference = f"{row['minus_full']:+.3f}" + (f" ± {half:.3f}" if half is not None else "")
+        cells = (row["name"], row["split"], row["n"], error, difference, f"{row['eval_mse']:.3f}")
+        cells += (
+            f"{row['train_loss']:.3f}",
+            f"{row['trainable_parameters']:,.0f}",
+            f"{row['trainable_percent']:.2f} %",
+        )
+        cells += (f"{row['checkpoint_bytes'] / 1e6:.2f} MB", f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
+        cells += (f"{row['train_runtime'] / 60:.1f}", row["paper_test_mse"] or "")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows, path):
+    """Draws test errors against trainable parameters, full fine-tuning as the line to beat."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    shown = [row for row in rows if row["split"] == "random"]
+    for row in shown:
+        color = "tab:orange" if row["name"].startswith("paper") else "tab:blue"
+        axes.errorbar(
+            row["trainable_parameters"], row["test_mse"], yerr=row["half_width"], fmt="o", color=color, capsize=3
+        )
+        axes.annotate(row["name"], (row["trainable_parameters"], row["test_mse"]), xytext=(5, 4),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    full = next((row for row in shown if row["name"] == "full"), None)
+    if full is not None:
+        axes.axhline(full["test_mse"], color="0.5", linewidth=1, linestyle="--", label="full fine-tuning")
+        axes.legend(frameon=False)
+    axes.set(xscale="log", xlabel="trained parameters (head included)", ylabel="test mean squared error of logD7.4")
+    figure.savefig(path, dpi=150)
+
+
+def write(path, report):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="find learning rates on validation, and compare nothing")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--extra", default="", help="further flags of run_peft.py, as one text")
+    parser.add_argument("--folder", type=Path, default=ROOT / "work" / "peft", help="where the runs are kept")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "peft_comparison.json")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; they share the cores")
+    args = parser.parse_args()
+    if args.tune:
+        return tune(args)
+    cells = [
+        (method, "random", seed, method, [])
+        for method in args.methods
+        for seed in (args.seeds if method in ALL_SEEDS else args.seeds[:3])
+    ]
+    runs = run_all(cells, args)
+    winner = winner_of(runs)
+    cells = [(winner, "random", seed, winner, []) for seed in args.seeds[3:] if winner not in ALL_SEEDS]
+    cells += [
+        (method, "scaffold", seed, method, []) for method in dict.fromkeys(("full", winner)) for seed in args.seeds
+    ]
+    cells += [
+        (method, "random", seed, f"paper's setting: {method}", ["--learning_rate", PAPER_RATE])
+        for method in PAPER if method in args.methods
+        for seed in args.seeds[:3]
+    ]  # fmt: skip
+    runs += run_all(cells, args)
+    rows = summarize(runs)
+    report = {"command": "python " + shlex.join(sys.argv), "machine": machine(), "unit": "logD7.4", "winner": winner}
+    write(args.output, report | {"paper": PAPER, "rows": rows, "runs": runs})
+    args.output.with_suffix(".md").write_text(to_markdown(rows))
+    with args.output.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, args.output.with_suffix(".png"))
+    print(to_markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""run_peft.py: what each method trains and leaves alone, its checkpoints, and the script on tiny models.
+
+References: the base model, the trained model itself after reloading, names written out by hand.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import run_peft
+import run_regression
+from arguments import InputError, ModelArguments, parse_arguments
+from modeling_molformer_reg import MolformerConfig, MolformerForRegression
+from run_peft import METHODS, PeftArguments, adapt
+from trainer_regression import build_tokenizer, find_base, load_model
+
+
+TUNERS = [name for name in METHODS if name not in ("full", "head", "bitfit")]
+RANK = {"oft": 8, "vera": 16}  # the tiny model's layers have 32 inputs
+QUICK = ("--num_train_epochs", "2", "--learning_rate", "5e-3", "--disable_tqdm", "true")
+
+
+def arguments_of(method, **values):
+    rank = RANK.get(method, 4) if METHODS[method].rank is not None else None
+    return PeftArguments(peft_method=method, **{"peft_rank": rank, **values})
+
+
+@pytest.fixture
+def base(tiny_checkpoint):
+    torch.manual_seed(0)
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint, redraw_features=False).eval()
+    model.config.label_mean, model.config.label_std = [2.0], [1.2]
+    return model
+
+
+@pytest.fixture
+def batch():
+    return build_tokenizer()(["CCO", "c1ccccc1C(=O)NCC", "CN1CCC[C@H]1c1cccnc1"], padding=True, return_tensors="pt")
+
+
+def train_steps(model, batch, steps=3):
+    """Trains everything that requires gradients for a few steps."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        model(**batch, labels=torch.tensor([0.5, 2.5, 4.0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+EXPECTED = {  # of the encoder; every method trains the head beside it
+    "full": r".*",
+    "head": r"(?!)",
+    "bitfit": r"molformer\..*\.bias",
+    "ia3": r".*(self\.(key|value)|layer\.\d\.output\.dense)\.ia3_l\.default",
+    "ln_tuning": r".*LayerNorm\.ln_tuning_layers\.default\.(weight|bias)",
+    "lora": r".*(query|key|value|dense)\.lora_[AB]\.default\.weight",
+    "rslora": r".*(query|key|value|dense)\.lora_[AB]\.default\.weight",
+    "dora": r".*(query|key|value|dense)\.lora_([AB]|magnitude_vector)\.default\.weight",
+    "pissa": r".*(query|key|value|dense)\.lora_[AB]\.default\.weight",
+    "vera": r".*(query|key|value|dense)\.vera_lambda_[bd]\.default",
+    "oft": r".*(query|key|value|dense)\.oft_R\.default\.weight",
+    "miss": r".*(query|key|value|dense)\.miss_block\.default",
+    "hira": r".*(query|key|value|dense)\.hira_[AB]\.default",
+    "shira": r".*(query|key|value|dense)\.shira_weight\.default",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exactly_the_intended_parameters_are_trained(method, base, batch):
+    """By name; everything else is bit-unchanged after three steps (pissa rewrites its base once, at the start)."""
+    model = adapt(base, arguments_of(method))
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    encoder = [name for name in trainable if "classifier." not in name]
+    assert all(re.fullmatch(EXPECTED[method], name) for name in encoder), encoder
+    assert bool(encoder) == (method != "head")
+    heads = [name for name in trainable if "classifier." in name]
+    assert {name.split(".")[-1] for name in heads} == {"weight", "bias"} and len(heads) == 2
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train_steps(model, batch)
+    for name, tensor in model.state_dict().items():
+        if name not in trainable:
+            assert torch.equal(tensor, before[name]), name
+    changed = [name for name in trainable if not torch.equal(model.state_dict()[name], before[name])]
+    assert len(changed) >= len(trainable) / 2
+
+
+def test_all_targets_are_the_linear_layers_of_every_encoder_layer(base):
+    targets = run_peft.find_targets(base, arguments_of("lora"))
+    assert len(targets) == 2 * 6 and not any("classifier" in name for name in targets)
+    assert len(run_peft.find_targets(base, arguments_of("ln_tuning"))) == 2 * 2 + 1
+    assert len(run_peft.find_targets(base, arguments_of("ia3"))) == 2 * 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_starts_from_the_base_model(method, base, batch):
+    """Reference: the base model's own predictions."""
+    expected = base(**batch).logits.clone()
+    model = adapt(base, arguments_of(method)).eval()
+    tolerance = 1e-4 if method == "pissa" else 1e-6
+    assert torch.allclose(model(**batch).logits, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+def test_a_checkpoint_holds_what_was_trained_and_reloads_to_equal_bits(method, tiny_checkpoint, small_table, tmp_path):
+    """Through the script; then loaded as every script loads it, merged, and by PEFT in a user's own code."""
+    folder = tmp_path / "out"
+    extra = ("--peft_rank", RANK.get(method, 4)) if METHODS[method].rank else ()
+    call_main("--peft_method", method, *given(tiny_checkpoint, small_table), *extra, *QUICK, "--merge_adapter",
+              "--num_train_epochs", "1", "--output_dir", folder)  # fmt: skip
+    table = pd.read_csv(folder / "predictions.csv")
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 200_000
+    tokenizer = build_tokenizer()
+    model_args = ModelArguments(model_name_or_path=str(folder))
+    assert find_base(str(folder), model_args)["base"] == tiny_checkpoint
+    first, second, merged = (
+        load_model(MolformerForRegression, args, tokenizer).eval()
+        for args in (model_args, model_args, ModelArguments(model_name_or_path=str(folder / "merged")))
+    )
+    assert not first.head_is_new
+    batch = tokenizer(["CCO", "c1ccccc1C(=O)NCC"], padding=True, return_tensors="pt")
+    predictions = first(**batch).logits
+    assert torch.equal(predictions, second(**batch).logits)
+    assert torch.allclose(predictions, merged(**batch).logits, rtol=0, atol=1e-5)
+    call_regression("--model_name_or_path", folder, "--train_file", small_table, "--do_predict",
+                    "--disable_tqdm", "true", "--output_dir", tmp_path / "again")  # fmt: skip
+    again = pd.read_csv(tmp_path / "again" / "predictions.csv")
+    assert again["prediction"].tolist() == table["prediction"].tolist()
+    if method in TUNERS:
+        from peft import PeftModel
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        config = AutoConfig.from_pretrained(folder)
+        own = AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint, config=config)
+        own = PeftModel.from_pretrained(own, folder).eval()
+        assert torch.equal(own(**batch).logits, predictions)
+
+
+def call_main(*flags):
+    flags = [str(flag) for flag in flags]
+    run_peft.main(*parse_arguments(*run_peft.ARGUMENTS, defaults=run_peft.DEFAULTS, args=flags))
+
+
+def call_regression(*flags):
+    flags = [str(flag) for flag in flags]
+    run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=flags))
+
+
+def given(checkpoint, table):
+    return ("--model_name_or_path", checkpoint, "--train_file", table)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_checkpoint, small_table, tmp_path_factory):
+    """LoRA on the small table with the default stages."""
+    folder = tmp_path_factory.mktemp("peft") / "out"
+    call_main(*given(tiny_checkpoint, small_table), *QUICK, "--output_dir", folder)
+    return folder
+
+
+def results(folder):
+    """The metrics of a run, without those that tell time or memory."""
+    values = json.loads((folder / "all_results.json").read_text())
+    left_out = ("runtime", "per_second", "preparation_time", "memory", "train_loss")
+    return {name: value for name, value in values.items() if not any(part in name for part in left_out)}
+
+
+def test_a_run_reports_what_it_took(finished_run, tiny_checkpoint):
+    """References: numbers of parameters counted by hand, and the files."""
+    values = json.loads((finished_run / "all_results.json").read_text())
+    lora = 2 * 6 * 8 * (32 + 32)  # layers, linear layers, rank, inputs and outputs (all 32 wide)
+    assert values["trainable_parameters_without_head"] == lora
+    assert values["trainable_parameters"] == lora + 33
+    base = MolformerForRegression.from_pretrained(tiny_checkpoint).num_parameters()
+    assert values["base_parameters"] == base
+    assert values["trainable_percent"] == pytest.approx(100 * (lora + 33) / base)
+    assert values["checkpoint_bytes"] == (finished_run / "adapter_model.safetensors").stat().st_size
+    assert values["peak_memory_bytes"] > 1e8 and values["train_runtime"] > 0 and values["train_loss"] > 0
+    assert values["peft_method"] == "lora" and values["test_mse"] > 0 and values["eval_mse"] > 0
+    for name in ("predictions.csv", "splits.json", "parity.png", "loss_curves.png", "config.json", "tokenizer.json"):
+        assert (finished_run / name).stat().st_size > 0, name
+
+
+def test_bitfit_of_xl_size_is_below_a_megabyte():
+    """All biases and the linear head of 12 layers of 768, in float32."""
+    with torch.device("meta"):
+        model = MolformerForRegression(MolformerConfig())
+    names = set(run_peft.trained_names(model, "bitfit"))
+    assert sum(4 * p.numel() for name, p in model.named_parameters() if name in names) < 2**20
+
+
+def test_full_fine_tuning_is_that_of_run_regression(tiny_checkpoint, small_table, tmp_path):
+    """Reference: run_regression.py with the same flags, to the last digit."""
+    flags = (*given(tiny_checkpoint, small_table), *QUICK)
+    call_main("--peft_method", "full", *flags, "--output_dir", tmp_path / "peft")
+    call_regression(*flags, "--output_dir", tmp_path / "regression")
+    first, second = (results(tmp_path / name) for name in ("peft", "regression"))
+    assert {name: first[name] for name in second} == second
+
+
+def test_accumulated_batches_give_the_gradients_of_one(tiny_checkpoint, small_table, tmp_path):
+    """Reference: the same batches in one piece."""
+    flags = (*given(tiny_checkpoint, small_table), "--num_train_epochs", "1", "--disable_tqdm", "true")
+    flags += ("--hidden_dropout_prob", "0", "--embedding_dropout_prob", "0")
+    call_main(*flags, "--output_dir", tmp_path / "one")
+    pieces = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4")
+    call_main(*flags, *pieces, "--output_dir", tmp_path / "pieces")
+    one, pieces = (results(tmp_path / name) for name in ("one", "pieces"))
+    assert pieces["eval_mse"] == pytest.approx(one["eval_mse"], rel=1e-3)
+
+
+def test_two_processes_train_as_one(finished_run, tiny_checkpoint, small_table, tmp_path, run_script):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    done = run_script(
+        "run_peft.py", *given(tiny_checkpoint, small_table), *QUICK, "--per_device_train_batch_size", 8, "--use_cpu",
+        "--output_dir", tmp_path / "two", launcher=launcher,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "two")["test_mse"] == pytest.approx(results(finished_run)["test_mse"], rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "pissa"])
+def test_a_killed_run_resumes_to_the_same_metrics(method, tiny_checkpoint, small_table, tmp_path):
+    """Reference: the run without interruption. SIGKILL when the first checkpoint is there."""
+    command = [sys.executable, str(ROOT / "run_peft.py"), "--peft_method", method]
+    command += [*map(str, given(tiny_checkpoint, small_table)), *QUICK, "--output_dir"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run([*command, str(tmp_path / "whole")], env=environment, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*command, str(folder)], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not list(folder.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = subprocess.run(
+        [*command, str(folder), "--resume_from_checkpoint", "true"], env=environment, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    values, expected = results(folder), results(tmp_path / "whole")
+    assert values.pop("peft_method") == expected.pop("peft_method") == method
+    for name in expected:
+        assert values[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_influence_accepts_an_adapter(finished_run, tiny_checkpoint, small_table, tmp_path, run_script):
+    """Its head and its LoRA matrices are parameters like others."""
+    external = tmp_path / "external.csv"
+    external.write_text("SMILES,Label\nCCOC(=O)c1ccccc1Br,1.5\nCCCCCCN,2\n")
+    done = run_script(
+        "run_influence.py", "--model_name_or_path", finished_run, "--pretrained_model", tiny_checkpoint,
+        "--train_file", small_table, "--external_file", external, "--recursion_depth", 5, "--num_repeats", 1,
+        "--influence_params", "lora_|classifier", "--do_predict", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert pd.read_csv(tmp_path / "out" / "influence_scores.csv")["score"].notna().all()
+    report = json.loads((tmp_path / "out" / "influence.json").read_text())
+    assert report["parameters"] == 2 * 6 * 8 * 64 + 33
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--target_modules", "query", "nowhere"), "'.*nowhere' matches no module. There are: attention.output.dense"),
+        (("--target_modules", "("), "is no regular expression"),
+        (("--peft_rank", "64"), r"--peft_rank 64 is larger than molformer.*\(32, 32\). Give at most 32"),
+        (
+            ("--peft_method", "oft", "--peft_rank", "5"),
+            r"blocks of --peft_rank 5, which does not divide.*2, 4, 8, 16, 32",
+        ),
+        (("--redraw_features", "true"), "--redraw_features true changes the attention"),
+    ],
+)
+def test_bad_input_is_named(tiny_checkpoint, small_table, tmp_path, extra, message):
+    with pytest.raises(InputError, match=message):
+        call_main(*given(tiny_checkpoint, small_table), *QUICK, *extra, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_method": "magic"}, "--peft_method magic is unknown. Choose one of full, head, bitfit"),
+        ({"peft_method": "bitfit", "peft_rank": 4}, "has neither rank nor target modules"),
+        ({"peft_method": "ia3", "peft_rank": 4}, "has no rank"),
+        ({"peft_rank": 0}, "--peft_rank is 0"),
+        ({"peft_dropout": 1.0}, "--peft_dropout is 1.0"),
+    ],
+)
+def test_arguments_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        PeftArguments(**values)
+
+
+def test_an_adapter_whose_base_is_gone_or_other_is_refused(finished_run, tmp_path, small_table):
+    folder = tmp_path / "adapter"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text())
+    flags = (
+        "--model_name_or_path",
+        folder,
+        "--train_file",
+        small_table,
+        "--do_predict",
+        "--output_dir",
+        tmp_path / "out",
+    )
+    path.write_text(json.dumps({**values, "base_model_name_or_path": "gone/base"}))
+    with pytest.raises(InputError, match="The base of .*adapter cannot be loaded.*gone/base"):
+        call_regression(*flags)
+    path.write_text(json.dumps({**values, "base_model_name_or_path": str(ROOT / "models" / "molformer-mini")}))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        call_regression(*flags)
+
+
+def test_masked_language_modeling_refuses_an_adapter(finished_run, small_table, tmp_path, run_script):
+    done = run_script("run_mlm.py", "--model_name_or_path", finished_run, "--train_file", small_table)
+    assert done.returncode == 2 and "holds a regression adapter" in done.stderr
