@@ -13,17 +13,13 @@ are finished are not run again.
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
+from common import ROOT, as_text, machine, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
+
 MODELS = {"embedded": [], "from_scratch": ["--config_name", "configs/molformer-mini.json"]}
 RATES = {"embedded": ("1.5e-4", "3e-4", "6e-4"), "from_scratch": ("1e-4", "3e-4", "1e-3")}
 TUNING_SEED = 42
@@ -33,18 +29,8 @@ METRICS = ("mse", "rmse", "mae", "r2")
 
 def run(name, rate, seed, folder, threads):
     """Runs one cell, unless it is finished, and returns its results and its command."""
-    output_dir = folder / f"{name}-{rate}-{seed}"
-    flags = [*MODELS[name], "--learning_rate", rate, "--seed", str(seed)]
-    command = ["run_regression.py", *flags, "--output_dir", os.path.relpath(output_dir, ROOT)]
-    if not (output_dir / "predict_results.json").exists():
-        subprocess.run(
-            [sys.executable, *command, "--overwrite_output_dir", "--disable_tqdm", "true"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-    return json.loads((output_dir / "all_results.json").read_text()), shlex.join(["python", *command])
+    command = ["run_regression.py", *MODELS[name], "--learning_rate", rate, "--seed", str(seed)]
+    return run_script(command, folder / f"{name}-{rate}-{seed}", threads), as_text(command)
 
 
 def summarize(values):
@@ -54,22 +40,6 @@ def summarize(values):
         "sd": statistics.stdev(values),
         "values": values,
     }
-
-
-def machine():
-    """Returns versions and hardware, as a table needs them beside it."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "rdkit", "scikit-learn", "numpy")
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    return {
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        "processor": cpu or platform.processor(),
-        "cores": os.cpu_count(),
-    }
-
-
-def _lines(path):
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def markdown(rows):

@@ -14,14 +14,12 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from foundation import ROOT, machine
-from scipy import stats
+from common import ROOT, as_text, interval, machine, run_script, with_interval
 
 
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
@@ -43,38 +41,19 @@ def run(cell, args, threads):
     pool, split, seed, leaks = cell
     folder = args.folder / "-".join((pool, split, str(seed), *(["leakage"] if leaks else [])))
     controls = ["none"] if leaks else CONTROLS[: 3 if seed >= MOST else None]
-    command = ["run_influence.py", "--split", split, "--seed", str(seed), "--output_dir", str(folder)]
+    command = ["run_influence.py", "--split", split, "--seed", str(seed)]
     command += ["--controls", *controls, *shlex.split(args.extra)]
     command += ["--external_file", str(Path(args.external_file).resolve())] if pool == "external" else []
     command += ["--score_split", "test", "--select", "positive"] if leaks else []
-    results = folder / "all_results.json"
-    if not results.exists() or (folder / "unfinished").exists():
-        mode = ["--resume_from_checkpoint", "true"] if (folder / "unfinished").exists() else ["--overwrite_output_dir"]
-        folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        with (args.folder / f"{folder.name}.log").open("a") as log:
-            subprocess.run(
-                [sys.executable, *command, *mode, "--disable_tqdm", "true"],
-                cwd=ROOT, env=environment, stdout=log, stderr=log, check=True,
-            )  # fmt: skip
-    values = json.loads(results.read_text())
+    values = run_script(command, folder, threads)
     return {
         "pool": pool,
         "split": split,
         "seed": seed,
         "leakage": leaks,
-        "command": "python " + shlex.join(command),
+        "command": as_text(command),
         **values,
     }
-
-
-def interval(values):
-    """Returns mean and half width of its 95 % interval; the width is `None` for a single value."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), None
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(half)
 
 
 def summarize(runs):
@@ -118,22 +97,17 @@ def detection_rows(runs):
     return rows
 
 
-def to_text(pair, signed=False):
-    mean, half = pair
-    return f"{mean:{'+' if signed else ''}.3f}" + ("" if half is None else f" ± {half:.3f}")
-
-
 def to_markdown(rows, detected):
     """Returns both tables as Markdown."""
     lines = ["| pool | split | added | n | test MSE | top-k minus this |", "| --- | --- | --- | ---: | ---: | ---: |"]
     for row in rows:
-        paired = to_text(row["selected_minus_this"], signed=True) if "selected_minus_this" in row else ""
-        error = to_text((row["mean"], row["half_width"]))
+        paired = with_interval(row["selected_minus_this"], signed=True) if "selected_minus_this" in row else ""
+        error = with_interval((row["mean"], row["half_width"]))
         cells = (row["pool"], row["split"], NAMES[row["name"]], str(len(row["test_mse"])), error, paired)
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| split | score | n | area under the ROC curve |", "| --- | --- | ---: | ---: |"]
     for row in detected:
-        cells = (row["split"], row["score"], str(len(row["auc"])), to_text((row["mean"], row["half_width"])))
+        cells = (row["split"], row["score"], str(len(row["auc"])), with_interval((row["mean"], row["half_width"])))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

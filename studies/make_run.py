@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from foundation import ROOT, machine
+from common import ROOT, machine
 
 
 def timed(command, folder):

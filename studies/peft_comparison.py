@@ -4,9 +4,9 @@
     python studies/peft_comparison.py --jobs 2          # hours; finished cells are not trained again
 
 Runs run_peft.py: every method with its default rate on the same splits and seeds (split and seed vary together), five
-seeds for full fine-tuning, LoRA, BitFit, (IA)³ and the winner, three for the rest; the winner and full fine-tuning on the
-scaffold split too; and the paper's setting, one learning rate for all. Writes results/peft_comparison.json, .csv, .md
-and .png, and with --tune results/peft_tuning.json.
+seeds for full fine-tuning, LoRA, BitFit, (IA)³ and the winner, three for the rest; the winner and full fine-tuning on
+the scaffold split too; and the paper's setting, one learning rate for all. Writes results/peft_comparison.json (.csv,
+.md, .png), and with --tune results/peft_tuning.json.
 """
 
 import argparse
@@ -14,14 +14,12 @@ import csv
 import json
 import os
 import shlex
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from foundation import ROOT, machine
-from scipy import stats
+from common import ROOT, as_text, interval, machine, run_script, with_interval
 
 
 sys.path.insert(0, str(ROOT))
@@ -38,7 +36,13 @@ PAPER_RATE = "1e-4"
 ALL_SEEDS = ("full", "lora", "bitfit", "ia3")  # and the winner
 FACTORS = (1 / 3, 1.0, 3.0)  # of a method's default rate, for --tune
 MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
-NUMBERS = ("trainable_parameters", "trainable_parameters_without_head", "trainable_percent", "peak_memory_bytes")
+NUMBERS = (
+    "base_parameters",
+    "trainable_parameters",
+    "trainable_parameters_without_head",
+    "trainable_percent",
+    "peak_memory_bytes",
+)
 NUMBERS += ("checkpoint_bytes", "train_runtime", "train_loss", "eval_mse", "test_mse", "test_mae", "test_r2")
 
 
@@ -47,20 +51,10 @@ def run(cell, args, threads):
     method, split, seed, name, flags = cell
     folder = args.folder / f"{name}-{split}-{seed}"
     command = ["run_peft.py", "--peft_method", method, "--split", split, "--seed", str(seed)]
-    command += [*flags, *shlex.split(args.extra), "--output_dir", str(folder)]
-    results = folder / "all_results.json"
-    if not results.exists() or (folder / "unfinished").exists():
-        begun = (folder / "unfinished").exists() and any(folder.glob("checkpoint-*/trainer_state.json"))
-        mode = ["--resume_from_checkpoint", "true"] if begun else ["--overwrite_output_dir"]
-        folder.mkdir(parents=True, exist_ok=True)
-        with (args.folder / f"{folder.name}.log").open("a") as log:
-            subprocess.run(
-                [sys.executable, *command, *mode, "--disable_tqdm", "true"],
-                cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log, check=True,
-            )  # fmt: skip
-    values = json.loads(results.read_text())
+    command += [*flags, *shlex.split(args.extra)]
+    values = run_script(command, folder, threads)
     print(name, split, seed, {key: values.get(key) for key in ("eval_mse", "test_mse")}, flush=True)
-    row = {"method": method, "name": name, "split": split, "seed": seed, "command": "python " + shlex.join(command)}
+    row = {"method": method, "name": name, "split": split, "seed": seed, "command": as_text(command)}
     return row | {key: values[key] for key in NUMBERS if key in values}
 
 
@@ -89,30 +83,13 @@ def tune(args):
     print(json.dumps(report["best"], indent=2))
 
 
-def interval(values):
-    """Returns mean and half width of its 95 % interval (Student's t); the width is `None` for one value."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), None
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(half)
-
-
 def winner_of(runs):
     """Returns the method of lowest mean validation error among those that train few parameters."""
     errors = {}
     for row in runs:
-        share = (
-            100
-            * row["trainable_parameters_without_head"]
-            / (row["trainable_parameters"] / row["trainable_percent"] * 100)
-        )
-        if (
-            row["name"] == row["method"]
-            and row["method"] != "head"
-            and share <= MOST_PERCENT
-            and row["split"] == "random"
-        ):
+        share = 100 * row["trainable_parameters_without_head"] / row["base_parameters"]
+        few = share <= MOST_PERCENT and row["method"] not in ("full", "head")
+        if few and row["name"] == row["method"] and row["split"] == "random":
             errors.setdefault(row["method"], []).append(row["eval_mse"])
     return min(errors, key=lambda method: np.mean(errors[method]))
 
@@ -139,11 +116,10 @@ def to_markdown(rows):
     header += ("trained parameters", "of the base", "on disk", "peak memory", "minutes", "paper")
     lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
     for row in rows:
-        error = f"{row['test_mse']:.3f}" + (f" ± {row['half_width']:.3f}" if row["half_width"] is not None else "")
+        error = with_interval((row["test_mse"], row["half_width"]))
         difference = ""
         if "minus_full" in row:
-            half = row["minus_full_half_width"]
-            difference = f"{row['minus_full']:+.3f}" + (f" ± {half:.3f}" if half is not None else "")
+            difference = with_interval((row["minus_full"], row["minus_full_half_width"]), signed=True)
         cells = (row["name"], row["split"], row["n"], error, difference, f"{row['eval_mse']:.3f}")
         cells += (
             f"{row['train_loss']:.3f}",

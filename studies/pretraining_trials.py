@@ -18,7 +18,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from foundation import ROOT, machine
+from common import ROOT, machine
 
 
 # name: corpus, batch, flags of run_mlm.py

@@ -14,7 +14,7 @@ import re
 import statistics
 from pathlib import Path
 
-from foundation import ROOT, machine
+from common import ROOT, machine
 
 
 # where a row's cells are, and what its metrics are called there

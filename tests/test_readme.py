@@ -2,13 +2,18 @@
 
 import json
 import re
+import sys
 
 import pytest
 from conftest import ROOT
 
-from studies.foundation import markdown
-from studies.ship_checkpoint import table
 from trainer_regression import LEARNING_RATES
+
+
+sys.path.insert(0, str(ROOT / "studies"))
+
+from foundation import markdown  # noqa: E402
+from ship_checkpoint import table  # noqa: E402
 
 
 def test_results_table_is_that_of_the_study():

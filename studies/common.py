@@ -1,0 +1,82 @@
+"""What the studies share: runs of a script that are not repeated once they are finished, intervals, the machine.
+
+python -c "from common import *; print(machine())"     # in this folder
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine():
+    """Returns versions and hardware, as a table needs them beside it."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "peft", "rdkit", "scikit-learn", "numpy")
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "processor": cpu or platform.processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _lines(path):
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def run_script(command, folder, threads):
+    """Runs a script of this project into a folder and returns its all_results.json (`dict`).
+
+    A finished run is not repeated, an interrupted one continues. The log stands beside the folder.
+
+    Args:
+        command (`list[str]`): script and flags, without --output_dir.
+    """
+    folder = Path(folder)
+    results = folder / "all_results.json"
+    if not results.exists() or (folder / "unfinished").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = any(any(folder.glob(pattern)) for pattern in ("checkpoint-*", "finetune-*", "member-*"))
+        resume = begun and (folder / "unfinished").exists()
+        mode = ["--resume_from_checkpoint", "true"] if resume else ["--overwrite_output_dir"]
+        with folder.with_name(f"{folder.name}.log").open("a") as log:
+            subprocess.run(
+                [sys.executable, *command, "--output_dir", str(folder), *mode, "--disable_tqdm", "true"],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdout=log,
+                stderr=log,
+                check=True,
+            )
+    return json.loads(results.read_text())
+
+
+def as_text(command):
+    """Returns the command line of `run_script` as a table names it."""
+    return "python " + shlex.join(command)
+
+
+def interval(values):
+    """Returns mean and half width of its 95 % interval (Student's t); the width is `None` for one value."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), None
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def with_interval(pair, signed=False):
+    """Returns what `interval` returns as text."""
+    mean, half = pair
+    return f"{mean:{'+' if signed else ''}.3f}" + ("" if half is None else f" ± {half:.3f}")
