@@ -34,6 +34,7 @@ table1: $(READY)
 
 influence-study: $(READY)
 	$(BIN)/python studies/influence.py
+	$(BIN)/python studies/influence_lds.py
 
 peft: $(READY)
 	$(BIN)/python studies/peft_comparison.py

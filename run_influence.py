@@ -398,13 +398,17 @@ class MoleculeProblem:
         self.curvature_product = PRODUCTS[curvature]
         self.process = PartialState()
 
+    def batch(self, molecules):
+        """Returns what the model takes for molecules (`pandas.DataFrame`)."""
+        return dict(self.collator([{"input_ids": ids} for ids in molecules["input_ids"]]).to(self.model.device))
+
     def residuals(self, molecules):
         """Returns the residuals of molecules (`pandas.DataFrame`), standardized as in training, as a function."""
-        batch = self.collator([{"input_ids": ids} for ids in molecules["input_ids"]]).to(self.model.device)
+        batch = self.batch(molecules)
         labels = torch.tensor(molecules["label"].to_numpy(), dtype=torch.float32, device=self.model.device)
 
         def residuals(params):
-            logits = torch.func.functional_call(self.model, params, kwargs=dict(batch)).logits  # (B, 1)
+            logits = torch.func.functional_call(self.model, params, kwargs=batch).logits  # (B, 1)
             _, std = self.model.label_scale(logits)
             return (logits - labels[:, None]) / std
 

@@ -1,0 +1,190 @@
+"""Do influence scores foretell what training on a part of the molecules does? The linear datamodeling score.
+
+    python studies/influence_lds.py                    # a quarter of an hour a seed
+
+Trains the last layer and the head of the embedded checkpoint (the states below are fixed, so they are computed once)
+on random halves of the training molecules, and correlates their validation and test losses with the sums of the scores
+of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186). The scores are those of
+run_influence.py for the model that was trained on all: by LiSSA, by conjugate gradients and without the inverse
+curvature; once with all of these parameters, and once with those of the head alone. Writes results/influence_lds.json:
+rank correlations with bootstrap intervals over the halves.
+"""
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import ROOT, interval, machine
+from scipy import stats
+
+
+sys.path.insert(0, str(ROOT))
+
+from arguments import DataTrainingArguments, ModelArguments, TrainingArguments  # noqa: E402
+from modeling_molformer_reg import MolformerForRegression  # noqa: E402
+from run_influence import (  # noqa: E402
+    InfluenceArguments,
+    MoleculeProblem,
+    choose_parameters,
+    inverse_curvature,
+    molecule_losses,
+    scores_by_jvp,
+)
+from trainer_regression import load_tokenizer, select_parts  # noqa: E402
+from utils_molecules import load_molecules  # noqa: E402
+
+
+BATCH, EPOCHS, RATE = 32, 7, 3e-4
+SOLVERS = {
+    "lissa": {"ihvp": "lissa"},
+    "cg": {"ihvp": "cg", "recursion_depth": 60, "tolerance": 1e-2},
+    "identity": {"ihvp": "identity"},
+}
+
+
+def pad_states(molecules):
+    """Returns a batch of the column `states`, (T, C) each, as the model takes it."""
+    states = [torch.as_tensor(rows) for rows in molecules["states"]]
+    masks = [torch.ones(len(rows), dtype=torch.long) for rows in states]
+    padded = (torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True) for tensors in (states, masks))
+    return dict(zip(("inputs_embeds", "attention_mask"), padded, strict=True))
+
+
+class UpperProblem(MoleculeProblem):
+    """The last layer and the head on states that were computed before."""
+
+    def batch(self, molecules):
+        return pad_states(molecules)
+
+
+def upper_part(model):
+    """Returns a model of one layer, the last one of `model`, with its head."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.embedding_dropout_prob = 1, 0.0
+    upper = MolformerForRegression(config)
+    last = f".layer.{model.config.num_hidden_layers - 1}."
+    weights = {name.replace(last, ".layer.0."): tensor for name, tensor in model.state_dict().items()}
+    upper.load_state_dict({name: tensor for name, tensor in weights.items() if name in upper.state_dict()})
+    return upper.requires_grad_(True)
+
+
+@torch.no_grad()
+def add_states(model, tokenizer, molecules):
+    """Adds the states below the last layer as a column."""
+    problem = MoleculeProblem(model, tokenizer, ["classifier.out_proj.bias"], 64, "ggn")
+    states = [None] * len(molecules)
+    for positions, rows in problem.chunks(molecules):
+        output = model.molformer(**problem.batch(rows), output_hidden_states=True).hidden_states[-2]
+        for position, length, tokens in zip(positions, rows["length"], output, strict=True):
+            states[position] = tokens[:length].numpy()
+    return molecules.assign(states=states)
+
+
+def train(start, molecules, seed):
+    """Returns the model trained on molecules, from `start`, with Adam and a linear schedule."""
+    model = copy.deepcopy(start).train()
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    steps = EPOCHS * -(-len(molecules) // BATCH)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    generator = np.random.default_rng(seed)
+    for _ in range(EPOCHS):
+        order = generator.permutation(len(molecules))
+        for rows in np.array_split(order, -(-len(molecules) // BATCH)):
+            part = molecules.iloc[rows]
+            labels = torch.tensor(part["label"].to_numpy(), dtype=torch.float32)
+            model(**pad_states(part), labels=labels).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return model.eval()
+
+
+def correlation(foretold, measured, draws=2000):
+    """Returns Spearman's rank correlation and its 95 % bootstrap interval."""
+    foretold, measured = np.asarray(foretold), np.asarray(measured)
+    generator = np.random.default_rng(0)
+    samples = [generator.integers(len(measured), size=len(measured)) for _ in range(draws)]
+    values = [stats.spearmanr(foretold[rows], measured[rows]).statistic for rows in samples]
+    low, high = np.nanpercentile(values, (2.5, 97.5))
+    return {"lds": float(stats.spearmanr(foretold, measured).statistic), "low": float(low), "high": float(high)}
+
+
+def study_seed(seed, args):
+    """Returns for each solver, target and part of the model the linear datamodeling score of one seed."""
+    model_args, data_args = ModelArguments(model_name_or_path=args.model), DataTrainingArguments(split="random")
+    training_args = TrainingArguments(output_dir=str(ROOT / "work" / "lds"), seed=seed)
+    tokenizer = load_tokenizer(model_args)
+    molecules, _, _ = load_molecules(tokenizer, model_args, data_args, training_args)
+    parts = select_parts(molecules, data_args)
+    torch.manual_seed(seed)
+    model = MolformerForRegression.from_pretrained(args.model).eval()
+    labels = parts["train"]["label"].to_numpy()
+    model.config.label_mean, model.config.label_std = [float(labels.mean())], [float(labels.std())]
+    parts = {name: add_states(model, tokenizer, part.head(args.molecules)) for name, part in parts.items()}
+    start, pool = upper_part(model), parts["train"]
+    whole = train(start, pool, seed)
+
+    generator = np.random.default_rng(seed)
+    halves = [np.sort(generator.permutation(len(pool))[: len(pool) // 2]) for _ in range(args.subsets)]
+    measured = {"validation": [], "test": []}
+    for number, rows in enumerate(halves):
+        losses = []
+        for repeat in range(args.trainings):  # the mean of several trainings has less noise of its own
+            trained = train(start, pool.iloc[rows], 1000 * (number + 1) + repeat)
+            problem = UpperProblem(trained, tokenizer, ["classifier.out_proj.bias"], 128, "ggn")
+            losses.append([float(problem.each(molecule_losses, parts[target]).mean()) for target in measured])
+        for target, value in zip(measured, np.mean(losses, axis=0), strict=True):
+            measured[target].append(float(value))
+        print(seed, number, {target: round(values[-1], 4) for target, values in measured.items()}, flush=True)
+
+    rows = []
+    for params in ("all", "head"):
+        names = [name for name in choose_parameters(whole, params) if "word_embeddings" not in name]
+        problem = UpperProblem(whole, tokenizer, names, 64, "ggn")
+        for target in measured:
+            gradient = problem.gradient(parts[target])
+            for solver, options in SOLVERS.items():
+                solutions, report = inverse_curvature(
+                    problem, pool, gradient, InfluenceArguments(**options), seed, show_progress=False
+                )
+                scores = problem.each(scores_by_jvp, pool, solutions.mean(dim=0)).numpy()
+                foretold = [-scores[half].sum() for half in halves]
+                row = {"seed": seed, "params": "last layer and head" if params == "all" else "head", "target": target}
+                row |= {"solver": solver, **correlation(foretold, measured[target])}
+                rows.append(row | {"residual": report.get("residual")})
+                print(rows[-1], flush=True)
+    return rows, measured
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "models" / "molformer-mini"), help="pre-trained checkpoint")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--subsets", type=int, default=60, help="halves of the training molecules a seed")
+    parser.add_argument("--trainings", type=int, default=2, help="trainings of each half, of which the mean is taken")
+    parser.add_argument("--molecules", type=int, default=1500, help="most molecules of each part")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "influence_lds.json")
+    args = parser.parse_args()
+    rows, losses = [], {}
+    for seed in args.seeds:
+        of_seed, losses[seed] = study_seed(seed, args)
+        rows += of_seed
+    keys = dict.fromkeys((row["params"], row["target"], row["solver"]) for row in rows)
+    summary = []
+    for params, target, solver in keys:
+        here = [r["lds"] for r in rows if (r["params"], r["target"], r["solver"]) == (params, target, solver)]
+        mean, half = interval(here)
+        summary.append({"params": params, "target": target, "solver": solver, "lds": mean, "half_width": half})
+    report = {"command": "python " + shlex.join(sys.argv), "machine": machine(), "summary": summary, "seeds": rows}
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text(json.dumps(report | {"losses": losses}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
