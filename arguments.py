@@ -36,6 +36,7 @@ MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**27, -4: 0}
 RUN_FILES = tuple(f"{stage}_results.json" for stage in ("all", "train", "eval", "predict"))
 RUN_FILES += ("trainer_state.json", "splits.json", "predictions.csv", "dropped_molecules.csv")
 RUN_FILES += ("parity.png", "loss_curves.png", UNFINISHED)
+RUN_FILES += ("adapter_config.json", "adapter_model.safetensors", "trained_parameters.json", "model.safetensors")
 RUN_FILES += ("influence_scores.csv", "influence.json", "merged_train.csv", "validation.csv", "test.csv")
 RUN_FILES += ("influence_scores.png", "influence_convergence.png", "influence_selection.png")
 RUN_PIECES = ("member-*", "finetune-*", "influence_state.safetensors")  # of runs that train several models
@@ -473,11 +474,11 @@ def clear_run(output_dir):
     for folder in output_dir.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             shutil.rmtree(folder)
-    for path in _run_pieces(output_dir):
+    for path in [*_run_pieces(output_dir), output_dir / "merged"]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
     for name in RUN_FILES:
         (output_dir / name).unlink(missing_ok=True)
 
@@ -489,7 +490,8 @@ def begin_writing(training_args, checkpoint, source=None):
         InputError: if the old run's checkpoints would go, and the model comes from one of them (`source`).
     """
     replace = checkpoint is None and training_args.do_train
-    if replace and source is not None and Path(training_args.output_dir).resolve() in Path(source).resolve().parents:
+    folder = Path(training_args.output_dir).resolve()
+    if replace and source is not None and folder in (Path(source).resolve(), *Path(source).resolve().parents):
         raise InputError(f"--output_dir {training_args.output_dir} would replace {source}. Give another --output_dir.")
     if training_args.world_size > 1:
         torch.distributed.barrier()  # no process may find the folder that another one has begun to write
@@ -498,6 +500,8 @@ def begin_writing(training_args, checkpoint, source=None):
             clear_run(training_args.output_dir)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(training_args.output_dir) / UNFINISHED).touch()
+    if training_args.world_size > 1:
+        torch.distributed.barrier()  # none may look into the folder before it is cleared
 
 
 def end_writing(training_args):

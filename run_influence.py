@@ -1,8 +1,8 @@
 """Scores external molecules by influence functions, adds the helpful ones to the training set and fine-tunes again.
 
-    python run_influence.py                                              # a pool of 300 molecules, a third mislabeled
+    python run_influence.py                                              # a pool of 300 molecules, 30 % mislabeled
     python run_influence.py --external_file my.csv --output_dir outputs/mine
-    python run_influence.py --model_name_or_path outputs/influence/finetune-base --ihvp cg --influence_params head
+    python run_influence.py --model_name_or_path outputs/influence/finetune-none --ihvp cg --output_dir outputs/exact
     accelerate launch run_influence.py
 
 The score of a molecule is positive if learning it lowers the loss of the validation molecules. Writes to --output_dir
@@ -721,7 +721,8 @@ def mean_agreement(correlations):
     """Returns the mean of a correlation matrix off its diagonal; `None` for a single row."""
     if np.ndim(correlations) < 2 or len(correlations) < 2:
         return None
-    return float(correlations[np.triu_indices(len(correlations), k=1)].mean())
+    mean = float(correlations[np.triu_indices(len(correlations), k=1)].mean())
+    return mean if math.isfinite(mean) else None  # of a single molecule or parameter
 
 
 def main(model_args, data_args, influence_args, training_args):
@@ -775,11 +776,13 @@ def main(model_args, data_args, influence_args, training_args):
     # Model: a fine-tuned one, or the pre-trained one from which it is made
     model = load_model(MolformerForRegression, model_args, tokenizer, num_labels=1)
     check_split(model.config, digest, data_args)
-    if not (model.head_is_new and training_args.do_train):
-        prepare_head(model, parts["train"], digest, data_args, replace(training_args, do_train=False))
+    if model.head_is_new and not training_args.do_train:
+        prepare_head(model, parts["train"], digest, data_args, training_args)  # says that there is no head
     names = choose_parameters(model, influence_args.influence_params)
-    start_args = model_args if model.head_is_new else pretrained_arguments(model_args, influence_args, model)
-    check_split(load_config(start_args), digest, data_args)
+    start_args = model_args
+    if training_args.do_train and not model.head_is_new:
+        start_args = pretrained_arguments(model_args, influence_args, model)
+        check_split(load_config(start_args), digest, data_args)
     begin_writing(training_args, checkpoint, model_args.model_name_or_path)
     if training_args.should_save:
         rows = {name: [int(row) for row in part["row"]] for name, part in parts.items()}
@@ -809,6 +812,8 @@ def main(model_args, data_args, influence_args, training_args):
     chunk_size = training_args.per_device_eval_batch_size
     problem = MoleculeProblem(model, tokenizer, names, chunk_size, influence_args.curvature)
     gradient = problem.gradient(target)
+    if not float(gradient.norm()) > 0:
+        raise InputError("The gradient of the target loss is zero or not finite: no score can be computed.")
     show_progress = training_args.should_log and not training_args.disable_tqdm
     solutions, report = inverse_curvature(
         problem,

@@ -108,8 +108,15 @@ class PeftArguments:
             raise ValueError(f"--peft_method {self.peft_method} has neither rank nor target modules. Leave them out.")
         if self.peft_rank is not None and method.rank is None:
             raise ValueError(f"--peft_method {self.peft_method} has no rank. Leave --peft_rank out.")
-        if self.peft_rank is not None and self.peft_rank < 1:
-            raise ValueError(f"--peft_rank is {self.peft_rank}; give a positive number.")
+        smallest = 2 if self.peft_method == "oft" else 1  # a rotation needs two
+        if self.peft_rank is not None and self.peft_rank < smallest:
+            raise ValueError(f"--peft_rank is {self.peft_rank}; give a number from {smallest} up.")
+        if self.peft_alpha is not None and not self.peft_alpha > 0:
+            raise ValueError(f"--peft_alpha is {self.peft_alpha}; give a positive number.")
+        if self.peft_alpha is not None and self.peft_method not in ("lora", "rslora", "dora", "pissa"):
+            raise ValueError(f"--peft_method {self.peft_method} has no alpha. Leave --peft_alpha out.")
+        if self.peft_dropout and self.peft_method in ("full", "head", "bitfit", "ia3", "ln_tuning", "shira"):
+            raise ValueError(f"--peft_method {self.peft_method} has no dropout. Leave --peft_dropout out.")
         if not 0 <= self.peft_dropout < 1:
             raise ValueError(f"--peft_dropout is {self.peft_dropout}; give a number from 0 up to, not including, 1.")
         self.peft_rank = self.peft_rank or method.rank
@@ -249,11 +256,13 @@ def measure(trainer, base_parameters):
 def main(model_args, data_args, peft_args, training_args):
     checkpoint = setup_run(training_args, data_args)
 
+    from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import (
         build_trainer,
         check_split,
         evaluate_regression,
         load_config,
+        load_model,
         load_tokenizer,
         merge_adapter,
         select_parts,
@@ -268,21 +277,23 @@ def main(model_args, data_args, peft_args, training_args):
     parts = select_parts(molecules, data_args)
 
     # Model and trainer
-    if peft_args.peft_method != "full":
+    if peft_args.peft_method != "full" and training_args.do_train:
+        if model_args.model_name_or_path is None:
+            raise InputError("--config_name alone gives a random base, which no adapter can name. Pass a checkpoint.")
         if model_args.redraw_features:
             raise InputError(
                 "--redraw_features true changes the attention of the base in every layer, which no adapter could "
                 "keep. Leave it out, or use --peft_method full."
             )
         model_args.redraw_features = False
-    if training_args.learning_rate is None:
+    if training_args.learning_rate is None and data_args.protocol == "default":
         training_args.learning_rate = METHODS[peft_args.peft_method].learning_rate
     check_split(load_config(model_args), digest, data_args, checkpoint)
     base_parameters = []
 
     def adapt_model(model):
         base_parameters.append(model.num_parameters())
-        return adapt(model, peft_args)
+        return adapt(model, peft_args) if training_args.do_train else model
 
     trainer = build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, adapt=adapt_model)
     if peft_args.peft_method in PLAIN_METHODS[1:]:
@@ -297,9 +308,11 @@ def main(model_args, data_args, peft_args, training_args):
         measured = measure(trainer, base_parameters[0])
         trainer.save_metrics("train", {**metrics, "peft_method": peft_args.peft_method, **measured})
         logger.info(
-            "%s: %d trainable parameters, %.3f %% of the base model's %d (%d without the head)",
+            "%s: %d trainable parameters, %.3f %% of the base model's %d (%d without the head); %.2f MB on disk, peak "
+            "memory %.2f GB",
             peft_args.peft_method, measured["trainable_parameters"], measured["trainable_percent"],
             measured["base_parameters"], measured["trainable_parameters_without_head"],
+            measured["checkpoint_bytes"] / 1e6, measured["peak_memory_bytes"] / 1e9,
         )  # fmt: skip
 
     # Evaluate
@@ -316,7 +329,10 @@ def main(model_args, data_args, peft_args, training_args):
 
     # Merge
     if peft_args.merge_adapter and trainer.is_world_process_zero():
-        merged = merge_adapter(trainer.model)
+        merged = trainer.model
+        if not training_args.do_train:  # of an adapter that was given
+            merged = load_model(MolformerForRegression, model_args, tokenizer, merge=True, num_labels=1)
+        merged = merge_adapter(merged)
         merged.save_pretrained(Path(training_args.output_dir) / "merged")
         tokenizer.save_pretrained(Path(training_args.output_dir) / "merged")
     end_writing(training_args)

@@ -113,7 +113,6 @@ def main(model_args, data_args, regression_args, training_args):
 
     # Imported here, so that --help does not wait for RDKit and the data libraries
     from trainer_regression import (
-        augment,
         build_trainer,
         check_split,
         evaluate_regression,
@@ -121,8 +120,8 @@ def main(model_args, data_args, regression_args, training_args):
         load_config,
         load_tokenizer,
         select_parts,
-        to_dataset,
         train_regression,
+        training_set,
         write_reports,
     )
     from utils_molecules import load_molecules, regression_metrics, write_csv, write_json
@@ -133,9 +132,7 @@ def main(model_args, data_args, regression_args, training_args):
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
     parts = select_parts(molecules, data_args)
     held_out = held_out_name(parts)
-    train_set = to_dataset(parts["train"])
-    if data_args.augment_smiles and training_args.do_train:
-        train_set = augment(train_set, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length)
+    train_set = training_set(parts["train"], tokenizer, data_args, training_args)
 
     predictions = {name: [] for name in parts}
     for number, (member_model_args, member_args, start) in enumerate(plan):

@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import logging
-import math
 from pathlib import Path
 
 import datasets
@@ -46,6 +45,7 @@ from utils_molecules import (
     to_text,
     write_csv,
     write_json,
+    write_text,
 )
 
 
@@ -158,8 +158,8 @@ def portable_path(source):
     return path.resolve().relative_to(ROOT).as_posix() if path.exists() and ROOT in path.resolve().parents else source
 
 
-def _load_adapted(model_class, source, found, hub, values):
-    """Returns the base of a checkpoint of adapters, or of some parameters, with these in it."""
+def _load_adapted(model_class, source, found, hub, values, merge):
+    """Returns the base of a checkpoint of adapters, or of some parameters, with these in it or merged into it."""
     if model_class is not MolformerForRegression:
         raise InputError(
             f"{source} holds a regression adapter ({found['method']}). Merge it first: run_peft.py --merge_adapter."
@@ -177,14 +177,22 @@ def _load_adapted(model_class, source, found, hub, values):
         ) from error
     if found["method"] in PARTIAL_METHODS:
         weights = load_file(cached_file(source, "model.safetensors", **hub))
-        _, unexpected = model.load_state_dict(weights, strict=False)
-        if unexpected:
-            raise InputError(f"{source} has parameters that its base {base} lacks: {', '.join(unexpected[:3])}.")
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        misfit = [*unexpected, *(name for name in missing if name.startswith("classifier."))]
+        if misfit:
+            raise InputError(f"{source} does not fit its base {base} with this head: {', '.join(misfit[:3])}.")
     else:
         import peft
 
-        # the model inside, with the adapters in its layers: it is what the scripts know
-        model = _unwrap(peft.PeftModel.from_pretrained(model, source, **hub))
+        try:
+            adapted = peft.PeftModel.from_pretrained(model, source, **hub)
+            # the model inside, with the adapters in its layers, is what the scripts know
+            model = merge_adapter(adapted).requires_grad_(True) if merge else _unwrap(adapted)
+        except (KeyError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"The adapter {source} does not fit its base {base}: {error}. It has other shapes, or was trained with "
+                "another head; leave --regression_head out."
+            ) from error
     model.new_heads = ()  # the head came with the adapter
     return model
 
@@ -204,10 +212,11 @@ def _unwrap(model):
     return inside
 
 
-def load_model(model_class, model_args, tokenizer, **overrides):
+def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
     """Returns the model of the checkpoint, or one with random weights if only a configuration was named.
 
-    A checkpoint of adapters, or of some parameters, gives its base with these in it.
+    A checkpoint of adapters, or of some parameters, gives its base with these in it; with `merge` a plain model, which
+    can be trained.
 
     Args:
         overrides: configuration values that hold over the checkpoint's and the user's, such as `num_labels`.
@@ -226,7 +235,7 @@ def load_model(model_class, model_args, tokenizer, **overrides):
             )
             model = model_class(config)
         elif (found := find_base(source, model_args)) is not None:
-            model = _load_adapted(model_class, source, found, hub, values)
+            model = _load_adapted(model_class, source, found, hub, values, merge)
         else:
             if model_args.config_name:
                 hub["config"] = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
@@ -512,14 +521,15 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     Args:
         parts (`dict[str, pandas.DataFrame]`): molecules of each split; the trainer evaluates on validation, or on the
             test set where there is no validation part.
-        train_set (`datasets.Dataset`, *optional*): what is learned in place of the molecules of `parts["train"]`.
+        train_set (`datasets.Dataset`, *optional*): what is learned in place of the molecules of `parts["train"]` and
+            their random SMILES.
         adapt (`Callable`, *optional*): returns the model that is trained in place of the one that was loaded.
     Raises:
         InputError: as `load_model` and `prepare_head` do.
     """
     set_learning_rate(training_args, data_args)
     set_seed(training_args.seed)
-    model = load_model(MolformerForRegression, model_args, tokenizer, num_labels=1)
+    model = load_model(MolformerForRegression, model_args, tokenizer, merge=training_args.do_train, num_labels=1)
     prepare_head(model, parts["train"], digest, data_args, training_args)
     if adapt is not None:
         if model_args.model_name_or_path is not None:
@@ -528,10 +538,20 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     return RegressionTrainer(
         model=model,
         args=training_args,
-        train_dataset=to_dataset(parts["train"]) if train_set is None else train_set,
+        train_dataset=training_set(parts["train"], tokenizer, data_args, training_args)
+        if train_set is None
+        else train_set,
         eval_dataset=to_dataset(parts[held_out_name(parts)]),
         processing_class=tokenizer,
     )
+
+
+def training_set(molecules, tokenizer, data_args, training_args):
+    """Returns the data set of training molecules, with their random SMILES if `--augment_smiles` says so."""
+    dataset = to_dataset(molecules)
+    if not (data_args.augment_smiles and training_args.do_train):
+        return dataset
+    return augment(dataset, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length)
 
 
 def held_out_name(parts):
@@ -567,31 +587,51 @@ def evaluate_regression(trainer):
     trainer.save_metrics("eval", metrics)
 
 
+def _settings_key(model_args, data_args, training_args, parts, digest):
+    """Returns a hash of what a fine-tuning depends on: start, molecules, labels and training settings."""
+    names = ("seed", "learning_rate", "head_learning_rate", "num_train_epochs", "max_steps", "weight_decay", "optim")
+    names += (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "bf16",
+    )
+    settings = {name: str(getattr(training_args, name)) for name in names} | {"digest": digest}
+    settings |= {"start": model_args.model_name_or_path, **model_args.config_overrides()}
+    settings |= {"augment": data_args.augment_smiles, "form": data_args.smiles_form}
+    labels = {name: sorted(zip(part["text"], part["label"], strict=True)) for name, part in parts.items()}
+    return hashlib.sha256(json.dumps([settings, labels]).encode()).hexdigest()
+
+
 def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, digest):
     """Fine-tunes in a folder of its own, or goes on there, and returns the metrics of validation and test (`dict`).
 
-    A finished run of the same molecules is not repeated, an interrupted one continues, one of others is replaced.
+    A finished run of the same labels and settings is not repeated, an interrupted one continues, another is replaced.
 
     Args:
         digest (`str`): hash of the molecules of `parts` and of their split, which the model will carry.
     """
     stage_args = copy.copy(training_args)
-    stage_args.output_dir, stage_args.do_train = str(folder), True
-    start = folder if is_finished(folder) else last_complete_checkpoint(folder)
-    if start is not None and MolformerConfig.from_pretrained(start).split_hash != digest:
-        start = None
-    if start is not None and is_finished(folder):
-        return json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
+    stage_args.output_dir, stage_args.do_train, stage_args.push_to_hub = str(folder), True, False
+    key, key_file = _settings_key(model_args, data_args, training_args, parts, digest), Path(folder) / "settings_key"
+    start = None
+    if key_file.exists() and key_file.read_text(encoding="utf-8") == key:
+        if is_finished(folder):
+            return json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
+        start = last_complete_checkpoint(folder)
     trainer = build_trainer(model_args, data_args, stage_args, tokenizer, parts, digest)
     begin_writing(stage_args, start)
+    if stage_args.should_save:
+        write_text(key, key_file)
     train_regression(trainer, parts, None if start is None else str(start))
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     evaluate_regression(trainer)
     metrics = {}
     for name in [name for name in parts if name != "train"]:
         values = regression_metrics(trainer.predict_molecules(parts[name])[:, 0], parts[name]["label"])
         metrics |= {f"{name}_{key}": value for key, value in values.items()}
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    metrics["eval_losses"] = losses[: math.ceil(stage_args.num_train_epochs)]
+    metrics["eval_losses"] = losses
     trainer.save_metrics("predict", metrics)
     trainer.accelerator.wait_for_everyone()  # the others read what the first process has written
     end_writing(stage_args)

@@ -38,17 +38,20 @@ def _lines(path):
 def run_script(command, folder, threads):
     """Runs a script of this project into a folder and returns its all_results.json (`dict`).
 
-    A finished run is not repeated, an interrupted one continues. The log stands beside the folder.
+    A finished run of the same command is not repeated, an interrupted one continues, one of another command is
+    replaced. Log and command stand beside the folder.
 
     Args:
         command (`list[str]`): script and flags, without --output_dir.
     """
     folder = Path(folder)
-    results = folder / "all_results.json"
-    if not results.exists() or (folder / "unfinished").exists():
+    results, note = folder / "all_results.json", folder.with_name(f"{folder.name}.command")
+    same = note.exists() and note.read_text() == as_text(command)
+    if not same or not results.exists() or (folder / "unfinished").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        begun = any(any(folder.glob(pattern)) for pattern in ("checkpoint-*", "finetune-*", "member-*"))
-        resume = begun and (folder / "unfinished").exists()
+        note.write_text(as_text(command))
+        begun = [*folder.glob("checkpoint-*/trainer_state.json"), *folder.glob("finetune-*"), *folder.glob("member-*")]
+        resume = same and begun and (folder / "unfinished").exists()
         mode = ["--resume_from_checkpoint", "true"] if resume else ["--overwrite_output_dir"]
         with folder.with_name(f"{folder.name}.log").open("a") as log:
             subprocess.run(

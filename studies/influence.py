@@ -40,7 +40,7 @@ def run(cell, args, threads):
     """Runs one cell (pool, split, seed, variant), unless it is finished, and returns its results."""
     pool, split, seed, leaks = cell
     folder = args.folder / "-".join((pool, split, str(seed), *(["leakage"] if leaks else [])))
-    controls = ["none"] if leaks else CONTROLS[: 3 if seed >= MOST else None]
+    controls = ["none"] if leaks else CONTROLS[: None if seed in args.seeds[:MOST] else 3]
     command = ["run_influence.py", "--split", split, "--seed", str(seed)]
     command += ["--controls", *controls, *shlex.split(args.extra)]
     command += ["--external_file", str(Path(args.external_file).resolve())] if pool == "external" else []

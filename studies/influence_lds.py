@@ -4,7 +4,7 @@
 
 Trains the last layer and the head of the embedded checkpoint (the states below are fixed, so they are computed once)
 on random halves of the training molecules, and correlates their validation and test losses with the sums of the scores
-of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186). The scores are those of
+of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186). The scores are of
 run_influence.py for the model that was trained on all: by LiSSA, by conjugate gradients and without the inverse
 curvature; once with all of these parameters, and once with those of the head alone. Writes results/influence_lds.json:
 rank correlations with bootstrap intervals over the halves.

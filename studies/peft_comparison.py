@@ -83,13 +83,13 @@ def tune(args):
     print(json.dumps(report["best"], indent=2))
 
 
-def winner_of(runs):
+def winner_of(runs, seeds):
     """Returns the method of lowest mean validation error among those that train few parameters."""
     errors = {}
     for row in runs:
         share = 100 * row["trainable_parameters_without_head"] / row["base_parameters"]
         few = share <= MOST_PERCENT and row["method"] not in ("full", "head")
-        if few and row["name"] == row["method"] and row["split"] == "random":
+        if few and row["name"] == row["method"] and row["split"] == "random" and row["seed"] in seeds:
             errors.setdefault(row["method"], []).append(row["eval_mse"])
     return min(errors, key=lambda method: np.mean(errors[method]))
 
@@ -177,7 +177,7 @@ def main():
         for seed in (args.seeds if method in ALL_SEEDS else args.seeds[:3])
     ]
     runs = run_all(cells, args)
-    winner = winner_of(runs)
+    winner = winner_of(runs, args.seeds[:3])
     cells = [(winner, "random", seed, winner, []) for seed in args.seeds[3:] if winner not in ALL_SEEDS]
     cells += [
         (method, "scaffold", seed, method, []) for method in dict.fromkeys(("full", winner)) for seed in args.seeds
