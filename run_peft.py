@@ -261,6 +261,7 @@ def main(model_args, data_args, peft_args, training_args):
         build_trainer,
         check_split,
         evaluate_regression,
+        find_base,
         load_config,
         load_model,
         load_tokenizer,
@@ -280,6 +281,11 @@ def main(model_args, data_args, peft_args, training_args):
     if peft_args.peft_method != "full" and training_args.do_train:
         if model_args.model_name_or_path is None:
             raise InputError("--config_name alone gives a random base, which no adapter can name. Pass a checkpoint.")
+        if find_base(model_args.model_name_or_path, model_args) is not None:
+            raise InputError(
+                f"{model_args.model_name_or_path} holds an adapter, which cannot be the base of another one. Merge it "
+                "first: --do_eval --merge_adapter, then pass the folder merged."
+            )
         if model_args.redraw_features:
             raise InputError(
                 "--redraw_features true changes the attention of the base in every layer, which no adapter could "

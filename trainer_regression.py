@@ -162,7 +162,8 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     """Returns the base of a checkpoint of adapters, or of some parameters, with these in it or merged into it."""
     if model_class is not MolformerForRegression:
         raise InputError(
-            f"{source} holds a regression adapter ({found['method']}). Merge it first: run_peft.py --merge_adapter."
+            f"{source} holds a regression adapter ({found['method']}). Merge it first, with run_peft.py --do_eval "
+            "--merge_adapter, and pass the folder merged."
         )
     base = found["base"]
     if base is not None and not Path(base).exists() and (ROOT / base).exists():
@@ -190,8 +191,8 @@ def _load_adapted(model_class, source, found, hub, values, merge):
             model = merge_adapter(adapted).requires_grad_(True) if merge else _unwrap(adapted)
         except (KeyError, AttributeError, RuntimeError) as error:
             raise InputError(
-                f"The adapter {source} does not fit its base {base}: {error}. It has other shapes, or was trained with "
-                "another head; leave --regression_head out."
+                f"The adapter {source} does not fit its base {base}: {error}. It has other shapes, or was trained "
+                "with another head; leave --regression_head out."
             ) from error
     model.new_heads = ()  # the head came with the adapter
     return model

@@ -57,7 +57,8 @@ def load_external(tokenizer, data_args, influence_args, molecules):
         InputError: if file, columns, labels or molecules cannot be used, or none is left.
     """
     path = influence_args.external_file
-    table = read_table(path, influence_args.external_smiles_column, influence_args.external_label_column)
+    columns = (influence_args.external_smiles_column, influence_args.external_label_column)
+    table = read_table(path, *columns, prefix="external_")
     external, dropped = prepare_molecules(table, tokenizer, data_args, path)
     excluded = [dropped[["row", "smiles", "reason"]]]
     for part in ("validation", "test"):
@@ -165,6 +166,7 @@ def plot_scores(table, path):
     left.set(xlabel="influence score (positive: helpful)", ylabel="molecules")
     right.set(xlabel="loss of the molecule (standardized)", ylabel="influence score")
     right.set_xscale("symlog", linthresh=0.1)
+    right.set_xlim(left=0)
     left.legend(frameon=False)
     save_figure(figure, path)
 

@@ -40,9 +40,11 @@ logger = logging.getLogger("molformer.molecules")
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_table(path, smiles_column=None, label_column=None, require_label=True):
+def read_table(path, smiles_column=None, label_column=None, require_label=True, prefix=""):
     """Reads a CSV or TSV of SMILES and labels; .gz, .xz, CRLF line ends and a byte-order mark are fine.
 
+    Args:
+        prefix (`str`): stands before smiles_column and label_column in the flags that messages name.
     Returns:
         `pandas.DataFrame` with columns `row` (int), `smiles` (str, as given) and, if there is one, `label` (float).
     Raises:
@@ -64,7 +66,7 @@ def read_table(path, smiles_column=None, label_column=None, require_label=True):
         raise InputError(f"{path} cannot be read as a table: {error}") from error
     if not isinstance(table.index, pd.RangeIndex):
         raise InputError(f"{path} has {len(columns)} columns in its header and more fields in its rows.")
-    return _to_molecules(table, path, smiles_column, label_column, require_label)
+    return _to_molecules(table, path, smiles_column, label_column, require_label, prefix)
 
 
 def _first_bad_byte(path):
@@ -134,15 +136,15 @@ def find_column(columns, wanted, candidates, flag, source):
     return next((lowered[name] for name in candidates if name in lowered), None)
 
 
-def _to_molecules(table, source, smiles_column, label_column, require_label):
+def _to_molecules(table, source, smiles_column, label_column, require_label, prefix=""):
     columns = [str(column) for column in table.columns]
     table.columns = columns
-    smiles = find_column(columns, smiles_column, SMILES_COLUMNS, "--smiles_column", source)
-    label = find_column(columns, label_column, LABEL_COLUMNS, "--label_column", source)
+    smiles = find_column(columns, smiles_column, SMILES_COLUMNS, f"--{prefix}smiles_column", source)
+    label = find_column(columns, label_column, LABEL_COLUMNS, f"--{prefix}label_column", source)
     if smiles is None:
-        raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
+        raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --{prefix}smiles_column.")
     if label is None and require_label:
-        raise InputError(f"{source} has no label column; it has: {', '.join(columns)}. Pass --label_column.")
+        raise InputError(f"{source} has no label column; it has: {', '.join(columns)}. Pass --{prefix}label_column.")
     if not len(table):
         raise InputError(f"{source} has a header and no rows.")
     molecules = pd.DataFrame(

@@ -272,7 +272,7 @@ def test_scores_predict_leaving_one_out_of_ridge_regression():
 
 @pytest.fixture(scope="module")
 def embedded():
-    """The embedded checkpoint with a head solved by least squares, its tokenizer, and 96 prepared molecules."""
+    """The embedded checkpoint with a random head, its tokenizer, and 96 prepared molecules."""
     tokenizer = build_tokenizer()
     options = argparse.Namespace(smiles_form="canonical", max_length=256, invalid_smiles="error")
     molecules, _ = prepare_molecules(read_table(EMBEDDED_DATA).head(96), tokenizer, options, "data")
@@ -610,10 +610,12 @@ def test_a_killed_run_goes_on_to_the_same_result(flags, finished_run, tmp_path):
     process.wait()
     refused = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2 and "--resume_from_checkpoint" in refused.stderr
+    finished = (folder / "finetune-none" / "all_results.json").stat().st_mtime_ns
     resumed = subprocess.run(
         [*command, "--resume_from_checkpoint", "true"], env=environment, capture_output=True, text=True
     )
     assert resumed.returncode == 0, resumed.stderr
+    assert (folder / "finetune-none" / "all_results.json").stat().st_mtime_ns == finished
     results = json.loads((folder / "all_results.json").read_text())["results"]
     expected = json.loads((finished_run / "all_results.json").read_text())["results"]
     assert results.keys() == {"none", "selected", "all", "random"}
@@ -636,6 +638,12 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     table = pd.read_csv(tmp_path / "out" / "influence_scores.csv").sort_values("row")
     assert table["excluded"].fillna("").tolist() == ["is a test molecule", "is a validation molecule", "", "", ""]
     assert table["score"].notna().tolist() == [False, False, True, True, True]
+    external.write_text("SMILES,Label\nCCO,1\n")
+    call_main(*scoring, *split, "--output_dir", tmp_path / "single")
+    assert json.loads((tmp_path / "single" / "influence.json").read_text())["agreement_of_ranks"] is None
+    external.write_text("SMILES,activity\nCCO,1\n")
+    with pytest.raises(InputError, match="no label column.*--external_label_column"):
+        call_main(*scoring, *split, "--output_dir", tmp_path / "none")
     external.write_text(f"SMILES,Label\n{rows[1]},1\n")
     with pytest.raises(InputError, match="No molecule of .* is left"):
         call_main(*scoring, *split, "--output_dir", tmp_path / "none")

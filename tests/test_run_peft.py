@@ -83,7 +83,8 @@ def test_exactly_the_intended_parameters_are_trained(method, base, batch):
     model = adapt(base, arguments_of(method))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     encoder = [name for name in trainable if "classifier." not in name]
-    assert all(re.fullmatch(EXPECTED[method], name) for name in encoder), encoder
+    every = [name for name, _ in model.named_parameters() if "classifier." not in name]
+    assert encoder == [name for name in every if re.fullmatch(EXPECTED[method], name)]
     assert bool(encoder) == (method != "head")
     heads = [name for name in trainable if "classifier." in name]
     assert {name.split(".")[-1] for name in heads} == {"weight", "bias"} and len(heads) == 2
@@ -332,3 +333,40 @@ def test_an_adapter_whose_base_is_gone_or_other_is_refused(finished_run, tmp_pat
 def test_masked_language_modeling_refuses_an_adapter(finished_run, small_table, tmp_path, run_script):
     done = run_script("run_mlm.py", "--model_name_or_path", finished_run, "--train_file", small_table)
     assert done.returncode == 2 and "holds a regression adapter" in done.stderr
+
+
+def test_a_run_leaves_nothing_of_the_run_that_it_replaces(tiny_checkpoint, small_table, tmp_path):
+    """BitFit, then LoRA, then all parameters in one folder: each time the folder is the last model."""
+    flags = (*given(tiny_checkpoint, small_table), *QUICK, "--num_train_epochs", "1", "--output_dir", tmp_path / "out")
+    for method in ("bitfit", "lora", "full"):
+        call_main("--peft_method", method, *flags, "--merge_adapter", "--overwrite_output_dir")
+        found = find_base(str(tmp_path / "out"), ModelArguments(model_name_or_path=str(tmp_path / "out")))
+        assert (found or {"method": "full"})["method"].lower() == method
+        assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+
+
+def test_an_adapter_can_be_merged_and_trained_on(finished_run, small_table, tmp_path):
+    """Merged later, it predicts as it did; as a start it is merged into its base first, and all is trained."""
+    call_main(*given(finished_run, small_table), "--do_eval", "--merge_adapter", "--output_dir", tmp_path / "later")
+    tokenizer = build_tokenizer()
+    batch = tokenizer(["CCO", "c1ccccc1C(=O)NCC"], padding=True, return_tensors="pt")
+    merged, adapter = (
+        load_model(MolformerForRegression, ModelArguments(model_name_or_path=str(folder)), tokenizer).eval()
+        for folder in (tmp_path / "later" / "merged", finished_run)
+    )
+    assert torch.allclose(merged(**batch).logits, adapter(**batch).logits, rtol=0, atol=1e-5)
+    flags = given(finished_run, small_table)
+    call_regression(*flags, *QUICK, "--num_train_epochs", "1", "--output_dir", tmp_path / "full")
+    trained = json.loads((tmp_path / "full" / "all_results.json").read_text())["trainable_parameters"]
+    assert trained == sum(p.numel() for p in merged.parameters())
+    with pytest.raises(InputError, match="holds an adapter, which cannot be the base of another"):
+        call_main(*flags, *QUICK, "--peft_method", "bitfit", "--output_dir", tmp_path / "bitfit")
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_an_adapter_with_another_head_is_refused(method, tiny_checkpoint, small_table, tmp_path):
+    flags = (*QUICK, "--num_train_epochs", "1", "--peft_method", method, "--output_dir", tmp_path / "out")
+    call_main(*given(tiny_checkpoint, small_table), *flags)
+    with pytest.raises(InputError, match="does not fit its base"):
+        call_regression(*given(tmp_path / "out", small_table), "--regression_head", "molformer", "--do_predict",
+                        "--output_dir", tmp_path / "again")  # fmt: skip
