@@ -622,6 +622,10 @@ def run_lissa(problem, train, gradient, batches, residual, report, influence_arg
     depth, repeats = influence_args.recursion_depth, influence_args.num_repeats
     settings = {name: report[name] for name in ("curvature", "damping", "scale")} | {"depth": depth}
     settings |= {"tail_fraction": influence_args.tail_fraction, "batch_size": batches.batch_size, "seed": batches.seed}
+    settings |= {
+        "parameters": list(problem.params),
+        "molecules": list(zip(train["text"], train["label"], strict=True)),
+    }
     key = hashlib.sha256(json.dumps(settings).encode() + gradient.cpu().numpy().tobytes()).hexdigest()
     state, trace = load_state(state_file, key, gradient)
     done = len(state.answers) * depth + state.step
@@ -647,7 +651,7 @@ def run_lissa(problem, train, gradient, batches, residual, report, influence_arg
             tail_fraction=influence_args.tail_fraction,
             state=state,
             on_step=on_step,
-        )
+        )[:repeats]
     save_state(state_file, key, state, trace)
     details = {"implicit_damping": report["scale"] / max(depth, 1), "recursion_depth": depth, "num_repeats": repeats}
     details |= {"tail_fraction": influence_args.tail_fraction, "hessian_batch_size": batches.batch_size}
@@ -870,9 +874,10 @@ def main(model_args, data_args, influence_args, training_args):
             print(losses_table(results["selected"]["eval_losses"]))
     if training_args.should_save:
         write_json({"influence": report, "results": results}, output_dir / "all_results.json")
+        validation = f"--validation_file {output_dir / 'validation.csv'} " if "validation" in parts else ""
         print(
             f"To learn the selected molecules elsewhere: python run_regression.py --train_file "
-            f"{output_dir / 'merged_train.csv'} --validation_file {output_dir / 'validation.csv'} "
+            f"{output_dir / 'merged_train.csv'} {validation}"
             f"--test_file {output_dir / 'test.csv'} --output_dir outputs/merged"
         )
         (output_dir / "influence_state.safetensors").unlink(missing_ok=True)

@@ -37,7 +37,7 @@ from arguments import (
 
 DEFAULTS = {"output_dir": "outputs/peft"}
 
-# What --peft_method means: learning rate, rank, target modules. Rates were found on validation, see the README.
+# What --peft_method means: learning rate, rank, target modules. Rates are starting points for the tuning.
 LAYER = r"molformer\.encoder\.layer\.\d+\."
 ALL_LINEAR = LAYER + r"(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
 
@@ -237,7 +237,8 @@ def measure(trainer, base_parameters):
     head = sum(count for name, count in trainable.items() if "classifier." in name)
     total = sum(trainable.values())
     folder = Path(trainer.args.output_dir)
-    weights = [path for path in folder.glob("*.safetensors")]
+    weights = folder.glob("*.safetensors")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -248,6 +249,7 @@ def measure(trainer, base_parameters):
         "trainable_parameters_without_head": total - head,
         "base_parameters": base_parameters,
         "trainable_percent": 100 * total / base_parameters,
+        "final_train_loss": losses[-1] if losses else None,
         "checkpoint_bytes": sum(path.stat().st_size for path in weights),
         "peak_memory_bytes": peak,
     }

@@ -43,7 +43,7 @@ NUMBERS = (
     "trainable_percent",
     "peak_memory_bytes",
 )
-NUMBERS += ("checkpoint_bytes", "train_runtime", "train_loss", "eval_mse", "test_mse", "test_mae", "test_r2")
+NUMBERS += ("checkpoint_bytes", "train_runtime", "final_train_loss", "eval_mse", "test_mse", "test_mae", "test_r2")
 
 
 def run(cell, args, threads):
@@ -122,7 +122,7 @@ def to_markdown(rows):
             difference = with_interval((row["minus_full"], row["minus_full_half_width"]), signed=True)
         cells = (row["name"], row["split"], row["n"], error, difference, f"{row['eval_mse']:.3f}")
         cells += (
-            f"{row['train_loss']:.3f}",
+            f"{row['final_train_loss']:.3f}",
             f"{row['trainable_parameters']:,.0f}",
             f"{row['trainable_percent']:.2f} %",
         )
