@@ -53,6 +53,7 @@ from arguments import (
 DEFAULTS = {"output_dir": "outputs/influence"}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
 SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
+LISSA_SETTINGS = ("recursion_depth", "num_repeats", "tail_fraction", "hessian_batch_size")
 FIXED_MOLECULES = 256  # on which largest eigenvalue and residual are measured
 
 logger = logging.getLogger("molformer.influence")
@@ -211,12 +212,21 @@ def molecule_losses(residuals, params):
     return residuals(params).square().sum(dim=-1)
 
 
+def leaves_of(params):
+    """Returns the parameters as leaves that gradients are taken for."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+
+
+def flat_gradient(value, leaves, **options):
+    """Returns the gradient of a number, shape (P,); zeros where it does not depend on a parameter."""
+    gradients = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True, **options)
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
 def loss_gradient(residuals, params):
     """Returns the gradient of the summed losses, shape (P,)."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
-    loss = molecule_losses(residuals, leaves).sum()
-    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return flatten(dict(zip(leaves, gradients, strict=True)))
+    leaves = leaves_of(params)
+    return flat_gradient(molecule_losses(residuals, leaves).sum(), leaves)
 
 
 def ggn_vector_product(residuals, params, vector):
@@ -235,12 +245,9 @@ def hessian_vector_product(residuals, params, vector):
 
     Pearlmutter 1994, https://doi.org/10.1162/neco.1994.6.1.147. Away from a minimum it has negative eigenvalues.
     """
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
-    loss = molecule_losses(residuals, leaves).sum()
-    gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-    slope = flatten(dict(zip(leaves, gradients, strict=True))) @ vector
-    products = torch.autograd.grad(slope, list(leaves.values()), materialize_grads=True)
-    return flatten(dict(zip(leaves, products, strict=True)))
+    leaves = leaves_of(params)
+    slope = flat_gradient(molecule_losses(residuals, leaves).sum(), leaves, create_graph=True) @ vector
+    return flat_gradient(slope, leaves)
 
 
 PRODUCTS = {"ggn": ggn_vector_product, "hessian": hessian_vector_product}
@@ -257,12 +264,9 @@ def scores_by_jvp(residuals, params, direction):
 
 def scores_by_gradients(residuals, params, direction):
     """Returns the same from the gradient of every molecule, one after the other: the reference, and slower."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
-    scores = []
-    for loss in molecule_losses(residuals, leaves):
-        gradients = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, materialize_grads=True)
-        scores.append(flatten(dict(zip(leaves, gradients, strict=True))) @ direction)
-    return torch.stack(scores)
+    leaves = leaves_of(params)
+    losses = molecule_losses(residuals, leaves)
+    return torch.stack([flat_gradient(loss, leaves, retain_graph=True) @ direction for loss in losses])
 
 
 SCORES = {"jvp": scores_by_jvp, "per_sample_gradient": scores_by_gradients}
@@ -510,20 +514,20 @@ class RandomBatches:
         return self.problem.curvature(self.draw(), vector)
 
 
-def measure_curvature(problem, train, batches, influence_args, seed, show_progress):
+def measure_curvature(problem, fixed, batches, influence_args, show_progress):
     """Returns largest eigenvalue, damping, scale and, for the Hessian, smallest eigenvalue, by name (`dict`).
 
     Args:
-        batches (`RandomBatches`): five of them are drawn; their largest eigenvalue, not that of all molecules, decides
-            whether LiSSA converges.
+        fixed (`pandas.DataFrame`): molecules on which the eigenvalues of C are measured.
+        batches (`RandomBatches`): for LiSSA five of them are drawn; their largest eigenvalue, not that of all
+            molecules, decides whether it converges. The scale is there for LiSSA only.
     Raises:
         InputError: if the curvature is zero.
     """
     size = sum(tensor.numel() for tensor in problem.params.values())
-    start = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(problem.model.device)
-    fixed = fixed_molecules(train, seed)
-    hessian = influence_args.curvature == "hessian"
-    with tqdm(total=90 if hessian else 70, desc="Largest eigenvalues", disable=not show_progress) as bar:
+    start = torch.randn(size, generator=torch.Generator().manual_seed(batches.seed)).to(problem.model.device)
+    hessian, lissa = influence_args.curvature == "hessian", influence_args.ihvp == "lissa"
+    with tqdm(total=20 + 50 * lissa + 20 * hessian, desc="Largest eigenvalues", disable=not show_progress) as bar:
 
         def measure(molecules, steps, shift=0.0):
             def product(vector):
@@ -533,7 +537,8 @@ def measure_curvature(problem, train, batches, influence_args, seed, show_progre
             return largest_eigenvalue(product, start, steps) + shift
 
         values = {"largest_eigenvalue": measure(fixed, 20)}
-        values["largest_eigenvalue_of_batches"] = [measure(batches.draw(), 10) for _ in range(5)]
+        if lissa:
+            values["largest_eigenvalue_of_batches"] = [measure(batches.draw(), 10) for _ in range(5)]
         if hessian:  # of the Hessian minus its largest eigenvalue, the one of largest size is the smallest
             values["smallest_eigenvalue"] = measure(fixed, 20, shift=abs(values["largest_eigenvalue"]))
     largest = abs(values["largest_eigenvalue"])
@@ -546,14 +551,11 @@ def measure_curvature(problem, train, batches, influence_args, seed, show_progre
             "%.2g or more, or --curvature ggn.",
             values["smallest_eigenvalue"], damping, -1.1 * values["smallest_eigenvalue"],
         )  # fmt: skip
-    automatic = 1.5 * max(map(abs, values["largest_eigenvalue_of_batches"])) + damping
-    scale = automatic if influence_args.scale == "auto" else float(influence_args.scale)
-    return {**values, "damping": damping, "scale": scale}
-
-
-def fixed_molecules(train, seed):
-    """Returns the training molecules on which eigenvalues and residuals are measured."""
-    return train.sample(min(FIXED_MOLECULES, len(train)), random_state=seed)
+    values["damping"] = damping
+    if lissa:
+        automatic = 1.5 * max(map(abs, values["largest_eigenvalue_of_batches"])) + damping
+        values["scale"] = automatic if influence_args.scale == "auto" else float(influence_args.scale)
+    return values
 
 
 def inverse_curvature(problem, train, gradient, influence_args, seed, state_file=None, show_progress=True):
@@ -569,21 +571,31 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
     if influence_args.ihvp == "identity":
         return gradient[None], report
     batches = RandomBatches(problem, train, influence_args.hessian_batch_size, seed)
-    report |= measure_curvature(problem, train, batches, influence_args, seed, show_progress)
-    fixed = fixed_molecules(train, seed)
+    fixed = train.sample(min(FIXED_MOLECULES, len(train)), random_state=seed)
+    report |= measure_curvature(problem, fixed, batches, influence_args, show_progress)
 
     def residual(answer):
         left = problem.curvature(fixed, answer) + report["damping"] * answer - gradient
         return float(left.norm() / gradient.norm())
 
-    method = run_conjugate_gradients if influence_args.ihvp == "cg" else run_lissa
     try:
-        answers, details = method(
-            problem, train, gradient, batches, residual, report, influence_args, state_file, show_progress
-        )
+        if influence_args.ihvp == "cg":
+            answers, trace = run_conjugate_gradients(
+                lambda vector: problem.curvature(train, vector),
+                gradient,
+                report["damping"],
+                influence_args,
+                show_progress,
+            )
+            report["residual"] = trace[-1]["residual"] if trace else 0.0
+        else:
+            report |= {"implicit_damping": report["scale"] / max(influence_args.recursion_depth, 1)}
+            report |= {name: getattr(influence_args, name) for name in LISSA_SETTINGS}
+            answers, trace = run_lissa(batches, gradient, report, residual, state_file, show_progress)
+            report["residual"] = residual(answers.mean(dim=0))
     except FloatingPointError as error:
         raise InputError(str(error)) from error
-    report |= details
+    report["trace"] = trace
     solved = report["residual"] <= influence_args.tolerance
     report["converged"] = solved and report.get("smallest_eigenvalue", 0.0) + report["damping"] > 0
     if not solved:
@@ -596,9 +608,8 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
     return answers, report
 
 
-def run_conjugate_gradients(
-    problem, train, gradient, batches, residual, report, influence_args, state_file, show_progress
-):
+def run_conjugate_gradients(product, gradient, damping, influence_args, show_progress):
+    """Returns the solution, shape (1, P), and residuals by step; `product` is that of all training molecules."""
     trace = []
     with tqdm(total=influence_args.recursion_depth, desc="Conjugate gradients", disable=not show_progress) as bar:
 
@@ -608,25 +619,31 @@ def run_conjugate_gradients(
             bar.set_postfix(residual=f"{relative:.1e}")
 
         answer = conjugate_gradient_inverse_hvp(
-            lambda vector: problem.curvature(train, vector),
+            product,
             gradient,
-            damping=report["damping"],
+            damping=damping,
             tolerance=influence_args.tolerance,
             max_steps=influence_args.recursion_depth,
             on_step=on_step,
         )
-    return answer[None], {"residual": trace[-1]["residual"] if trace else 0.0, "trace": trace}
+    return answer[None], trace
 
 
-def run_lissa(problem, train, gradient, batches, residual, report, influence_args, state_file, show_progress):
-    depth, repeats = influence_args.recursion_depth, influence_args.num_repeats
-    settings = {name: report[name] for name in ("curvature", "damping", "scale")} | {"depth": depth}
-    settings |= {"tail_fraction": influence_args.tail_fraction, "batch_size": batches.batch_size, "seed": batches.seed}
-    settings |= {
-        "parameters": list(problem.params),
-        "molecules": list(zip(train["text"], train["label"], strict=True)),
+def run_lissa(batches, gradient, settings, residual, state_file, show_progress):
+    """Returns the solutions of all repeats, shape (R, P), and norm and residual at ten points of each.
+
+    Args:
+        settings (`dict`): `damping`, `scale` and `LISSA_SETTINGS` by name.
+        residual (`Callable`): maps a solution to its relative residual.
+        state_file (`Path`, *optional*): continued from if it is of the same settings, and written ten times a repeat.
+    """
+    depth, repeats, scale = settings["recursion_depth"], settings["num_repeats"], settings["scale"]
+    known = {
+        name: settings[name] for name in ("curvature", "damping", "scale", *LISSA_SETTINGS) if name != "num_repeats"
     }
-    key = hashlib.sha256(json.dumps(settings).encode() + gradient.cpu().numpy().tobytes()).hexdigest()
+    known |= {"seed": batches.seed, "parameters": list(batches.problem.params)}
+    known |= {"molecules": list(zip(batches.molecules["text"], batches.molecules["label"], strict=True))}
+    key = hashlib.sha256(json.dumps(known).encode() + gradient.cpu().numpy().tobytes()).hexdigest()
     state, trace = load_state(state_file, key, gradient)
     done = len(state.answers) * depth + state.step
     batches.position += done
@@ -635,7 +652,7 @@ def run_lissa(problem, train, gradient, batches, residual, report, influence_arg
         def on_step(state):
             bar.update()
             if state.step % max(1, depth // 10) == 0:
-                answer = state.iterate / report["scale"]
+                answer = state.iterate / scale
                 trace.append({"repeat": len(state.answers), "step": state.step, "norm": float(answer.norm())})
                 trace[-1]["residual"] = residual(answer)
                 bar.set_postfix(norm=f"{trace[-1]['norm']:.2e}", residual=f"{trace[-1]['residual']:.2f}")
@@ -644,19 +661,16 @@ def run_lissa(problem, train, gradient, batches, residual, report, influence_arg
         answers = lissa_inverse_hvp(
             batches,
             gradient,
-            damping=report["damping"],
-            scale=report["scale"],
+            damping=settings["damping"],
+            scale=scale,
             recursion_depth=depth,
             num_repeats=repeats,
-            tail_fraction=influence_args.tail_fraction,
+            tail_fraction=settings["tail_fraction"],
             state=state,
             on_step=on_step,
         )[:repeats]
     save_state(state_file, key, state, trace)
-    details = {"implicit_damping": report["scale"] / max(depth, 1), "recursion_depth": depth, "num_repeats": repeats}
-    details |= {"tail_fraction": influence_args.tail_fraction, "hessian_batch_size": batches.batch_size}
-    details["residual"] = residual(answers.mean(dim=0))
-    return answers, details | {"trace": trace}
+    return answers, trace
 
 
 def save_state(path, key, state, trace):
