@@ -43,7 +43,6 @@ from arguments import (
     InputError,
     ModelArguments,
     TrainingArguments,
-    begin_writing,
     end_writing,
     run_script,
     setup_run,
@@ -743,37 +742,102 @@ def mean_agreement(correlations):
     return mean if math.isfinite(mean) else None  # of a single molecule or parameter
 
 
+def compute_scores(problem, parts, external, influence_args, training_args):
+    """Returns the scored molecules, with the column `selected`, and how they were scored (`DataFrame`, `dict`).
+
+    Raises:
+        InputError: if the target's gradient is zero or not finite, or as `inverse_curvature` and `score_molecules` do.
+    """
+    from trainer_regression import peak_memory
+    from utils_influence import detection, select_molecules
+
+    started = time.monotonic()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    gradient = problem.gradient(parts[influence_args.score_split])
+    if not float(gradient.norm()) > 0:
+        raise InputError("The gradient of the target loss is zero or not finite: no score can be computed.")
+    state_file = Path(training_args.output_dir) / "influence_state.safetensors"
+    show_progress = training_args.should_log and not training_args.disable_tqdm
+    solutions, solved = inverse_curvature(
+        problem, parts["train"], gradient, influence_args, training_args.seed, state_file, show_progress
+    )
+    table, agreement = score_molecules(problem, external, solutions, gradient, influence_args)
+    table["selected"] = select_molecules(table, influence_args)
+    report = {
+        "sign": SIGN,
+        "score_split": influence_args.score_split,
+        "leakage": influence_args.score_split == "test",
+        "influence_params": influence_args.influence_params,
+        **solved,
+        **agreement,
+        **detection(table),
+        "molecules": len(table),
+        "selected": int(table["selected"].sum()),
+        "seconds": time.monotonic() - started,
+        "peak_memory_bytes": peak_memory(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if report["leakage"]:
+        logger.warning("Molecules were chosen by the loss of the test molecules: the test numbers below leak.")
+    return table, report
+
+
+class Comparison:
+    """Fine-tunes with external molecules added to the training part, each choice in a folder of its own.
+
+    Attributes:
+        results (`dict[str, dict]`): by name the molecules added and the metrics of validation and test.
+    """
+
+    def __init__(self, model_args, data_args, training_args, tokenizer, parts, digest):
+        self.model_args = model_args
+        self.data_args = data_args
+        self.training_args = training_args
+        self.tokenizer = tokenizer
+        self.parts = parts
+        self.digest = digest
+        self.results = {}
+
+    def fine_tune(self, name, added):
+        """Fine-tunes with the molecules of a table added, unless it is done, and returns the folder of the model."""
+        from trainer_regression import fine_tune
+        from utils_influence import merge
+
+        folder = Path(self.training_args.output_dir) / f"finetune-{name}"
+        if name not in self.results:
+            parts, digest = merge(self.parts, added) if len(added) else (self.parts, self.digest)
+            logger.info("Fine-tuning with %d of the external molecules: %s", len(added), name)
+            arguments = (self.model_args, self.data_args, self.training_args, self.tokenizer, parts, digest)
+            self.results[name] = {"added": len(added), **fine_tune(folder, *arguments)}
+        return folder
+
+    def fine_tune_with_controls(self, table, controls, seed):
+        """Fine-tunes with the molecules that are `selected` and with those of each control."""
+        from utils_influence import select_control
+
+        first = ["none"] if "none" in controls else []
+        for name in [*first, "selected", *(name for name in controls if name != "none")]:
+            self.fine_tune(name, table[select_control(name, table, seed)])
+
+
 def main(model_args, data_args, influence_args, training_args):
     checkpoint = setup_run(training_args, data_args, in_pieces=True)
     output_dir, seed = Path(training_args.output_dir), training_args.seed
 
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import (
+        begin_run,
         check_split,
-        fine_tune,
         load_config,
         load_model,
         load_tokenizer,
         prepare_head,
         select_parts,
         set_learning_rate,
+        write_splits,
     )
-    from utils_influence import (
-        detection,
-        load_external,
-        losses_table,
-        merge,
-        plot_convergence,
-        plot_scores,
-        plot_selection,
-        results_table,
-        select_control,
-        select_molecules,
-        take_pool,
-        write_merged,
-        write_scores,
-    )
-    from utils_molecules import load_molecules, split_hash, write_csv, write_json
+    from utils_influence import load_external, losses_table, plot_selection, results_table, take_pool, write_influence
+    from utils_molecules import load_molecules, split_hash, write_json
 
     # Data
     tokenizer = load_tokenizer(model_args)
@@ -785,8 +849,7 @@ def main(model_args, data_args, influence_args, training_args):
     else:
         external, excluded = load_external(tokenizer, data_args, influence_args, molecules)
     parts = select_parts(molecules, data_args)
-    target = parts.get(influence_args.score_split)
-    if target is None:
+    if influence_args.score_split not in parts:
         raise InputError("--protocol paper has no validation molecules. Pass --score_split test, or leave it out.")
     influence_args.check_selection(len(external))
     set_learning_rate(training_args, data_args)
@@ -801,92 +864,39 @@ def main(model_args, data_args, influence_args, training_args):
     if training_args.do_train and not model.head_is_new:
         start_args = pretrained_arguments(model_args, influence_args, model)
         check_split(load_config(start_args), digest, data_args)
-    begin_writing(training_args, checkpoint, model_args.model_name_or_path)
+    begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
     if training_args.should_save:
-        rows = {name: [int(row) for row in part["row"]] for name, part in parts.items()}
-        if "corrupted" in external:
-            rows |= {"pool": external["row"].tolist(), "corrupted": external["row"][external["corrupted"]].tolist()}
-        write_json({"split": data_args.split, "hash": digest, **rows}, output_dir / "splits.json")
-        if len(dropped):
-            write_csv(dropped, output_dir / "dropped_molecules.csv")
-    results = {}
-
-    def fine_tune_with(name, added):
-        merged, merged_digest = merge(parts, added) if len(added) else (parts, digest)
-        folder = output_dir / f"finetune-{name}"
-        logger.info("Fine-tuning with %d of the external molecules: %s", len(added), name)
-        values = fine_tune(folder, start_args, data_args, training_args, tokenizer, merged, merged_digest)
-        results[name] = {"added": len(added), **values}
-
+        known = {"pool": external, "corrupted": external[external["corrupted"]]} if "corrupted" in external else {}
+        write_splits(output_dir, {**parts, **known}, digest, data_args)
+    comparison = Comparison(start_args, data_args, training_args, tokenizer, parts, digest)
     if model.head_is_new:
-        fine_tune_with("none", external.iloc[:0])
-        scored_args = replace(model_args, model_name_or_path=str(output_dir / "finetune-none"), config_name=None)
+        folder = comparison.fine_tune("none", external.iloc[:0])
+        scored_args = replace(model_args, model_name_or_path=str(folder), config_name=None)
         model = load_model(MolformerForRegression, scored_args, tokenizer, num_labels=1)
 
     # Score
-    started = time.monotonic()
-    torch.backends.cuda.matmul.allow_tf32 = False
     model.to(training_args.device)
     chunk_size = training_args.per_device_eval_batch_size
     problem = MoleculeProblem(model, tokenizer, names, chunk_size, influence_args.curvature)
-    gradient = problem.gradient(target)
-    if not float(gradient.norm()) > 0:
-        raise InputError("The gradient of the target loss is zero or not finite: no score can be computed.")
-    show_progress = training_args.should_log and not training_args.disable_tqdm
-    solutions, report = inverse_curvature(
-        problem,
-        parts["train"],
-        gradient,
-        influence_args,
-        seed,
-        output_dir / "influence_state.safetensors",
-        show_progress,
-    )
-    table, agreement = score_molecules(problem, external, solutions, gradient, influence_args)
-    table["selected"] = select_molecules(table, influence_args)
-    report = {
-        "sign": SIGN,
-        "score_split": influence_args.score_split,
-        "leakage": influence_args.score_split == "test",
-        "split_hash": digest,
-        "influence_params": influence_args.influence_params,
-        **report,
-        **agreement,
-        **detection(table),
-        "molecules": len(table),
-        "selected": int(table["selected"].sum()),
-        "excluded": len(excluded),
-        "seconds": time.monotonic() - started,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    if report["leakage"]:
-        logger.warning("Molecules were chosen by the loss of the test molecules: the test numbers below leak.")
+    table, report = compute_scores(problem, parts, external, influence_args, training_args)
+    report |= {"split_hash": digest, "excluded": len(excluded)}
     if training_args.should_save:
-        write_scores(output_dir, table, excluded)
-        write_json(report, output_dir / "influence.json")
-        write_merged(output_dir, parts, table[table["selected"]])
-        plot_scores(table, output_dir / "influence_scores.png")
-        if report.get("trace"):
-            plot_convergence(report, output_dir / "influence_convergence.png")
-        shown = {name: value for name, value in report.items() if name.startswith(("auc", "agreement")) and value}
-        text = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
-        logger.info("%d of %d molecules selected. %s", report["selected"], len(table), text)
-    del model, problem, solutions
+        write_influence(output_dir, parts, table, excluded, report)
+    del model, problem
 
     # Fine-tune with the selected molecules and with the controls
     if not table["selected"].any():
         logger.warning("No molecule is selected: nothing is fine-tuned again. See influence_scores.csv.")
     elif training_args.do_train:
-        chosen = {name: select_control(name, table, seed) for name in influence_args.controls}
-        chosen = {"none": chosen.pop("none", None), "selected": table["selected"].to_numpy(), **chosen}
-        for name, rows in chosen.items():
-            if rows is not None and name not in results:
-                fine_tune_with(name, table[rows])
-        if training_args.should_save:
+        comparison.fine_tune_with_controls(table, influence_args.controls, seed)
+    results = comparison.results
+
+    # Report
+    if training_args.should_save:
+        if "selected" in results:
             plot_selection(results, output_dir / "influence_selection.png", data_args.label_name)
             print(results_table(results))
             print(losses_table(results["selected"]["eval_losses"]))
-    if training_args.should_save:
         write_json({"influence": report, "results": results}, output_dir / "all_results.json")
         validation = f"--validation_file {output_dir / 'validation.csv'} " if "validation" in parts else ""
         print(

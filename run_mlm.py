@@ -24,7 +24,6 @@ from arguments import (
     DataTrainingArguments,
     ModelArguments,
     TrainingArguments,
-    begin_writing,
     end_writing,
     run_script,
     setup_run,
@@ -88,7 +87,7 @@ def main(model_args, data_args, mlm_args, training_args):
     checkpoint = setup_run(training_args, data_args)
 
     from modeling_molformer_reg import MolformerForMaskedLM
-    from trainer_regression import MolformerTrainer, check_split, load_config, load_model, load_tokenizer
+    from trainer_regression import MolformerTrainer, begin_run, check_split, load_config, load_model, load_tokenizer
     from utils_mlm import (
         PretrainingCollator,
         PretrainingMetrics,
@@ -97,7 +96,7 @@ def main(model_args, data_args, mlm_args, training_args):
         load_data,
         measure_scale,
     )
-    from utils_molecules import plot_losses, write_csv
+    from utils_molecules import plot_losses
 
     # Data, tokenizer and model
     tokenizer = load_tokenizer(model_args)
@@ -141,9 +140,7 @@ def main(model_args, data_args, mlm_args, training_args):
         compute_metrics=scorer.compute,
         preprocess_logits_for_metrics=scorer.score,
     )
-    begin_writing(training_args, checkpoint, model_args.model_name_or_path)
-    if len(dropped) and trainer.is_world_process_zero():
-        write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
+    begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
 
     # Train
     if training_args.do_train:

@@ -15,8 +15,6 @@ https://arxiv.org/abs/2205.05638. Hu et al., LoRA, 2021, https://arxiv.org/abs/2
 
 import logging
 import re
-import resource
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +26,6 @@ from arguments import (
     InputError,
     ModelArguments,
     TrainingArguments,
-    begin_writing,
     end_writing,
     run_script,
     setup_run,
@@ -231,19 +228,37 @@ def adapt(model, peft_args):
         ) from error
 
 
-def measure(trainer, base_parameters):
+def check_base(model_args):
+    """Raises `InputError` if no adapter could name, or keep, the model that the arguments start from."""
+    from trainer_regression import find_base
+
+    if model_args.model_name_or_path is None:
+        raise InputError("--config_name alone gives a random base, which no adapter can name. Pass a checkpoint.")
+    if find_base(model_args.model_name_or_path, model_args) is not None:
+        raise InputError(
+            f"{model_args.model_name_or_path} holds an adapter, which cannot be the base of another one. Merge it "
+            "first: --do_eval --merge_adapter, then pass the folder merged."
+        )
+    if model_args.redraw_features:
+        raise InputError(
+            "--redraw_features true changes the attention of the base in every layer, which no adapter could keep. "
+            "Leave it out, or use --peft_method full."
+        )
+
+
+def measure(trainer):
     """Returns what the training took: trainable parameters (all, and without the head), peak memory, size on disk."""
+    from modeling_molformer_reg import MolformerForRegression
+    from trainer_regression import peak_memory
+
+    with torch.device("meta"):  # the plain model, without memory for it
+        base_parameters = MolformerForRegression(trainer.model.config).num_parameters()
     trainable = {name: p.numel() for name, p in trainer.model.named_parameters() if p.requires_grad}
     head = sum(count for name, count in trainable.items() if "classifier." in name)
     total = sum(trainable.values())
     folder = Path(trainer.args.output_dir)
     weights = folder.glob("*.safetensors")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "trainable_parameters": total,
         "trainable_parameters_without_head": total - head,
@@ -251,7 +266,7 @@ def measure(trainer, base_parameters):
         "trainable_percent": 100 * total / base_parameters,
         "final_train_loss": losses[-1] if losses else None,
         "checkpoint_bytes": sum(path.stat().st_size for path in weights),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": peak_memory(),
     }
 
 
@@ -260,10 +275,10 @@ def main(model_args, data_args, peft_args, training_args):
 
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import (
+        begin_run,
         build_trainer,
         check_split,
         evaluate_regression,
-        find_base,
         load_config,
         load_model,
         load_tokenizer,
@@ -272,7 +287,7 @@ def main(model_args, data_args, peft_args, training_args):
         train_regression,
         write_reports,
     )
-    from utils_molecules import load_molecules, write_csv
+    from utils_molecules import load_molecules
 
     # Data
     tokenizer = load_tokenizer(model_args)
@@ -281,39 +296,28 @@ def main(model_args, data_args, peft_args, training_args):
 
     # Model and trainer
     if peft_args.peft_method != "full" and training_args.do_train:
-        if model_args.model_name_or_path is None:
-            raise InputError("--config_name alone gives a random base, which no adapter can name. Pass a checkpoint.")
-        if find_base(model_args.model_name_or_path, model_args) is not None:
-            raise InputError(
-                f"{model_args.model_name_or_path} holds an adapter, which cannot be the base of another one. Merge it "
-                "first: --do_eval --merge_adapter, then pass the folder merged."
-            )
-        if model_args.redraw_features:
-            raise InputError(
-                "--redraw_features true changes the attention of the base in every layer, which no adapter could "
-                "keep. Leave it out, or use --peft_method full."
-            )
+        check_base(model_args)
         model_args.redraw_features = False
     if training_args.learning_rate is None and data_args.protocol == "default":
         training_args.learning_rate = METHODS[peft_args.peft_method].learning_rate
     check_split(load_config(model_args), digest, data_args, checkpoint)
-    base_parameters = []
-
-    def adapt_model(model):
-        base_parameters.append(model.num_parameters())
-        return adapt(model, peft_args) if training_args.do_train else model
-
-    trainer = build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, adapt=adapt_model)
-    if peft_args.peft_method in PLAIN_METHODS[1:]:
+    trainer = build_trainer(
+        model_args,
+        data_args,
+        training_args,
+        tokenizer,
+        parts,
+        digest,
+        adapt=lambda model: adapt(model, peft_args) if training_args.do_train else model,
+    )
+    if peft_args.peft_method in PLAIN_METHODS and peft_args.peft_method != "full":
         trainer.partial_method = peft_args.peft_method
-    begin_writing(training_args, checkpoint, model_args.model_name_or_path)
-    if len(dropped) and trainer.is_world_process_zero():
-        write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
+    begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
 
     # Train
     if training_args.do_train:
         metrics = train_regression(trainer, parts, checkpoint)
-        measured = measure(trainer, base_parameters[0])
+        measured = measure(trainer)
         trainer.save_metrics("train", {**metrics, "peft_method": peft_args.peft_method, **measured})
         logger.info(
             "%s: %d trainable parameters, %.3f %% of the base model's %d (%d without the head); %.2f MB on disk, peak "

@@ -113,6 +113,7 @@ def main(model_args, data_args, regression_args, training_args):
 
     # Imported here, so that --help does not wait for RDKit and the data libraries
     from trainer_regression import (
+        begin_run,
         build_trainer,
         check_split,
         evaluate_regression,
@@ -124,7 +125,7 @@ def main(model_args, data_args, regression_args, training_args):
         training_set,
         write_reports,
     )
-    from utils_molecules import load_molecules, regression_metrics, write_csv, write_json
+    from utils_molecules import load_molecules, regression_metrics, write_json
 
     # Data
     plan = plan_members(model_args, training_args, regression_args.num_seeds, checkpoint)
@@ -140,9 +141,7 @@ def main(model_args, data_args, regression_args, training_args):
         check_split(load_config(member_model_args), digest, data_args, start)
         trainer = build_trainer(member_model_args, data_args, member_args, tokenizer, parts, digest, train_set)
         if number == 0:  # all input is checked
-            begin_writing(training_args, checkpoint, model_args.model_name_or_path)
-            if len(dropped) and trainer.is_world_process_zero():
-                write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
+            begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
         if len(plan) > 1:
             logger.info("Model %d of %d, seed %d", number + 1, len(plan), member_args.seed)
 

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import logging
+import sys
 from pathlib import Path
 
 import datasets
@@ -50,7 +51,6 @@ from utils_molecules import (
 
 
 PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names
-PARTIAL_METHODS = ("head", "bitfit")
 # `cached_file` then answers `None` for a file that is not there
 QUIET = {name: False for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")}
 QUIET["_raise_exceptions_for_gated_repo"] = False
@@ -141,14 +141,15 @@ def find_base(source, model_args):
     """Returns how a checkpoint of adapters, or of some parameters, names its method and base; `None` for a plain one.
 
     Returns:
-        `dict` with `method` and `base`.
+        `dict` with `method`, `base` and `partial`: whether it holds some of the model's own parameters.
     """
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
     for name, base in ((PARTIAL_FILE, "base"), ("adapter_config.json", "base_model_name_or_path")):
         path = cached_file(source, name, **hub, **QUIET) if source is not None else None
         if path is not None:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            return {"method": values.get("method") or values.get("peft_type"), "base": values.get(base)}
+            method = values.get("method") or values.get("peft_type")
+            return {"method": method, "base": values.get(base), "partial": name == PARTIAL_FILE}
     return None
 
 
@@ -176,7 +177,7 @@ def _load_adapted(model_class, source, found, hub, values, merge):
             f"The base of {source} cannot be loaded. {_not_loaded('model', str(base), error)} Or correct its name in "
             "the adapter's configuration."
         ) from error
-    if found["method"] in PARTIAL_METHODS:
+    if found["partial"]:
         weights = load_file(cached_file(source, "model.safetensors", **hub))
         missing, unexpected = model.load_state_dict(weights, strict=False)
         misfit = [*unexpected, *(name for name in missing if name.startswith("classifier."))]
@@ -547,6 +548,16 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     )
 
 
+def peak_memory():
+    """Returns the most memory that this process has held so far, in bytes: of the GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def training_set(molecules, tokenizer, data_args, training_args):
     """Returns the data set of training molecules, with their random SMILES if `--augment_smiles` says so."""
     dataset = to_dataset(molecules)
@@ -657,6 +668,19 @@ def summarize_predictions(members):
     return predictions.mean(axis=(0, 2)), spreads
 
 
+def begin_run(training_args, checkpoint, source, dropped):
+    """Prepares the output folder as `begin_writing` does, and lists there the molecules that were dropped."""
+    begin_writing(training_args, checkpoint, source)
+    if len(dropped) and training_args.should_save:
+        write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
+
+
+def write_splits(output_dir, parts, digest, data_args):
+    """Writes splits.json: the rows of each part (`dict[str, pandas.DataFrame]`) and the hash of the split."""
+    rows = {name: [int(row) for row in part["row"]] for name, part in parts.items()}
+    write_json({"split": data_args.split, "hash": digest, **rows}, Path(output_dir) / "splits.json")
+
+
 def write_reports(output_dir, parts, members, digest, data_args):
     """Writes predictions.csv, splits.json and the parity plot of a run into its output folder.
 
@@ -683,8 +707,7 @@ def write_reports(output_dir, parts, members, digest, data_args):
         table.sort_values("row", kind="stable") if data_args.test_file is None else table,
         output_dir / "predictions.csv",
     )
-    rows = {name: [int(row) for row in part["row"]] for name, part in parts.items()}
-    write_json({"split": data_args.split, "hash": digest, **rows}, output_dir / "splits.json")
+    write_splits(output_dir, parts, digest, data_args)
 
     values = {name: regression_metrics(predictions[name], part["label"]) for name, part in parts.items()}
     count = len(next(iter(members.values())))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from arguments import InputError
-from utils_molecules import prepare_molecules, read_table, save_figure, split_groups, split_hash, write_csv
+from utils_molecules import prepare_molecules, read_table, save_figure, split_groups, split_hash, write_csv, write_json
 
 
 PAPER_LOSSES = (0.581, 0.318, 0.198, 0.105, 0.071, 0.048, 0.046)  # evaluation loss by epoch, the paper's Table 2
@@ -96,6 +96,8 @@ def best(values, count):
 
 def select_control(name, table, seed):
     """Returns a boolean array: which molecules a control takes, as many as are `selected`."""
+    if name == "selected":
+        return table["selected"].to_numpy()
     count = int(table["selected"].sum())
     if name in ("none", "all"):
         return np.full(len(table), name == "all")
@@ -121,6 +123,19 @@ def detection(table):
 # ------------------------------------------------------------------------------------------------------------- reports
 
 
+def write_influence(output_dir, parts, table, excluded, report):
+    """Writes scores, report, merged training file and plots of a scoring into its output folder."""
+    write_scores(output_dir, table, excluded)
+    write_json(report, output_dir / "influence.json")
+    write_merged(output_dir, parts, table[table["selected"]])
+    plot_scores(table, output_dir / "influence_scores.png")
+    if report.get("trace"):
+        plot_convergence(report, output_dir / "influence_convergence.png")
+    shown = {name: value for name, value in report.items() if name.startswith(("auc", "agreement")) and value}
+    text = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+    logger.info("%d of %d molecules selected. %s", report["selected"], len(table), text)
+
+
 def write_scores(output_dir, table, excluded):
     """Writes influence_scores.csv: every external molecule, those that were left out at the end with their reason."""
     names = ("row", "smiles", "label", "prediction", "loss", "score", "score_sd", "rank", "gradient_dot", "selected")
@@ -132,9 +147,14 @@ def write_scores(output_dir, table, excluded):
     write_csv(scores.rename(columns={"smiles": "SMILES"}), output_dir / "influence_scores.csv")
 
 
+def add_molecules(parts, added):
+    """Returns the parts with molecules added to the training part."""
+    return {**parts, "train": pd.concat([parts["train"], added.assign(split="train")], ignore_index=True)}
+
+
 def merge(parts, added):
     """Returns the parts with molecules added to the training part, and the hash of the split that this makes."""
-    merged = {**parts, "train": pd.concat([parts["train"], added.assign(split="train")], ignore_index=True)}
+    merged = add_molecules(parts, added)
     everything = pd.concat(merged.values(), ignore_index=True)
     return merged, split_hash(everything, everything["split"])
 
@@ -142,7 +162,7 @@ def merge(parts, added):
 def write_merged(output_dir, parts, selected):
     """Writes the training molecules with the selected ones, and the other parts, as files for run_regression.py."""
     files = {"train": "merged_train.csv", "validation": "validation.csv", "test": "test.csv"}
-    for name, rows in merge(parts, selected)[0].items():
+    for name, rows in add_molecules(parts, selected).items():
         write_csv(rows.rename(columns={"smiles": "SMILES"})[["SMILES", "label"]], output_dir / files[name])
 
 

@@ -3,12 +3,14 @@
 python -c "from common import *; print(machine())"     # in this folder
 """
 
+import argparse
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,8 +68,32 @@ def run_script(command, folder, threads):
 
 
 def as_text(command):
-    """Returns the command line of `run_script` as a table names it."""
-    return "python " + shlex.join(command)
+    """Returns a command line as a table names it: files outside this folder by their names alone."""
+    return "python " + shlex.join(Path(part).name if part.startswith("/") else part for part in command)
+
+
+def study_parser(description, folder, output):
+    """Returns a parser with the arguments of a study that runs scripts: folder, results file, runs at a time."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "work" / folder, help="where the runs are kept")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / output, help="the results file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; they share the cores")
+    return parser
+
+
+def run_all(run, cells, jobs):
+    """Returns `run(cell, threads)` of all cells, `jobs` at a time, which share the cores."""
+    threads = max(1, os.cpu_count() // jobs)
+    with ThreadPoolExecutor(jobs) as executor:
+        return list(executor.map(lambda cell: run(cell, threads), cells))
+
+
+def write_report(path, values, jobs=None):
+    """Writes a study's results as JSON, with the command, the unit, versions and hardware."""
+    threads = {"threads_a_run": max(1, os.cpu_count() // jobs)} if jobs else {}
+    report = {"command": as_text(sys.argv), "unit": "logD7.4", "machine": machine() | threads}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report | values, indent=2) + "\n")
 
 
 def interval(values):

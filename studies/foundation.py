@@ -10,14 +10,9 @@ standard deviation over seeds, validation MSE of every learning rate, the comman
 are finished are not run again.
 """
 
-import argparse
-import json
-import os
 import statistics
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from common import ROOT, as_text, machine, run_script
+from common import as_text, run_all, run_script, study_parser, write_report
 
 
 MODELS = {"embedded": [], "from_scratch": ["--config_name", "configs/molformer-mini.json"]}
@@ -53,30 +48,24 @@ def markdown(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "foundation", "foundation.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of split and training")
-    parser.add_argument("--folder", type=Path, default=ROOT / "work" / "foundation", help="where the runs are kept")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "foundation.json", help="the results file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; they share the cores")
     args = parser.parse_args()
-    threads = max(1, os.cpu_count() // args.jobs)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    def run_cells(cells):
+        return run_all(lambda cell, threads: run(*cell, args.folder, threads), cells, args.jobs)
 
-        def run_all(cells):
-            return list(pool.map(lambda cell: run(*cell, args.folder, threads), cells))
-
-        tuning_cells = [(name, rate, TUNING_SEED) for name in MODELS for rate in RATES[name]]
-        tuning = [
-            {"name": name, "learning_rate": rate, "validation_mse": values["validation_mse"], "command": command}
-            for (name, rate, _), (values, command) in zip(tuning_cells, run_all(tuning_cells), strict=True)
-        ]
-        best = {
-            name: min((row for row in tuning if row["name"] == name), key=lambda row: row["validation_mse"])
-            for name in MODELS
-        }
-        cells = [(name, best[name]["learning_rate"], seed) for name in MODELS for seed in args.seeds]
-        results = dict(zip(cells, run_all(cells), strict=True))
+    tuning_cells = [(name, rate, TUNING_SEED) for name in MODELS for rate in RATES[name]]
+    tuning = [
+        {"name": name, "learning_rate": rate, "validation_mse": values["validation_mse"], "command": command}
+        for (name, rate, _), (values, command) in zip(tuning_cells, run_cells(tuning_cells), strict=True)
+    ]
+    best = {
+        name: min((row for row in tuning if row["name"] == name), key=lambda row: row["validation_mse"])
+        for name in MODELS
+    }
+    cells = [(name, best[name]["learning_rate"], seed) for name in MODELS for seed in args.seeds]
+    results = dict(zip(cells, run_cells(cells), strict=True))
 
     rows = []
     for name in MODELS:
@@ -91,16 +80,7 @@ def main():
         rows.append(
             row | {f"test_{m}": summarize([values[f"test_{m}{suffix}"] for values, _ in runs]) for m in METRICS}
         )
-    report = {
-        "command": "python studies/foundation.py",
-        "seeds": args.seeds,
-        "unit": "logD7.4",
-        "machine": machine() | {"threads_a_run": threads},
-        "rows": rows,
-        "tuning": tuning,
-    }
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(args.output, {"seeds": args.seeds, "rows": rows, "tuning": tuning}, args.jobs)
     print(markdown(rows))
 
 

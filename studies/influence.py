@@ -10,16 +10,11 @@ areas under the ROC curve of finding wrong labels, test errors after the selecti
 intervals of Student's t distribution.
 """
 
-import argparse
-import json
-import os
 import shlex
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, as_text, interval, machine, run_script, with_interval
+from common import as_text, interval, run_all, run_script, study_parser, with_interval, write_report
 
 
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
@@ -131,26 +126,18 @@ def plot(rows, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "influence", "influence_study.json")
     parser.add_argument("--external_file", help="CSV of external molecules, a second pool")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--splits", nargs="+", default=["random", "scaffold"])
     parser.add_argument("--extra", default="", help="further flags of run_influence.py, as one text")
-    parser.add_argument("--folder", type=Path, default=ROOT / "work" / "influence", help="where the runs are kept")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "influence_study.json")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; they share the cores")
     args = parser.parse_args()
-    threads = max(1, os.cpu_count() // args.jobs)
     pools = ["corrupted", *(["external"] if args.external_file else [])]
     cells = [(pool, split, seed, False) for seed in args.seeds for pool in pools for split in args.splits]
     cells += [(pool, "random", seed, True) for seed in args.seeds[:MOST] for pool in pools if "random" in args.splits]
-    with ThreadPoolExecutor(args.jobs) as executor:
-        runs = list(executor.map(lambda cell: run(cell, args, threads), cells))
+    runs = run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs)
     rows, detected = summarize(runs), detection_rows(runs)
-    report = {"command": "python " + shlex.join(sys.argv), "machine": machine() | {"threads_a_run": threads}}
-    report |= {"unit": "logD7.4", "selection": rows, "detection": detected, "runs": runs}
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(args.output, {"selection": rows, "detection": detected, "runs": runs}, args.jobs)
     args.output.with_suffix(".md").write_text(to_markdown(rows, detected))
     plot(rows, args.output.with_suffix(".png"))
     print(to_markdown(rows, detected))

@@ -12,14 +12,12 @@ rank correlations with bootstrap intervals over the halves.
 
 import argparse
 import copy
-import json
-import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, interval, machine
+from common import ROOT, interval, write_report
 from scipy import stats
 
 
@@ -181,9 +179,7 @@ def main():
         here = [r["lds"] for r in rows if (r["params"], r["target"], r["solver"]) == (params, target, solver)]
         mean, half = interval(here)
         summary.append({"params": params, "target": target, "solver": solver, "lds": mean, "half_width": half})
-    report = {"command": "python " + shlex.join(sys.argv), "machine": machine(), "summary": summary, "seeds": rows}
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(report | {"losses": losses}, indent=2) + "\n")
+    write_report(args.output, {"summary": summary, "seeds": rows, "losses": losses})
 
 
 if __name__ == "__main__":

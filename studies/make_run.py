@@ -6,6 +6,7 @@ Clones this repository into a temporary folder, lets make install the environmen
 depend on the network), times `make run`, and writes results/make_run.json. Run it on a quiet machine.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ def timed(command, folder):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)

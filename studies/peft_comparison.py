@@ -9,17 +9,13 @@ the scaffold split too; and the paper's setting, one learning rate for all. Writ
 .md, .png), and with --tune results/peft_tuning.json.
 """
 
-import argparse
 import csv
 import json
-import os
 import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
-from common import ROOT, as_text, interval, machine, run_script, with_interval
+from common import ROOT, as_text, interval, run_all, run_script, study_parser, with_interval, write_report
 
 
 sys.path.insert(0, str(ROOT))
@@ -58,10 +54,8 @@ def run(cell, args, threads):
     return row | {key: values[key] for key in NUMBERS if key in values}
 
 
-def run_all(cells, args):
-    threads = max(1, os.cpu_count() // args.jobs)
-    with ThreadPoolExecutor(args.jobs) as executor:
-        return list(executor.map(lambda cell: run(cell, args, threads), cells))
+def run_cells(cells, args):
+    return run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs)
 
 
 def tune(args):
@@ -72,15 +66,14 @@ def tune(args):
             rate = f"{METHODS[method].learning_rate * factor:.2g}"
             flags = ["--learning_rate", rate, "--do_train", "--do_eval"]
             cells.append((method, "random", 42, f"tune-{method}-{rate}", flags))
-    runs = run_all(cells, args)
+    runs = run_cells(cells, args)
     best = {}
     for row in runs:
         if row["method"] not in best or row["eval_mse"] < best[row["method"]]["eval_mse"]:
             best[row["method"]] = row
-    report = {"command": "python " + shlex.join(sys.argv), "machine": machine(), "runs": runs}
-    report["best"] = {method: row["name"].rsplit("-", 1)[1] for method, row in best.items()}
-    write(args.output.with_name("peft_tuning.json"), report)
-    print(json.dumps(report["best"], indent=2))
+    best = {method: row["name"].rsplit("-", 1)[1] for method, row in best.items()}
+    write_report(args.output.with_name("peft_tuning.json"), {"runs": runs, "best": best}, args.jobs)
+    print(json.dumps(best, indent=2))
 
 
 def winner_of(runs, seeds):
@@ -112,6 +105,7 @@ def summarize(runs):
 
 
 def to_markdown(rows):
+    """Returns the table of the README: one line a method and split, means and 95 % intervals."""
     header = ("method", "split", "n", "test MSE", "minus full", "validation MSE", "training loss")
     header += ("trained parameters", "of the base", "on disk", "peak memory", "minutes", "paper")
     lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
@@ -154,20 +148,12 @@ def plot(rows, path):
     figure.savefig(path, dpi=150)
 
 
-def write(path, report):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "peft", "peft_comparison.json")
     parser.add_argument("--tune", action="store_true", help="find learning rates on validation, and compare nothing")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--extra", default="", help="further flags of run_peft.py, as one text")
-    parser.add_argument("--folder", type=Path, default=ROOT / "work" / "peft", help="where the runs are kept")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "peft_comparison.json")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; they share the cores")
     args = parser.parse_args()
     if args.tune:
         return tune(args)
@@ -176,7 +162,7 @@ def main():
         for method in args.methods
         for seed in (args.seeds if method in ALL_SEEDS else args.seeds[:3])
     ]
-    runs = run_all(cells, args)
+    runs = run_cells(cells, args)
     winner = winner_of(runs, args.seeds[:3])
     cells = [(winner, "random", seed, winner, []) for seed in args.seeds[3:] if winner not in ALL_SEEDS]
     cells += [
@@ -187,10 +173,9 @@ def main():
         for method in PAPER if method in args.methods
         for seed in args.seeds[:3]
     ]  # fmt: skip
-    runs += run_all(cells, args)
+    runs += run_cells(cells, args)
     rows = summarize(runs)
-    report = {"command": "python " + shlex.join(sys.argv), "machine": machine(), "unit": "logD7.4", "winner": winner}
-    write(args.output, report | {"paper": PAPER, "rows": rows, "runs": runs})
+    write_report(args.output, {"winner": winner, "paper": PAPER, "rows": rows, "runs": runs}, args.jobs)
     args.output.with_suffix(".md").write_text(to_markdown(rows))
     with args.output.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))

@@ -14,7 +14,7 @@ import re
 import statistics
 from pathlib import Path
 
-from common import ROOT, machine
+from common import ROOT, interval, write_report
 
 
 # where a row's cells are, and what its metrics are called there
@@ -72,17 +72,12 @@ def paired_difference(first, second):
 
     Student's t over the seeds that both rows have.
     """
-    from scipy import stats
-
     values = dict(zip(second["seeds"], second["test_mse"], strict=True))
-    differences = [
-        mse - values[seed] for seed, mse in zip(first["seeds"], first["test_mse"], strict=True) if seed in values
-    ]
-    if len(differences) < 2:
+    pairs = [mse - values[seed] for seed, mse in zip(first["seeds"], first["test_mse"], strict=True) if seed in values]
+    if len(pairs) < 2:
         return None
-    mean, n = statistics.mean(differences), len(differences)
-    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": n}
+    mean, half = interval(pairs)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(pairs)}
 
 
 def differences(rows):
@@ -120,8 +115,8 @@ def markdown(rows, pairs):
     ]
     for pair in pairs:
         name = f"{pair['first']} − {pair['second']}".replace("_", " ")
-        interval = f"{pair['low']:+.3f} to {pair['high']:+.3f}"
-        lines.append(f"| {name} | {pair['split']} | {pair['mean']:+.3f} | {interval} | {pair['seeds']} |")
+        span = f"{pair['low']:+.3f} to {pair['high']:+.3f}"
+        lines.append(f"| {name} | {pair['split']} | {pair['mean']:+.3f} | {span} | {pair['seeds']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -164,11 +159,8 @@ def main():
     if not rows:
         raise SystemExit(f"There is no finished cell in {args.folder}. Run ./reproduce_table1.sh first.")
     pairs = differences(rows)
-    report = {"command": "./reproduce_table1.sh", "unit": "logD7.4", "machine": machine()}
-    report |= {"paper": {name: dict(zip(METRICS, values, strict=True)) for name, values in PAPER.items()}}
-    report |= {"rows": rows, "paired_differences": pairs}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    paper = {name: dict(zip(METRICS, values, strict=True)) for name, values in PAPER.items()}
+    write_report(args.output, {"paper": paper, "rows": rows, "paired_differences": pairs})
     text = markdown(rows, pairs)
     args.output.with_suffix(".md").write_text(text)
     print(text)
