@@ -17,11 +17,12 @@ import re
 import shutil
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
 
@@ -35,10 +36,14 @@ UNFINISHED = "unfinished"  # an empty file that is there while a run is
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**27, -4: 0}
 RUN_FILES = tuple(f"{stage}_results.json" for stage in ("all", "train", "eval", "predict"))
 RUN_FILES += ("trainer_state.json", "splits.json", "predictions.csv", "dropped_molecules.csv")
-RUN_FILES += ("parity.png", "loss_curves.png", UNFINISHED)
+RUN_FILES += ("arguments.json", "parity.png", "loss_curves.png")
 RUN_FILES += ("adapter_config.json", "adapter_model.safetensors", "trained_parameters.json", "model.safetensors")
 RUN_FILES += ("influence_scores.csv", "influence.json", "merged_train.csv", "validation.csv", "test.csv")
 RUN_FILES += ("influence_scores.png", "influence_convergence.png", "influence_selection.png")
+ARGUMENTS_FILE = "arguments.json"
+LOCK_FILE = ".lock"
+LOCKS = {}  # of the folders that this process writes
+NOT_REPEATED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")  # of one call, not of a run
 RUN_PIECES = ("member-*", "finetune-*", "influence_state.safetensors")  # of runs that train several models
 
 logger = logging.getLogger("molformer.arguments")
@@ -276,7 +281,9 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
-    """Returns one instance of each dataclass, from flags or from one .json or .yaml file.
+    """Returns one instance of each dataclass, from flags, or from a .json or .yaml file and flags that follow it.
+
+    What the run would need to be repeated goes along as `run_values` of the last one.
 
     Args:
         defaults (`dict`, *optional*): a script's own defaults; they hold for argument files as well.
@@ -288,12 +295,24 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
     parser = HfArgumentParser(dataclasses, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     defaults = {**(defaults or {})}
     try:
-        if len(args) == 1 and Path(args[0]).suffix in (".json", ".yaml", ".yml"):
-            args = _read_argument_file(args[0])
+        if args and not args[0].startswith("-") and Path(args[0]).suffix in (".json", ".yaml", ".yml"):
+            args = _read_argument_file(args[0]) + args[1:]
         parser.set_defaults(**defaults)
-        return parser.parse_args_into_dataclasses(args)
+        arguments = parser.parse_args_into_dataclasses(args)
+        arguments[-1].run_values = _values_to_repeat(vars(parser.parse_args(args)))
+        return arguments
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _values_to_repeat(values):
+    """Returns the parsed values that an argument file needs: no token, nothing that is the library's own default."""
+    library = {field.name: field.default for field in fields(transformers.TrainingArguments)}
+    # fields that this project left as they are
+    defaults = {f.name: f.default for f in fields(TrainingArguments) if f.default == library.get(f.name)}
+    kept = {name: value for name, value in values.items() if name not in NOT_REPEATED and value not in (None, [])}
+    kept = {name: value for name, value in kept.items() if name not in defaults or value != defaults[name]}
+    return {name: getattr(value, "value", value) for name, value in kept.items()}
 
 
 def _read_argument_file(path):
@@ -397,6 +416,8 @@ def keep_freed_memory():
 def find_checkpoint(training_args, data_args, in_pieces=False):
     """Returns the checkpoint folder that --resume_from_checkpoint means, or `None` for a new run."""
     output_dir = Path(training_args.output_dir)
+    if training_args.should_save and (output_dir / UNFINISHED).exists():
+        lock_folder(output_dir)  # refuses if the run is not interrupted, but going on
     resume = training_args.resume_from_checkpoint
     if resume is not None and str(resume).lower() not in ("false", "no", "0"):
         if in_pieces:
@@ -496,15 +517,43 @@ def begin_writing(training_args, checkpoint, source=None):
     if training_args.world_size > 1:
         torch.distributed.barrier()  # no process may find the folder that another one has begun to write
     if training_args.should_save:
+        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        lock_folder(training_args.output_dir)
         if replace:
             clear_run(training_args.output_dir)
-        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(training_args.output_dir) / UNFINISHED).touch()
+        values, path = getattr(training_args, "run_values", {}), Path(training_args.output_dir) / ARGUMENTS_FILE
+        if values.get("output_dir") == training_args.output_dir and not path.exists():  # not of an ensemble's member
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if training_args.world_size > 1:
         torch.distributed.barrier()  # none may look into the folder before it is cleared
+
+
+def lock_folder(output_dir):
+    """Marks a folder as one that this process writes until `end_writing`, or until it dies.
+
+    Raises:
+        InputError: if another process is writing it.
+    """
+    folder = Path(output_dir).resolve()
+    if folder not in LOCKS:
+        LOCKS[folder] = _lock(folder)
+    (folder / UNFINISHED).touch()
+
+
+def _lock(folder):
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"Another run is writing to {folder}. Wait for it, or give another --output_dir.") from error
+    return lock
 
 
 def end_writing(training_args):
     """Marks the run in the output folder as finished."""
     if training_args.should_save:
-        (Path(training_args.output_dir) / UNFINISHED).unlink(missing_ok=True)
+        folder = Path(training_args.output_dir).resolve()
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        if folder in LOCKS:
+            LOCKS.pop(folder).release()
+            (folder / LOCK_FILE).unlink(missing_ok=True)

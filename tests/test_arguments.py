@@ -16,6 +16,7 @@ import transformers
 
 import run_regression
 from arguments import (
+    ARGUMENTS_FILE,
     EMBEDDED_CHECKPOINT,
     EMBEDDED_DATA,
     UNFINISHED,
@@ -29,6 +30,7 @@ from arguments import (
     find_checkpoint,
     is_out_of_space,
     last_complete_checkpoint,
+    member_arguments,
     parse_arguments,
     run_script,
     setup_run,
@@ -294,6 +296,40 @@ def test_an_argument_file_that_cannot_be_read_is_refused_with_its_name(tmp_path,
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert str(file) in refusal(capsys, file)
+
+
+def test_flags_after_an_argument_file_hold_over_it(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text('{"output_dir": "one", "seed": 3}')
+    training_args = parse(file, "--output_dir", "two")[2]
+    assert (training_args.output_dir, training_args.seed) == ("two", 3)
+
+
+def test_a_run_writes_the_arguments_that_repeat_it(tmp_path):
+    """Also a rate that is the library's default: ours is another."""
+    flags = ["--train_file", "my.csv", "--learning_rate", "5e-5", "--hub_token", "hf_secret", "--bf16", "--do_train"]
+    flags += ["--lr_scheduler_type", "cosine", "--optim", "adafactor", "--output_dir", tmp_path / "run"]
+    first = parse(*flags)
+    begin_writing(first[2], None)
+    text = (tmp_path / "run" / ARGUMENTS_FILE).read_text()
+    assert "hf_secret" not in text and json.loads(text)["learning_rate"] == 5e-5
+    second = parse(tmp_path / "run" / ARGUMENTS_FILE)
+    assert second[:2] == first[:2]
+    assert second[2].to_dict() | {"hub_token": None} == first[2].to_dict() | {"hub_token": None}
+    end_writing(first[2])
+
+
+def test_arguments_of_a_member_and_of_an_evaluation_replace_none(tmp_path):
+    training_args, _ = arguments_for(tmp_path / "run", do_train=True)
+    begin_writing(training_args, None)
+    end_writing(training_args)
+    text = (tmp_path / "run" / ARGUMENTS_FILE).read_text()
+    member_args = member_arguments(training_args, 0)
+    begin_writing(member_args, None)
+    assert not (tmp_path / "run" / "member-0" / ARGUMENTS_FILE).exists()
+    evaluation, _ = arguments_for(tmp_path / "run", do_eval=True, seed=5)
+    begin_writing(evaluation, None)
+    assert (tmp_path / "run" / ARGUMENTS_FILE).read_text() == text
 
 
 def test_an_absent_argument_file_is_refused_with_its_name(tmp_path, capsys):
@@ -627,6 +663,27 @@ def test_a_run_is_marked_unfinished_until_it_ends(tmp_path):
     assert not (tmp_path / "run" / UNFINISHED).exists()
     begin_writing(training_args, None)
     assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
+HOLDER = "import sys; from arguments import lock_folder; lock_folder(sys.argv[1]); print('held', flush=True); input()"
+
+
+def test_a_second_run_on_a_folder_refuses_until_the_first_one_is_dead(tmp_path):
+    training_args, data_args = arguments_for(tmp_path, overwrite_output_dir=True, do_train=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    for refused in (lambda: setup_run(training_args, data_args), lambda: begin_writing(training_args, None)):
+        with pytest.raises(InputError, match="Another run is writing"):
+            refused()
+    holder.kill()
+    holder.wait()
+    assert setup_run(training_args, data_args) is None
+    begin_writing(training_args, None)
+    end_writing(training_args)
+    assert not (tmp_path / UNFINISHED).exists()
 
 
 def test_a_run_does_not_replace_the_checkpoint_that_it_starts_from(tmp_path):
