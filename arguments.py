@@ -36,14 +36,19 @@ UNFINISHED = "unfinished"  # an empty file that is there while a run is
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**27, -4: 0}
 RUN_FILES = tuple(f"{stage}_results.json" for stage in ("all", "train", "eval", "predict"))
 RUN_FILES += ("trainer_state.json", "splits.json", "predictions.csv", "dropped_molecules.csv")
-RUN_FILES += ("arguments.json", "parity.png", "loss_curves.png")
+RUN_FILES += ("arguments.json", "README.md", "residuals.png", "worst_molecules.png", "parity.png", "loss_curves.png")
 RUN_FILES += ("adapter_config.json", "adapter_model.safetensors", "trained_parameters.json", "model.safetensors")
 RUN_FILES += ("influence_scores.csv", "influence.json", "merged_train.csv", "validation.csv", "test.csv")
 RUN_FILES += ("influence_scores.png", "influence_convergence.png", "influence_selection.png")
 ARGUMENTS_FILE = "arguments.json"
 LOCK_FILE = ".lock"
 LOCKS = {}  # of the folders that this process writes
-NOT_REPEATED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")  # of one call, not of a run
+NOT_REPEATED = (
+    "push_to_hub",
+    "hub_token",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+)  # of one call, not of a run
 RUN_PIECES = ("member-*", "finetune-*", "influence_state.safetensors")  # of runs that train several models
 
 logger = logging.getLogger("molformer.arguments")
@@ -266,6 +271,8 @@ class TrainingArguments(transformers.TrainingArguments):
         do_eval = self.do_eval
         super().__post_init__()
         self.do_eval = do_eval  # the library sets it wherever there is an evaluation during training
+        # one push at the end, of what `finish_run` names; the library would push at every save
+        self.push_when_done, self.push_to_hub = self.push_to_hub, False
         for name in ("learning_rate", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -396,6 +403,10 @@ def setup_run(training_args, data_args, in_pieces=False):
         training_args.bf16,
         training_args.output_dir,
     )
+    if training_args.push_when_done:
+        from utils_report import check_push
+
+        check_push(training_args)
     keep_freed_memory()
     set_seed(training_args.seed)
     return find_checkpoint(training_args, data_args, in_pieces)

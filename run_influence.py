@@ -43,7 +43,6 @@ from arguments import (
     InputError,
     ModelArguments,
     TrainingArguments,
-    end_writing,
     run_script,
     setup_run,
 )
@@ -838,6 +837,7 @@ def main(model_args, data_args, influence_args, training_args):
     )
     from utils_influence import load_external, losses_table, plot_selection, results_table, take_pool, write_influence
     from utils_molecules import load_molecules, split_hash, write_json
+    from utils_report import finish_run
 
     # Data
     tokenizer = load_tokenizer(model_args)
@@ -905,7 +905,8 @@ def main(model_args, data_args, influence_args, training_args):
             f"--test_file {output_dir / 'test.csv'} --output_dir outputs/merged"
         )
         (output_dir / "influence_state.safetensors").unlink(missing_ok=True)
-    end_writing(training_args)
+    model_folder = output_dir / "finetune-selected"
+    finish_run(training_args, "influence", [("", model_folder), ("", output_dir)])
 
 
 def pretrained_arguments(model_args, influence_args, model):

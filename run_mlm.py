@@ -24,7 +24,6 @@ from arguments import (
     DataTrainingArguments,
     ModelArguments,
     TrainingArguments,
-    end_writing,
     run_script,
     setup_run,
 )
@@ -96,7 +95,7 @@ def main(model_args, data_args, mlm_args, training_args):
         load_data,
         measure_scale,
     )
-    from utils_molecules import plot_losses
+    from utils_report import finish_run, plot_losses
 
     # Data, tokenizer and model
     tokenizer = load_tokenizer(model_args)
@@ -161,7 +160,7 @@ def main(model_args, data_args, mlm_args, training_args):
             path = Path(training_args.output_dir) / "loss_curves.png"
             loss_name = " + ".join(LOSSES[part] for part in mlm_args.parts)
             plot_losses(trainer.state.log_history, path, "held-out", loss_name)
-    end_writing(training_args)
+    finish_run(training_args, "mlm")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ Ben Zaken et al., BitFit, 2021, https://arxiv.org/abs/2106.10199. Liu et al., (I
 https://arxiv.org/abs/2205.05638. Hu et al., LoRA, 2021, https://arxiv.org/abs/2106.09685.
 """
 
+import json
 import logging
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +24,11 @@ import torch
 from torch import nn
 
 from arguments import (
+    ARGUMENTS_FILE,
     DataTrainingArguments,
     InputError,
     ModelArguments,
     TrainingArguments,
-    end_writing,
     run_script,
     setup_run,
 )
@@ -94,7 +96,14 @@ class PeftArguments:
     )
     merge_adapter: bool = field(
         default=False,
-        metadata={"help": "Also write a plain checkpoint, the adapter merged into its base, to the folder merged."},
+        metadata={
+            "help": "Also write a plain checkpoint, the adapter merged into its base, to the folder merged; "
+            "--push_to_hub then sends this one."
+        },
+    )
+    base_hub_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub name of a base that is a local folder, which an adapter that is pushed is to name."},
     )
 
     def __post_init__(self):
@@ -246,6 +255,44 @@ def check_base(model_args):
         )
 
 
+def check_base_name(model_args, peft_args, training_args):
+    """Raises `InputError` if an adapter is to be pushed whose base nobody else could find."""
+    if not training_args.push_when_done or peft_args.peft_method == "full" or peft_args.merge_adapter:
+        return
+    if Path(model_args.model_name_or_path).exists() and not peft_args.base_hub_name:
+        raise InputError(
+            f"The base of the adapter, {model_args.model_name_or_path}, is a local folder, which nobody else could "
+            "load it with. Push the base and name it with --base_hub_name USER/NAME, or pass --merge_adapter."
+        )
+
+
+def write_merged(model, tokenizer, output_dir):
+    """Writes a plain checkpoint to the folder merged, with the metrics and plots of the run."""
+    from utils_report import FIGURES
+
+    folder = output_dir / "merged"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in (ARGUMENTS_FILE, "all_results.json", "splits.json", "trainer_state.json", *FIGURES):
+        if (output_dir / name).exists():
+            shutil.copyfile(output_dir / name, folder / name)
+
+
+def name_base(output_dir, peft_args):
+    """Returns what an adapter that is pushed says in place of its configuration, by file: the Hub name of its base."""
+    from trainer_regression import PARTIAL_FILE
+    from utils_report import read_json
+
+    if not peft_args.base_hub_name or peft_args.merge_adapter:
+        return {}
+    keys = {"adapter_config.json": "base_model_name_or_path", PARTIAL_FILE: "base"}
+    found = {name: key for name, key in keys.items() if (output_dir / name).exists()}
+    return {
+        name: json.dumps(read_json(output_dir / name) | {key: peft_args.base_hub_name}, indent=2) + "\n"
+        for name, key in found.items()
+    }
+
+
 def measure(trainer):
     """Returns what the training took: trainable parameters (all, and without the head), peak memory, size on disk."""
     from modeling_molformer_reg import MolformerForRegression
@@ -288,6 +335,7 @@ def main(model_args, data_args, peft_args, training_args):
         write_reports,
     )
     from utils_molecules import load_molecules
+    from utils_report import finish_run, write_card
 
     # Data
     tokenizer = load_tokenizer(model_args)
@@ -297,6 +345,7 @@ def main(model_args, data_args, peft_args, training_args):
     # Model and trainer
     if peft_args.peft_method != "full" and training_args.do_train:
         check_base(model_args)
+        check_base_name(model_args, peft_args, training_args)
         model_args.redraw_features = False
     if training_args.learning_rate is None and data_args.protocol == "default":
         training_args.learning_rate = METHODS[peft_args.peft_method].learning_rate
@@ -340,14 +389,15 @@ def main(model_args, data_args, peft_args, training_args):
             print(table)
 
     # Merge
-    if peft_args.merge_adapter and trainer.is_world_process_zero():
-        merged = trainer.model
+    output_dir = Path(training_args.output_dir)
+    if peft_args.merge_adapter and training_args.should_save:
+        model = trainer.model
         if not training_args.do_train:  # of an adapter that was given
-            merged = load_model(MolformerForRegression, model_args, tokenizer, merge=True, num_labels=1)
-        merged = merge_adapter(merged)
-        merged.save_pretrained(Path(training_args.output_dir) / "merged")
-        tokenizer.save_pretrained(Path(training_args.output_dir) / "merged")
-    end_writing(training_args)
+            model = load_model(MolformerForRegression, model_args, tokenizer, merge=True, num_labels=1)
+        write_merged(merge_adapter(model), tokenizer, output_dir)
+        write_card(output_dir / "merged", "peft", training_args)
+    pushed = output_dir / "merged" if peft_args.merge_adapter else output_dir
+    finish_run(training_args, "peft", [("", pushed)], name_base(output_dir, peft_args))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def main(model_args, data_args, regression_args, training_args):
         write_reports,
     )
     from utils_molecules import load_molecules, regression_metrics, write_json
+    from utils_report import finish_run
 
     # Data
     plan = plan_members(model_args, training_args, regression_args.num_seeds, checkpoint)
@@ -184,7 +185,8 @@ def main(model_args, data_args, regression_args, training_args):
             write_json(metrics, output_dir / "all_results.json")
         elif metrics:
             trainer.save_metrics("predict", metrics)
-    end_writing(training_args)
+    members = [(f"{folder.name}/", folder) for folder in member_folders(training_args.output_dir)]
+    finish_run(training_args, "regression", [*members, ("", Path(training_args.output_dir))])
 
 
 if __name__ == "__main__":

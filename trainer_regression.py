@@ -38,9 +38,6 @@ from utils_molecules import (
     SPLITS,
     baseline_predictions,
     encode_smiles,
-    metrics_table,
-    plot_losses,
-    plot_parity,
     random_smiles,
     regression_metrics,
     to_text,
@@ -48,6 +45,7 @@ from utils_molecules import (
     write_json,
     write_text,
 )
+from utils_report import draw_worst_molecules, metrics_table, plot_losses, plot_parity, plot_residuals
 
 
 PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names
@@ -625,7 +623,7 @@ def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, di
         digest (`str`): hash of the molecules of `parts` and of their split, which the model will carry.
     """
     stage_args = copy.copy(training_args)
-    stage_args.output_dir, stage_args.do_train, stage_args.push_to_hub = str(folder), True, False
+    stage_args.output_dir, stage_args.do_train = str(folder), True
     key, key_file = _settings_key(model_args, data_args, training_args, parts, digest), Path(folder) / "settings_key"
     start = None
     if key_file.exists() and key_file.read_text(encoding="utf-8") == key:
@@ -724,6 +722,8 @@ def write_reports(output_dir, parts, members, digest, data_args):
     plot_parity(
         predictions["test"], parts["test"]["label"], values["test"], output_dir / "parity.png", data_args.label_name
     )
+    plot_residuals(everything[test], output_dir / "residuals.png", data_args.label_name)
+    draw_worst_molecules(everything[test], output_dir / "worst_molecules.png")
     text = metrics_table(lines)
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from arguments import InputError
-from utils_molecules import prepare_molecules, read_table, save_figure, split_groups, split_hash, write_csv, write_json
+from utils_molecules import prepare_molecules, read_table, split_groups, split_hash, write_csv, write_json
+from utils_report import save_figure
 
 
 PAPER_LOSSES = (0.581, 0.318, 0.198, 0.105, 0.071, 0.048, 0.046)  # evaluation loss by epoch, the paper's Table 2

@@ -596,18 +596,7 @@ def baseline_predictions(molecules, split):
     return {"mean": np.full(len(labels), labels[train].mean()), "fingerprint_ridge": ridge.predict(features)}
 
 
-def metrics_table(rows):
-    """Returns a text table of (model, split, n, metrics) rows, one line a row, in label units."""
-    lines = [f"{'model':<20} {'split':<11} {'n':>6} {'MSE':>10} {'RMSE':>10} {'MAE':>10} {'R²':>10}"]
-    for model, split, count, values in rows:
-        numbers = " ".join(
-            f"{values[name]:10.4f}" if name in values else f"{'':10}" for name in ("mse", "rmse", "mae", "r2")
-        )
-        lines.append(f"{model:<20} {split:<11} {count:>6} {numbers}")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------- files and plots
+# ---------------------------------------------------------------------------------------------------- files
 
 
 def write_text(text, path):
@@ -626,49 +615,3 @@ def write_json(values, path):
 def write_csv(frame, path):
     """Writes a CSV whole or not at all."""
     write_text(frame.to_csv(index=False, lineterminator="\n"), path)
-
-
-def plot_parity(predictions, labels, metrics, path, label_name):
-    """Draws predicted against measured values of the test set, with the line of perfect prediction."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes = figure.add_subplot()
-    low, high = min(np.min(labels), np.min(predictions)), max(np.max(labels), np.max(predictions))
-    margin = 0.05 * (high - low or 1)
-    axes.plot([low - margin, high + margin], [low - margin, high + margin], color="0.6", linewidth=1, zorder=1)
-    axes.scatter(labels, predictions, s=10, alpha=0.5, linewidths=0, zorder=2)
-    axes.set(xlabel=f"measured {label_name}", ylabel=f"predicted {label_name}", aspect="equal")
-    r2 = f", R² {metrics['r2']:.3f}" if "r2" in metrics else ""
-    axes.set_title(
-        f"Test set, n = {len(labels)}: RMSE {metrics['rmse']:.3f}, MAE {metrics['mae']:.3f}{r2}", fontsize=10
-    )
-    axes.set_xlim(low - margin, high + margin)
-    axes.set_ylim(low - margin, high + margin)
-    save_figure(figure, path)
-
-
-def plot_losses(log_history, path, held_out, loss_name):
-    """Draws training and held-out loss by epoch, from a trainer's log; `loss_name` says which loss it is."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for key, name in (("loss", "training"), ("eval_loss", held_out)):
-        points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry and "epoch" in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 50 else None, markersize=4, label=name)
-    held = [(entry["eval_loss"], entry["epoch"]) for entry in log_history if "eval_loss" in entry]
-    if held:
-        axes.axvline(min(held)[1], color="0.6", linewidth=1, linestyle="--", label=f"lowest {held_out} loss")
-    axes.set(xlabel="epoch", ylabel=loss_name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
-    save_figure(figure, path)
-
-
-def save_figure(figure, path):
-    temporary = Path(path).with_suffix(".part.png")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)

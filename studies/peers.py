@@ -102,7 +102,8 @@ def main(model_args, data_args, peer_args, training_args):
     setup_run(training_args, data_args)
 
     from trainer_regression import load_tokenizer
-    from utils_molecules import load_molecules, metrics_table, regression_metrics, write_csv, write_json
+    from utils_molecules import load_molecules, regression_metrics, write_csv, write_json
+    from utils_report import metrics_table
 
     if data_args.protocol == "paper":
         raise InputError("--protocol paper has no validation part, and these methods choose on it.")

@@ -20,7 +20,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from rdkit import Chem
 from rdkit.Chem.Scaffolds import MurckoScaffold
 from transformers import PreTrainedTokenizerFast
@@ -47,10 +46,7 @@ from utils_molecules import (
     describe_unusable,
     encode_smiles,
     load_molecules,
-    metrics_table,
     parse_smiles,
-    plot_losses,
-    plot_parity,
     prepare_molecules,
     random_smiles,
     read_header,
@@ -787,26 +783,7 @@ def test_baselines_do_not_see_test_labels(prepared):
         np.testing.assert_array_equal(baseline_predictions(hidden, split)[name], expected)
 
 
-@pytest.mark.parametrize("scale", [1, 10_000], ids=["logD", "labels in the hundreds"])
-def test_the_columns_of_the_metrics_table_align(scale):
-    values = {"mse": 1.2345678 * scale, "rmse": 1.1111111 * scale**0.5, "mae": 0.5 * scale**0.5, "r2": -0.25}
-    rows = [
-        ("MoLFormer", "validation", 336, values),
-        ("fingerprint_ridge", "test", 4200, values),
-        ("mean", "test", 1, {name: values[name] for name in ("mse", "rmse", "mae")}),
-    ]
-    header, *lines = metrics_table(rows).split("\n")
-    assert header.split() == ["model", "split", "n", "MSE", "RMSE", "MAE", "R²"]
-    assert {len(line) for line in lines} == {len(header)}
-    assert lines[0].split() == [
-        "MoLFormer", "validation", "336", *(f"{values[name]:.4f}" for name in ("mse", "rmse", "mae", "r2"))
-    ]  # fmt: skip
-    for title in ("n", "MSE", "RMSE", "MAE"):
-        end = header.index(f" {title} ") + len(title) + 1
-        assert all(line[end - 1] != " " and line[end] == " " for line in lines), title
-
-
-# --------------------------------------------------------------------------------------------------- files and plots
+# ------------------------------------------------------------------------------------------------------------- files
 
 
 def test_files_are_written_whole_and_replace_older_ones(tmp_path):
@@ -835,35 +812,6 @@ def test_what_is_no_json_is_refused_and_the_file_stays(tmp_path, value):
         write_json({"mse": 1, "deeper": [{"r2": value}]}, path)
     assert json.loads(path.read_text()) == {"mse": 1}
     assert list(tmp_path.iterdir()) == [path]
-
-
-def colored(path):
-    """Share of the pixels of a PNG that are neither white, black nor gray."""
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        assert min(image.size) > 300
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    return (np.ptp(pixels, axis=2) > 40).mean()
-
-
-@pytest.mark.parametrize("count", [1, 200])
-def test_the_parity_plot_shows_its_points(tmp_path, count):
-    labels, noise = np.random.default_rng(0).normal(size=(2, count))
-    predictions = labels + noise
-    plot_parity(predictions, labels, regression_metrics(predictions, labels), tmp_path / "parity.png", "logD7.4")
-    assert colored(tmp_path / "parity.png") > 1e-5 * count
-    assert [file.name for file in tmp_path.iterdir()] == ["parity.png"]
-
-
-def test_the_loss_plot_shows_both_curves(tmp_path):
-    training = [{"epoch": float(epoch), "loss": 1 / epoch} for epoch in range(1, 8)]
-    held_out = [{"epoch": float(epoch), "eval_loss": 1.5 / epoch} for epoch in range(1, 8)]
-    shown = []
-    for log, name in ((training, "one.png"), (training + held_out, "both.png")):
-        plot_losses([*log, {"epoch": 7.0, "train_runtime": 1.0}], tmp_path / name, "validation", "loss")
-        shown.append(colored(tmp_path / name))
-    assert 1e-4 < shown[0] < shown[1]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["both.png", "one.png"]
 
 
 # ----------------------------------------------------------------------------------------------------- embedded files

@@ -1,0 +1,207 @@
+"""utils_report.py: tables, plots and cards as a reader sees them, and pushes to a Hub that answers on this machine.
+
+python -m pytest tests/test_utils_report.py
+"""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hub_double import HubDouble
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from modeling_molformer_reg import MolformerForRegression
+from trainer_regression import build_tokenizer
+from utils_molecules import regression_metrics
+from utils_report import metrics_table, plot_losses, plot_parity
+
+
+@pytest.mark.parametrize("scale", [1, 10_000], ids=["logD", "labels in the hundreds"])
+def test_the_columns_of_the_metrics_table_align(scale):
+    values = {"mse": 1.2345678 * scale, "rmse": 1.1111111 * scale**0.5, "mae": 0.5 * scale**0.5, "r2": -0.25}
+    rows = [
+        ("MoLFormer", "validation", 336, values),
+        ("fingerprint_ridge", "test", 4200, values),
+        ("mean", "test", 1, {name: values[name] for name in ("mse", "rmse", "mae")}),
+    ]
+    header, *lines = metrics_table(rows).split("\n")
+    assert header.split() == ["model", "split", "n", "MSE", "RMSE", "MAE", "R²"]
+    assert {len(line) for line in lines} == {len(header)}
+    assert lines[0].split() == [
+        "MoLFormer", "validation", "336", *(f"{values[name]:.4f}" for name in ("mse", "rmse", "mae", "r2"))
+    ]  # fmt: skip
+    for title in ("n", "MSE", "RMSE", "MAE"):
+        end = header.index(f" {title} ") + len(title) + 1
+        assert all(line[end - 1] != " " and line[end] == " " for line in lines), title
+
+
+def colored(path):
+    """Share of the pixels of a PNG that are neither white, black nor gray."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return (np.ptp(pixels, axis=2) > 40).mean()
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_the_parity_plot_shows_its_points(tmp_path, count):
+    labels, noise = np.random.default_rng(0).normal(size=(2, count))
+    predictions = labels + noise
+    plot_parity(predictions, labels, regression_metrics(predictions, labels), tmp_path / "parity.png", "logD7.4")
+    assert colored(tmp_path / "parity.png") > 1e-5 * count
+    assert [file.name for file in tmp_path.iterdir()] == ["parity.png"]
+
+
+def test_the_loss_plot_shows_both_curves(tmp_path):
+    training = [{"epoch": float(epoch), "loss": 1 / epoch} for epoch in range(1, 8)]
+    held_out = [{"epoch": float(epoch), "eval_loss": 1.5 / epoch} for epoch in range(1, 8)]
+    shown = []
+    for log, name in ((training, "one.png"), (training + held_out, "both.png")):
+        plot_losses([*log, {"epoch": 7.0, "train_runtime": 1.0}], tmp_path / name, "validation", "loss")
+        shown.append(colored(tmp_path / name))
+    assert 1e-4 < shown[0] < shown[1]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["both.png", "one.png"]
+
+
+# ---------------------------------------------------------------------------------------------------------- Hub double
+
+
+SECRET = "hf_write"
+
+
+@pytest.fixture
+def hub():
+    with HubDouble() as double:
+        yield double
+
+
+@pytest.fixture
+def online(run_script, hub):
+    """Runs a script that may reach the Hub double, and nothing else."""
+
+    def run(script, *flags, token=SECRET, **environment):
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment}
+        return run_script(script, *flags, **environment, **({"HF_TOKEN": token} if token else {}))
+
+    return run
+
+
+@pytest.fixture
+def training(small_table, tiny_checkpoint, tmp_path):
+    return [
+        "--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "run",
+        "--num_train_epochs", "1", "--disable_tqdm", "true",
+    ]  # fmt: skip
+
+
+def no_secret_in(folder, *texts):
+    assert all(SECRET not in text for text in texts)
+    return all(SECRET.encode() not in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_regression_goes_to_the_hub_and_comes_back(online, hub, training, small_table, tmp_path):
+    """A fresh process loads it by its name without remote code, another one through the Auto class with it."""
+    ran = online("run_regression.py", *training, "--push_to_hub", "--hub_model_id", "someone/tiny-logd")
+    assert ran.returncode == 0, ran.stderr
+    files = hub.repositories["someone/tiny-logd"]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_molformer_reg.py", "README.md"} <= set(
+        files
+    )
+    assert {"README.md", "all_results.json", "splits.json", "parity.png", "worst_molecules.png"} <= set(files)
+    assert not [name for name in files if name.endswith((".csv", ".bin", ".pt"))]
+    assert no_secret_in(tmp_path / "run", ran.stdout, ran.stderr)
+
+    flags = ["--do_predict", "--model_name_or_path", "someone/tiny-logd", "--train_file", small_table]
+    again = online("run_regression.py", *flags, "--output_dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    first, second = (pd.read_csv(tmp_path / name / "predictions.csv")["prediction"] for name in ("run", "again"))
+    np.testing.assert_allclose(second, first, atol=1e-5)
+
+    code = (
+        "from transformers import AutoModelForSequenceClassification as A, AutoTokenizer as T\n"
+        "m = A.from_pretrained('someone/tiny-logd', trust_remote_code=True).eval()\n"
+        "t = T.from_pretrained('someone/tiny-logd')\n"
+        "print(float(m(**t('CCO', return_tensors='pt')).logits))\n"
+    )
+    (tmp_path / "fresh.py").write_text(code)
+    fresh = online(tmp_path / "fresh.py", token=None)
+    assert fresh.returncode == 0, fresh.stderr
+    model = MolformerForRegression.from_pretrained(tmp_path / "run").eval()
+    expected = model(**build_tokenizer()("CCO", return_tensors="pt")).logits
+    assert float(fresh.stdout.split()[-1]) == pytest.approx(expected.item(), abs=1e-5)
+
+    card = ModelCard(files["README.md"].decode())
+    results = {result.metric_name: result for result in card.data.eval_results}
+    written = json.loads(files["all_results.json"])
+    assert results["MSE, test"].metric_value == pytest.approx(written["test_mse"], abs=1e-6)
+    assert str(written["test_samples"]) in results["MSE, test"].dataset_split
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
+@pytest.mark.parametrize("fault", ["no right", "out of order", "network gone"])
+def test_a_push_that_fails_leaves_the_run_whole_and_says_how_to_push_again(online, hub, training, tmp_path, fault):
+    token, environment = SECRET, {}
+    if fault == "no right":
+        token = "hf_read_only"
+    elif fault == "out of order":
+        hub.failing = "/commit/"
+    else:
+        environment = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    ran = online("run_regression.py", *training, "--push_to_hub", "--hub_model_id", "a/b", token=token, **environment)
+    assert ran.returncode == 2
+    assert "The push to a/b failed" in ran.stderr and "hf upload a/b" in ran.stderr and "Traceback" not in ran.stderr
+    assert token not in ran.stderr and no_secret_in(tmp_path / "run")
+    assert not (tmp_path / "run" / "unfinished").exists()
+    assert "test_mse" in json.loads((tmp_path / "run" / "all_results.json").read_text())
+    MolformerForRegression.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "flags, environment, named",
+    [
+        ([], {"token": None}, "needs a token"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        (["--hub_model_id", "a/b/c"], {}, "no name of a repository"),
+        (["--do_predict"], {}, "Add --do_train"),
+    ],
+)
+def test_a_push_that_cannot_succeed_is_refused_before_any_work(online, training, tmp_path, flags, environment, named):
+    ran = online("run_regression.py", *training, "--push_to_hub", *flags, **environment)
+    assert ran.returncode == 2 and named in ran.stderr and "Traceback" not in ran.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(online, hub, training, tmp_path):
+    flags = [*training, "--push_to_hub", "--hub_model_id", "someone/adapter", "--peft_method", "lora"]
+    ran = online("run_peft.py", *flags)
+    assert ran.returncode == 2 and "--base_hub_name" in ran.stderr and not (tmp_path / "run").exists()
+    ran = online("run_peft.py", *flags, "--base_hub_name", "someone/base")
+    assert ran.returncode == 0, ran.stderr
+    files = hub.repositories["someone/adapter"]
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "someone/base"
+    assert "model.safetensors" not in files and "adapter_model.safetensors" in files
+
+
+def test_a_merged_adapter_is_pushed_as_a_plain_model(online, hub, training, tmp_path):
+    flags = [*training, "--push_to_hub", "--hub_model_id", "someone/merged", "--merge_adapter"]
+    ran = online("run_peft.py", *flags)
+    assert ran.returncode == 0, ran.stderr
+    files = hub.repositories["someone/merged"]
+    assert "model.safetensors" in files and "adapter_config.json" not in files
+    assert {"README.md", "all_results.json", "parity.png"} <= set(files)
+
+
+def test_pretraining_and_influence_go_to_the_hub(online, hub, training, tmp_path):
+    ran = online("run_mlm.py", *training, "--push_to_hub", "--hub_model_id", "someone/mlm")
+    assert ran.returncode == 0, ran.stderr
+    assert "perplexity" in hub.repositories["someone/mlm"]["README.md"].decode()
+    flags = ["--influence_params", "head", "--pool_size", "20", "--num_selected", "5", "--recursion_depth", "10"]
+    flags += ["--controls", "none", "--push_to_hub", "--hub_model_id", "someone/influence", "--overwrite_output_dir"]
+    ran = online("run_influence.py", *training, *flags)
+    assert ran.returncode == 0, ran.stderr
+    files = hub.repositories["someone/influence"]
+    assert {"model.safetensors", "influence.json", "influence_scores.png", "README.md"} <= set(files)
+    assert "influence_scores.csv" not in files and "| selected | 5 |" in files["README.md"].decode()
