@@ -135,7 +135,13 @@ class DataTrainingArguments:
         metadata={"help": "CSV or TSV with SMILES and labels (.gz and .xz too). Default: data/lipophilicity.csv."},
     )
     validation_file: str | None = field(default=None, metadata={"help": "Separate file of validation molecules."})
-    test_file: str | None = field(default=None, metadata={"help": "Separate file of test molecules."})
+    test_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Separate file of test molecules. With --do_predict alone and no --train_file: the molecules to "
+            "predict, labels or not; - is standard input, answered on standard output."
+        },
+    )
     smiles_column: str | None = field(
         default=None, metadata={"help": "Column of the SMILES. Default: the one called smiles, in any case."}
     )
@@ -227,6 +233,8 @@ class DataTrainingArguments:
             raise ValueError(f"--split_seed is {self.split_seed}; give a number from 0 up.")
         if self.split != "file" and files:
             raise ValueError(f"{' and '.join(files)} go with --split file, not with --split {self.split}.")
+        others = (self.train_file, self.dataset_name, self.validation_file, self.split_file)
+        self.only_test_file = self.test_file is not None and not any(others)
         if self.train_file is None and self.dataset_name is None:
             self.train_file = EMBEDDED_DATA
 
@@ -374,10 +382,11 @@ def is_out_of_space(error):
     return any(f"os error {code})" in text for code in codes)
 
 
-def setup_run(training_args, data_args, in_pieces=False):
+def setup_run(training_args, data_args=None, in_pieces=False):
     """Starts a run: logging, seed, output folder. Returns the checkpoint to resume from, or `None`.
 
     Args:
+        data_args (`DataTrainingArguments`, *optional*): without it the output folder is not looked into.
         in_pieces (`bool`): whether the run trains several models, in folders of their own; the output folder is then
             itself what is returned.
 
@@ -409,7 +418,7 @@ def setup_run(training_args, data_args, in_pieces=False):
         check_push(training_args)
     keep_freed_memory()
     set_seed(training_args.seed)
-    return find_checkpoint(training_args, data_args, in_pieces)
+    return None if data_args is None else find_checkpoint(training_args, data_args, in_pieces)
 
 
 def keep_freed_memory():

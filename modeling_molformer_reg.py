@@ -792,6 +792,24 @@ class MolformerForRegression(MolformerPreTrainedModel):
         std = self.config.label_std or [1.0] * self.num_labels
         return reference.new_tensor(mean), reference.new_tensor(std)
 
+    def pooled_state(self, outputs):
+        """Returns what the head reads of the encoder's outputs, shape (B, C): the state of `<bos>` or the mean."""
+        return outputs.last_hidden_state[:, 0] if self.config.pooling == "cls" else outputs.pooler_output
+
+    def standardized_predictions(self, pooled):
+        """Returns standardized predictions (B, K) of pooled states (B, C), in float32 at least."""
+        standardized = self.classifier(pooled)
+        return standardized.to(torch.promote_types(standardized.dtype, torch.float32))
+
+    def predict_with_states(self, input_ids, attention_mask=None):
+        """Returns predictions (B, K) in label units and the pooled states (B, C) that they are of."""
+        pooled = self.pooled_state(
+            self.molformer(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        )
+        standardized = self.standardized_predictions(pooled)
+        mean, std = self.label_scale(standardized)
+        return standardized * std + mean, pooled
+
     def forward(
         self,
         input_ids=None,
@@ -823,9 +841,7 @@ class MolformerForRegression(MolformerPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        pooled = outputs.last_hidden_state[:, 0] if self.config.pooling == "cls" else outputs.pooler_output  # (B, C)
-        standardized = self.classifier(pooled)  # (B, K)
-        standardized = standardized.to(torch.promote_types(standardized.dtype, torch.float32))
+        standardized = self.standardized_predictions(self.pooled_state(outputs))  # (B, K)
         mean, std = self.label_scale(standardized)
         loss = None
         if labels is not None:

@@ -4,17 +4,20 @@
     python run_regression.py --protocol paper       # the paper's protocol: no validation part, optimistic numbers
     python run_regression.py --num_seeds 5 --augment_smiles 4 --predict_augment 10 --output_dir outputs/ensemble
     python run_regression.py --train_file my.csv --label_column y --output_dir outputs/mine
+    python run_regression.py --do_predict --model_name_or_path outputs/mine --test_file new.csv
 
 A tenth of the training side is held out to choose the best epoch; the test set is read once, at the end. Writes to
 --output_dir the model (safetensors, config, tokenizer), all_results.json, predictions.csv (SMILES as given, label,
 prediction, error, split), splits.json, a parity plot and loss curves. With --num_seeds above 1 the models are in
-member-0, member-1 and so on, and predictions are means over them.
+member-0, member-1 and so on, and predictions are means over them. With --do_predict alone, predictions.csv has
+a line for every row of --test_file: its own columns, prediction, status; by default in outputs/predictions.
 
 Ross et al., Large-scale chemical language representations capture molecular structure and properties, 2022,
 https://arxiv.org/abs/2106.09553. Wu et al., MoleculeNet, 2018, https://arxiv.org/abs/1703.00564.
 """
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,7 +63,21 @@ class RegressionArguments:
         },
     )
 
+    export_embeddings: str | None = field(
+        default=None,
+        metadata={
+            "help": "File (.parquet or .safetensors) for what the head reads of each molecule that --do_predict alone "
+            "predicts."
+        },
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that check the SMILES of a prediction. Default: one a core."}
+    )
+
     def __post_init__(self):
+        self.preprocessing_num_workers = self.preprocessing_num_workers or os.cpu_count()
+        if self.export_embeddings is not None and not self.export_embeddings.endswith((".parquet", ".safetensors")):
+            raise ValueError(f"--export_embeddings {self.export_embeddings} must end in .parquet or .safetensors.")
         if self.num_seeds < 1:
             raise ValueError(f"--num_seeds is {self.num_seeds}; give a positive number.")
         if self.predict_augment < 0:
@@ -108,7 +125,41 @@ def _from_folder(model_args, folder):
     return replace(model_args, model_name_or_path=str(folder), config_name=None)
 
 
+def predict_new(model_args, data_args, regression_args, training_args):
+    """Predicts the molecules of `--test_file`, labels or not, and writes predictions.csv or standard output."""
+    to_output = data_args.test_file == "-"
+    if training_args.output_dir == DEFAULTS["output_dir"]:  # that is where the model is
+        training_args.output_dir = "outputs/predictions"
+    setup_run(training_args, None if to_output else data_args)
+
+    from modeling_molformer_reg import MolformerForRegression
+    from trainer_regression import load_model, load_tokenizer, prepare_head
+    from utils_molecules import write_json
+    from utils_predict import predict_file, summary_line
+    from utils_report import read_json
+
+    plan = plan_members(model_args, training_args, 1, None)
+    tokenizer = load_tokenizer(plan[0][0])
+    models = [load_model(MolformerForRegression, member_args, tokenizer, num_labels=1) for member_args, _, _ in plan]
+    prepare_head(models[0], None, None, data_args, training_args)  # refuses one that has learned nothing
+    output_dir = Path(training_args.output_dir)
+    if not to_output:
+        begin_writing(training_args, None)
+    path = None if to_output else output_dir / "predictions.csv"
+    report = predict_file(models, tokenizer, data_args, regression_args, training_args, path)
+    logger.info("%s", summary_line(report))
+    if not to_output:
+        if training_args.should_save:
+            write_json(report, output_dir / "predict_results.json")
+            write_json(read_json(output_dir / "all_results.json") | report, output_dir / "all_results.json")
+        end_writing(training_args)
+
+
 def main(model_args, data_args, regression_args, training_args):
+    if data_args.only_test_file and training_args.do_predict and not (training_args.do_train or training_args.do_eval):
+        return predict_new(model_args, data_args, regression_args, training_args)
+    if regression_args.export_embeddings is not None:
+        raise InputError("--export_embeddings goes with --do_predict alone, and --test_file.")
     checkpoint = setup_run(training_args, data_args, in_pieces=regression_args.num_seeds > 1)
 
     # Imported here, so that --help does not wait for RDKit and the data libraries

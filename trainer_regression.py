@@ -37,8 +37,7 @@ from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import (
     SPLITS,
     baseline_predictions,
-    encode_smiles,
-    random_smiles,
+    encode_random_smiles,
     regression_metrics,
     to_text,
     write_csv,
@@ -462,11 +461,9 @@ def augment(dataset, tokenizer, count, seed, max_length, **map_options):
 def _augment_batch(batch, tokenizer, count, seed, max_length):
     columns = {name: [value for value in values for _ in range(count + 1)] for name, values in batch.items()}
     for index, ids in enumerate(batch["input_ids"]):
-        encoded, problems = encode_smiles(random_smiles(to_text(ids, tokenizer), count, seed), tokenizer)
-        for offset, (new, problem) in enumerate(zip(encoded, problems, strict=True), start=1):
-            if problem is None and len(new) <= max_length:
-                columns["input_ids"][index * (count + 1) + offset] = new
-                columns["length"][index * (count + 1) + offset] = len(new)
+        forms = encode_random_smiles(to_text(ids, tokenizer), ids, tokenizer, count, seed, max_length)
+        for place, new in enumerate(forms, start=index * (count + 1) + 1):
+            columns["input_ids"][place], columns["length"][place] = new, len(new)
     return columns
 
 

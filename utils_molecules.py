@@ -220,6 +220,34 @@ def encode_smiles(texts, tokenizer):
     return encoded["input_ids"], problems
 
 
+def check_smiles(smiles, tokenizer, form, max_length):
+    """Returns of each SMILES what the model reads, its token ids, and why it cannot be used, a key of `REASONS`.
+
+    The text is `None` for what RDKit cannot parse; the reason is `None` for what can be used.
+    """
+    texts = [canonicalize(text, form) for text in smiles]
+    encoded, problems = encode_smiles([text or "" for text in texts], tokenizer)
+    reasons = [
+        "invalid" if text is None else "too_long" if len(ids) > max_length else problem
+        for text, ids, problem in zip(texts, encoded, problems, strict=True)
+    ]
+    return texts, encoded, reasons
+
+
+def encode_random_smiles(text, ids, tokenizer, count, seed, max_length):
+    """Returns token ids of `count` random SMILES of a molecule.
+
+    Its own `ids` stand in for one that the tokenizer does not know in full, or that has more than `max_length` tokens.
+    """
+    if not count:
+        return []
+    encoded, problems = encode_smiles(random_smiles(text, count, seed), tokenizer)
+    return [
+        new if problem is None and len(new) <= max_length else ids
+        for new, problem in zip(encoded, problems, strict=True)
+    ]
+
+
 def to_text(ids, tokenizer):
     """Returns the SMILES of token ids that have `<bos>` and `<eos>` around them."""
     return "".join(tokenizer.convert_ids_to_tokens(ids[1:-1]))
@@ -238,15 +266,9 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
     Raises:
         InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if none is left.
     """
-    molecules = molecules.copy()
-    molecules["text"] = [canonicalize(smiles, data_args.smiles_form) for smiles in molecules["smiles"]]
-    parsed = molecules["text"].notna()
-    texts = molecules["text"].where(parsed, "").tolist()
-    molecules["input_ids"], problems = encode_smiles(texts, tokenizer)
+    checked = check_smiles(molecules["smiles"], tokenizer, data_args.smiles_form, data_args.max_length)
+    molecules = molecules.assign(**dict(zip(("text", "input_ids", "reason"), checked, strict=True)))
     molecules["length"] = molecules["input_ids"].map(len)
-    molecules["reason"] = problems
-    molecules.loc[molecules["length"] > data_args.max_length, "reason"] = "too_long"
-    molecules.loc[~parsed, "reason"] = "invalid"
 
     bad = molecules[molecules["reason"].notna()]
     if len(bad):

@@ -165,12 +165,12 @@ def model_card(folder, kind, name=None):
     folder = Path(folder)
     name = name or folder.resolve().name
     values, results = read_json(folder / ARGUMENTS_FILE), read_json(folder / "all_results.json")
-    data = card_data(folder, kind, values, results)
+    data = card_data(folder, kind, name, values, results)
     parts = [
         f"# {name.split('/')[-1]}",
         introduction(kind, values),
         results_section(kind, values, results),
-        *(f"![{name}]({name})\n\n{text}" for name, text in FIGURES.items() if (folder / name).exists()),
+        *(f"{text}\n\n![{name}]({name})" for name, text in FIGURES.items() if (folder / name).exists()),
         usage_section(folder, kind, name),
         protocol_section(folder, kind, values),
         training_section(folder),
@@ -208,27 +208,26 @@ def data_name(values):
     return "MoleculeNet Lipophilicity" if file in (None, EMBEDDED_DATA) else Path(file).name
 
 
-def card_data(folder, kind, values, results):
+def card_data(folder, kind, name, values, results):
     """Returns the metadata of a card: licence, base, tags, and results as `model-index`."""
     base = base_of(folder, values)
     card = ROOT / base / CARD_FILE if base else None
     known = ModelCard.load(card).data.license if card is not None and card.exists() else LICENSES.get(base)
     adapter = (folder / "adapter_config.json").exists()
-    names = ("validation", "test")
     evaluations = [
         EvalResult(
             task_type="regression",
             task_name=f"prediction of {values.get('label_name', 'the label')}",
             dataset_type=values.get("dataset_name") or data_name(values).lower().replace(" ", "-"),
             dataset_name=f"{data_name(values)}, {values.get('split') or 'random'} split",
-            dataset_split=f"{name} (n = {results.get(f'{name}_samples')})",
+            dataset_split=f"{part} (n = {results.get(f'{part}_samples')})",
             metric_type=key,
-            metric_name=f"{METRICS[key]}, {name}",
-            metric_value=round(results[f"{name}_{key}"], 6),
+            metric_name=f"{METRICS[key]}, {part}",
+            metric_value=round(results[f"{part}_{key}"], 6),
         )
-        for name in names
+        for part in ("validation", "test")
         for key in METRICS
-        if f"{name}_{key}" in results
+        if f"{part}_{key}" in results
     ]
     return ModelCardData(
         license=known,
@@ -238,7 +237,7 @@ def card_data(folder, kind, values, results):
         datasets=[values["dataset_name"]] if values.get("dataset_name") else None,
         metrics=None if kind == "mlm" else ["mse", "mae", "r_squared"],
         tags=["chemistry", "molformer", "smiles", *([] if kind == "mlm" else ["regression"])],
-        model_name=folder.resolve().name if evaluations else None,
+        model_name=name.split("/")[-1] if evaluations else None,
         eval_results=evaluations or None,
     )
 

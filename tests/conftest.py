@@ -48,9 +48,9 @@ def small_table(tmp_path_factory):
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Runs `python SCRIPT flags…` in a process of its own; `launcher` stands in for `python`."""
+    """Runs `python SCRIPT flags…` in a process of its own; `launcher` stands in for `python`, `text` is its input."""
 
-    def run(script, *flags, launcher=(sys.executable,), timeout=300, **environment):
+    def run(script, *flags, launcher=(sys.executable,), timeout=300, text=None, **environment):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), **environment}
         return subprocess.run(
             [*launcher, str(ROOT / script), *map(str, flags)],
@@ -59,7 +59,7 @@ def run_script(tmp_path):
             capture_output=True,
             text=True,
             timeout=timeout,
-            stdin=subprocess.DEVNULL,
+            **({"stdin": subprocess.DEVNULL} if text is None else {"input": text}),
         )
 
     return run

@@ -1,0 +1,216 @@
+"""utils_predict.py: every row of a file gets its answer, in its place, however the file is cut and shared.
+
+python -m pytest tests/test_utils_predict.py
+"""
+
+import gzip
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import run_regression
+import utils_predict
+from arguments import InputError, parse_arguments
+from modeling_molformer_reg import MolformerForRegression
+from trainer_regression import build_tokenizer
+from utils_molecules import canonicalize
+
+
+SMILES = ["OCC", "c1ccccc1O", "C1CC", "", "CC(=O)Oc1ccccc1C(=O)O", "[Xe]", "C" * 300, "N[C@@H](C)C(=O)O", "OCC"]
+STATUS = ["ok", "ok", "invalid SMILES", "invalid SMILES", "ok", "ok", "too long", "ok", "ok"]
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tiny_checkpoint, tmp_path_factory):
+    """Two regression models with heads that know a scale: an ensemble's folder."""
+    folder = tmp_path_factory.mktemp("models") / "ensemble"
+    for number in range(2):
+        torch.manual_seed(number)
+        model = MolformerForRegression.from_pretrained(tiny_checkpoint, num_labels=1)
+        model.config.label_mean, model.config.label_std, model.config.smiles_form = [2.0], [1.5], "canonical"
+        for parameter in model.classifier.parameters():
+            torch.nn.init.normal_(parameter)
+        model.save_pretrained(folder / f"member-{number}")
+        build_tokenizer().save_pretrained(folder / f"member-{number}")
+        (folder / f"member-{number}" / "all_results.json").write_text("{}")
+    return folder
+
+
+def expected(folder, smiles):
+    """Reference: the model on one molecule at a time."""
+    model, tokenizer = MolformerForRegression.from_pretrained(folder).eval(), build_tokenizer()
+    with torch.no_grad():
+        return [
+            float(model(**tokenizer(canonicalize(text, "canonical"), return_tensors="pt")).logits) for text in smiles
+        ]
+
+
+def predict(tmp_path, *flags, output="out"):
+    flags = ["--do_predict", "--output_dir", tmp_path / output, "--disable_tqdm", "true", *flags]
+    flags = [str(flag) for flag in flags]
+    run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=flags))
+    return pd.read_csv(
+        tmp_path / output / "predictions.csv", dtype={"note": str}, keep_default_na=False, na_values=[""]
+    )
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "new.csv"
+    frame = pd.DataFrame({"id": range(100, 100 + len(SMILES)), "note": ["x,y"] * len(SMILES), "smiles": SMILES})
+    frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("piece, inline", [(20_000, 2_000), (4, 2_000), (3, 1)], ids=["whole", "pieces", "workers"])
+def test_every_row_is_answered_in_its_place(tmp_path, table, fine_tuned, monkeypatch, piece, inline):
+    monkeypatch.setattr(utils_predict, "PIECE", piece)
+    monkeypatch.setattr(utils_predict, "INLINE", inline)
+    model = fine_tuned / "member-0"
+    result = predict(tmp_path, "--model_name_or_path", model, "--test_file", table, "--per_device_eval_batch_size", 2)
+    assert list(result) == ["id", "note", "smiles", "prediction", "status"]
+    assert result["id"].tolist() == list(range(100, 109)) and set(result["note"]) == {"x,y"}
+    assert result["status"].tolist() == STATUS
+    ok = result["status"] == "ok"
+    assert result["prediction"][~ok].isna().all()
+    wanted = expected(model, [text for text, status in zip(SMILES, STATUS, strict=True) if status == "ok"])
+    np.testing.assert_allclose(result["prediction"][ok], wanted, atol=1e-5)
+    report = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert (report["predict_samples"], report["predict_ok"], report["predict_invalid_SMILES"]) == (9, 6, 2)
+    assert "predict_mse" not in report
+
+
+def test_an_ensemble_and_random_smiles_give_their_spreads(tmp_path, table, fine_tuned):
+    flags = ["--model_name_or_path", fine_tuned, "--test_file", table]
+    result = predict(tmp_path, *flags, "--predict_augment", 3)
+    members = [expected(fine_tuned / f"member-{number}", ["OCC"])[0] for number in range(2)]
+    plain = predict(tmp_path, *flags, output="plain")
+    assert plain["prediction"][0] == pytest.approx(np.mean(members), abs=1e-5)
+    assert plain["prediction_sd"][0] == pytest.approx(np.std(members, ddof=1), abs=1e-5)
+    assert {"prediction", "prediction_sd", "augment_sd", "status"} <= set(result)
+    assert (result["augment_sd"][result["status"] == "ok"] >= 0).all()
+    assert result.loc[4, "augment_sd"] > 0
+
+
+def test_labels_give_metrics_of_the_rows_that_have_them(tmp_path, fine_tuned):
+    path = tmp_path / "labeled.tsv"
+    pd.DataFrame({"label": ["1.5", "", "n/a", "2", "7"], "SMILES": ["OCC", "CC", "CN", "CCC", "C1CC"]}).to_csv(
+        path, sep="\t", index=False
+    )
+    result = predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path)
+    report = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert report["predict_labeled"] == 2
+    errors = result["prediction"][[0, 3]].to_numpy() - [1.5, 2]
+    assert report["predict_mse"] == pytest.approx(np.mean(errors**2), abs=1e-9)
+    assert result["label"].fillna("").tolist() == ["1.5", "", "n/a", "2", "7"]  # as they were written
+
+
+@pytest.mark.parametrize("suffix", [".smi", ".txt", ".smi.gz"])
+def test_a_file_of_lines_needs_no_header(tmp_path, fine_tuned, suffix):
+    content = "OCC ethanol\nC1CC\n\nc1ccccc1\tbenzene\n"
+    path = tmp_path / f"molecules{suffix}"
+    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
+    result = predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path)
+    assert result["status"].tolist() == ["ok", "invalid SMILES", "invalid SMILES", "ok"]
+
+
+def test_standard_input_is_answered_on_standard_output(run_script, table, fine_tuned, tmp_path):
+    flags = ["--do_predict", "--model_name_or_path", fine_tuned / "member-0", "--test_file"]
+    ran = run_script("run_regression.py", *flags, table, "--output_dir", tmp_path / "out")
+    assert ran.returncode == 0, ran.stderr
+    piped = run_script("run_regression.py", *flags, "-", text=table.read_text())
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout == (tmp_path / "out" / "predictions.csv").read_text()
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_two_processes_answer_as_one(run_script, table, fine_tuned, tmp_path):
+    flags = ["--do_predict", "--model_name_or_path", fine_tuned / "member-0", "--test_file", table]
+    flags += ["--per_device_eval_batch_size", 1, "--use_cpu"]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29561")
+    ran = run_script("run_regression.py", *flags, "--output_dir", tmp_path / "two", launcher=launcher)
+    assert ran.returncode == 0, ran.stderr
+    one = predict(tmp_path, *flags)
+    two = pd.read_csv(tmp_path / "two" / "predictions.csv")
+    np.testing.assert_allclose(two["prediction"], one["prediction"], atol=1e-5)
+    assert two["status"].tolist() == STATUS
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
+def test_embeddings_are_what_the_head_reads(tmp_path, table, fine_tuned, monkeypatch, suffix):
+    """Reference: the head on the embeddings gives the predictions."""
+    monkeypatch.setattr(utils_predict, "PIECE", 4)
+    model = fine_tuned / "member-0"
+    path = tmp_path / f"embeddings.{suffix}"
+    result = predict(tmp_path, "--model_name_or_path", model, "--test_file", table, "--export_embeddings", path)
+    if suffix == "parquet":
+        read = pd.read_parquet(path)
+        assert read["row"].tolist() == list(range(9))
+        assert (read["embedding"].isna() == (result["status"] != "ok")).all()
+        rows, states = read["row"][read["embedding"].notna()], np.stack(read["embedding"].dropna())
+    else:
+        read = load_file(path)
+        rows, states = read["rows"], read["embeddings"]
+    loaded = MolformerForRegression.from_pretrained(model).eval()
+    with torch.no_grad():
+        standardized = loaded.standardized_predictions(torch.tensor(states)).squeeze(1).numpy()
+    np.testing.assert_allclose(standardized * 1.5 + 2.0, result["prediction"][rows], atol=1e-5)
+
+
+def test_a_model_that_learned_another_form_of_smiles_is_given_it(tmp_path, fine_tuned, table):
+    folder = tmp_path / "isomeric"
+    model = MolformerForRegression.from_pretrained(fine_tuned / "member-0")
+    model.config.smiles_form = "isomeric"
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    table.write_text("smiles\nN[C@@H](C)C(=O)O\nN[C@H](C)C(=O)O\n")
+    result = predict(tmp_path, "--model_name_or_path", folder, "--test_file", table)
+    assert result["prediction"][0] != result["prediction"][1]
+
+
+@pytest.mark.parametrize(
+    "content, flags, named",
+    [
+        ("smiles,prediction\nCC,1\n", [], "Rename it"),
+        ("name,label\nCC,1\n", [], "--smiles_column"),
+        ("smiles\nCC\n", ["--smiles_column", "mol"], "'mol' is not in"),
+        ("smiles\nCC\n", ["--label_column", "y"], "'y' is not in"),
+        ("", [], "is empty"),
+        ("smiles,a\nCC,1\nCN,1,2,3\n", [], "cannot be read on after row"),
+    ],
+)
+def test_a_file_that_cannot_be_predicted_is_refused(tmp_path, fine_tuned, content, flags, named):
+    path = tmp_path / "bad.csv"
+    path.write_text(content)
+    with pytest.raises(InputError, match=named):
+        predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path, *flags)
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_a_checkpoint_without_a_head_is_refused(tmp_path, tiny_checkpoint, table):
+    with pytest.raises(InputError, match="no trained regression head"):
+        predict(tmp_path, "--model_name_or_path", tiny_checkpoint, "--test_file", table)
+
+
+def test_the_embeddings_file_needs_a_known_ending(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(*run_regression.ARGUMENTS, args=["--export_embeddings", "states.csv"])
+    assert ".parquet or .safetensors" in capsys.readouterr().err
+
+
+def test_training_takes_no_embeddings_file(tmp_path, tiny_checkpoint):
+    flags = [
+        "--model_name_or_path",
+        tiny_checkpoint,
+        "--export_embeddings",
+        "a.parquet",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    with pytest.raises(InputError, match="--do_predict alone"):
+        run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, args=flags))
