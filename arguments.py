@@ -145,8 +145,12 @@ class DataTrainingArguments:
     smiles_column: str | None = field(
         default=None, metadata={"help": "Column of the SMILES. Default: the one called smiles, in any case."}
     )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the label. Default: the one called label, exp, y or target."}
+    label_column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the label. Default: the one called label, exp, y or target. Several columns are "
+            "learned together; a molecule may then lack some of the labels."
+        },
     )
     label_name: str = field(default="logD7.4", metadata={"help": "What plots call the label, with its unit."})
     smiles_form: str = field(

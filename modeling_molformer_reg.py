@@ -825,7 +825,8 @@ class MolformerForRegression(MolformerPreTrainedModel):
         """Returns `SequenceClassifierOutput`: loss on standardized labels, and predictions (B, K) in label units.
 
         Args:
-            labels (`torch.Tensor`, *optional*): shape (B,) or (B, K), in label units.
+            labels (`torch.Tensor`, *optional*): shape (B,) or (B, K), in label units; one of several that is NaN is
+                missing and counts for nothing.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): labels in all accumulated batches; the loss is
                 then the sum of squared errors divided by it.
         Raises:
@@ -848,8 +849,13 @@ class MolformerForRegression(MolformerPreTrainedModel):
             if labels.shape != standardized.shape and (self.num_labels > 1 or labels.shape != standardized.shape[:1]):
                 raise ValueError(f"labels have shape {tuple(labels.shape)}, predictions {tuple(standardized.shape)}.")
             target = (labels.view_as(standardized).to(standardized.dtype) - mean) / std
+            count = target.numel()
+            if self.num_labels > 1:
+                known = target.isfinite()
+                target = torch.where(known, target, standardized.detach())
+                count = known.sum().clamp(min=1)
             squares = nn.functional.mse_loss(standardized, target, reduction="sum")
-            loss = squares / (target.numel() if num_items_in_batch is None else num_items_in_batch)
+            loss = squares / (count if num_items_in_batch is None else num_items_in_batch)
         output = SequenceClassifierOutput(
             loss=loss,
             logits=standardized * std + mean,

@@ -842,6 +842,8 @@ def main(model_args, data_args, influence_args, training_args):
     # Data
     tokenizer = load_tokenizer(model_args)
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
+    if "label" not in molecules:
+        raise InputError("An influence score is of one label. Pass one --label_column.")
     if influence_args.external_file is None:
         pool_seed = seed if data_args.split_seed is None else data_args.split_seed
         molecules, external = take_pool(molecules, influence_args.pool_size, influence_args.pool_noise, pool_seed)

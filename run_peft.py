@@ -393,7 +393,7 @@ def main(model_args, data_args, peft_args, training_args):
     if peft_args.merge_adapter and training_args.should_save:
         model = trainer.model
         if not training_args.do_train:  # of an adapter that was given
-            model = load_model(MolformerForRegression, model_args, tokenizer, merge=True, num_labels=1)
+            model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
         write_merged(merge_adapter(model), tokenizer, output_dir)
         write_card(output_dir / "merged", "peft", training_args)
     pushed = output_dir / "merged" if peft_args.merge_adapter else output_dir

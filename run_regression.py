@@ -140,7 +140,7 @@ def predict_new(model_args, data_args, regression_args, training_args):
 
     plan = plan_members(model_args, training_args, 1, None)
     tokenizer = load_tokenizer(plan[0][0])
-    models = [load_model(MolformerForRegression, member_args, tokenizer, num_labels=1) for member_args, _, _ in plan]
+    models = [load_model(MolformerForRegression, member_args, tokenizer) for member_args, _, _ in plan]
     prepare_head(models[0], None, None, data_args, training_args)  # refuses one that has learned nothing
     output_dir = Path(training_args.output_dir)
     if not to_output:
@@ -176,7 +176,7 @@ def main(model_args, data_args, regression_args, training_args):
         training_set,
         write_reports,
     )
-    from utils_molecules import load_molecules, regression_metrics, write_json
+    from utils_molecules import label_metrics, label_names, labels_of, load_molecules, write_json
     from utils_report import finish_run
 
     # Data
@@ -184,7 +184,7 @@ def main(model_args, data_args, regression_args, training_args):
     tokenizer = load_tokenizer(plan[0][0])
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
     parts = select_parts(molecules, data_args)
-    held_out = held_out_name(parts)
+    held_out, names = held_out_name(parts), label_names(molecules)
     train_set = training_set(parts["train"], tokenizer, data_args, training_args)
 
     predictions = {name: [] for name in parts}
@@ -214,7 +214,7 @@ def main(model_args, data_args, regression_args, training_args):
                     part, regression_args.predict_augment, data_args.max_length, training_args.seed
                 )
                 predictions[name].append(predicted)
-                values = regression_metrics(predicted.mean(axis=1), part["label"])
+                values = label_metrics(predicted.mean(axis=1), labels_of(part), names)
                 metrics |= {f"{name}_{key}": value for key, value in values.items()}
             if len(plan) > 1 and own_folder:
                 trainer.save_metrics("predict", metrics)
@@ -226,7 +226,8 @@ def main(model_args, data_args, regression_args, training_args):
         output_dir = Path(training_args.output_dir)
         metrics = {}
         if len(plan) > 1:
-            values = regression_metrics(np.mean(predictions[held_out], axis=(0, 2)), parts[held_out]["label"])
+            mean = np.mean(predictions[held_out], axis=(0, 2))
+            values = label_metrics(mean, labels_of(parts[held_out]), names)
             metrics = {f"eval_{key}": value for key, value in values.items()} | {"members": len(plan)}
         if training_args.do_predict:
             test_metrics, table = write_reports(output_dir, parts, predictions, digest, data_args)

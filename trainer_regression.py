@@ -35,9 +35,14 @@ from arguments import (
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import (
+    LABEL_PREFIX,
     SPLITS,
     baseline_predictions,
     encode_random_smiles,
+    label_columns,
+    label_metrics,
+    label_names,
+    labels_of,
     regression_metrics,
     to_text,
     write_csv,
@@ -390,36 +395,39 @@ class RegressionTrainer(MolformerTrainer):
     """Trainer of `MolformerForRegression`: labels, predictions and metrics are in label units."""
 
     def __init__(self, *args, **kwargs):
-        kwargs.setdefault("compute_metrics", lambda output: regression_metrics(output.predictions, output.label_ids))
+        names = kwargs["model"].config.label_names or []
+        kwargs.setdefault("compute_metrics", lambda output: label_metrics(output.predictions, output.label_ids, names))
         kwargs.setdefault("data_collator", DataCollatorWithPadding(kwargs["processing_class"]))
         super().__init__(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        # The parent leaves out labels of -100, which is a legal value of a regression label.
-        counted = [{"labels": torch.zeros_like(b["labels"])} for b in batch_samples if "labels" in b]
+        # The parent leaves out labels of -100, which is a legal value of a regression label; a missing one is NaN.
+        labels = [batch["labels"] for batch in batch_samples if "labels" in batch]
+        counted = [{"labels": torch.where(values.isfinite(), 0, -100)} for values in labels]
         return super()._get_num_items_in_batch(counted, device)
 
     def predict_molecules(self, molecules, num_forms=0, max_length=None, seed=0):
-        """Returns predictions for all molecules in their order, in label units, shape (N, num_forms + 1).
+        """Returns predictions for all molecules in their order, in label units, shape (N, num_forms + 1, K).
 
-        The first column is for the SMILES as the model reads it, the others are for random SMILES of the molecule, the
-        same ones for one `seed`.
+        The first form is the SMILES as the model reads it, the others are random SMILES of the molecule, the same
+        ones for one `seed`.
         Batches are of like length; the order of rows is restored.
         """
         dataset = to_dataset(molecules, with_labels=False)
         if num_forms:
             dataset = augment(dataset, self.processing_class, num_forms, seed, max_length)
         order = np.argsort(-np.asarray(dataset["length"][:]), kind="stable")
-        predictions = np.empty(len(dataset))
-        predictions[order] = self.predict(dataset.select(order)).predictions[:, 0]
-        return predictions.reshape(len(molecules), num_forms + 1)
+        predictions = np.empty((len(dataset), self.model.config.num_labels))
+        predictions[order] = self.predict(dataset.select(order)).predictions
+        return predictions.reshape(len(molecules), num_forms + 1, -1)
 
 
 def to_dataset(molecules, with_labels=True):
     """Returns the `datasets.Dataset` of token ids, lengths and labels that a trainer takes, in the table's order."""
     columns = {"input_ids": molecules["input_ids"].tolist(), "length": molecules["length"].tolist()}
     if with_labels:
-        columns["labels"] = molecules["label"].tolist()
+        several = len(label_columns(molecules)) > 1
+        columns["labels"] = labels_of(molecules).tolist() if several else molecules["label"].tolist()
     return datasets.Dataset.from_dict(columns)
 
 
@@ -495,11 +503,21 @@ def prepare_head(model, train, digest, data_args, training_args):
                 "pass a --model_name_or_path that run_regression.py made."
             )
         return
-    labels = train["label"].to_numpy()
-    mean, std = float(np.mean(labels)), float(np.std(labels))
-    if not std > 1e-9 * max(1.0, abs(mean)):
-        raise InputError(f"All {len(labels)} training labels are {mean:g}. A regression needs labels that differ.")
-    model.config.label_mean, model.config.label_std = [mean], [std]
+    means, stds = [], []
+    for column in label_columns(train):
+        labels = train[column].dropna().to_numpy()
+        which = "" if column == "label" else f" of {column.removeprefix(LABEL_PREFIX)!r}"
+        if not len(labels):
+            raise InputError(f"There are no training labels{which}. Leave them out.")
+        mean, std = float(np.mean(labels)), float(np.std(labels))
+        if not std > 1e-9 * max(1.0, abs(mean)):
+            raise InputError(
+                f"All {len(labels)} training labels{which} are {mean:g}. A regression needs labels that differ."
+            )
+        means.append(mean)
+        stds.append(std)
+    model.config.label_mean, model.config.label_std = means, stds
+    model.config.label_names = label_names(train) or None
     model.config.split_hash = digest
     # heads of the pre-training that this model does not have
     model.config.descriptor_names = model.config.atom_descriptor_names = model.config.environment_buckets = None
@@ -526,7 +544,10 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     """
     set_learning_rate(training_args, data_args)
     set_seed(training_args.seed)
-    model = load_model(MolformerForRegression, model_args, tokenizer, merge=training_args.do_train, num_labels=1)
+    num_labels = len(label_columns(parts["train"]))
+    model = load_model(
+        MolformerForRegression, model_args, tokenizer, merge=training_args.do_train, num_labels=num_labels
+    )
     prepare_head(model, parts["train"], digest, data_args, training_args)
     if adapt is not None:
         if model_args.model_name_or_path is not None:
@@ -636,7 +657,7 @@ def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, di
     evaluate_regression(trainer)
     metrics = {}
     for name in [name for name in parts if name != "train"]:
-        values = regression_metrics(trainer.predict_molecules(parts[name])[:, 0], parts[name]["label"])
+        values = regression_metrics(trainer.predict_molecules(parts[name]), parts[name]["label"])
         metrics |= {f"{name}_{key}": value for key, value in values.items()}
     metrics["eval_losses"] = losses
     trainer.save_metrics("predict", metrics)
@@ -649,12 +670,12 @@ def summarize_predictions(members):
     """Returns the mean prediction of each molecule and how far its parts lie apart, from those of all members.
 
     Args:
-        members (`list[numpy.ndarray]`): predictions of each member, shape (N, forms).
+        members (`list[numpy.ndarray]`): predictions of each member, shape (N, forms, K).
     Returns:
-        predictions (N,); and sample standard deviations (N,) by name: `prediction_sd` over two members or more,
+        predictions (N, K); and sample standard deviations (N, K) by name: `prediction_sd` over two members or more,
         `augment_sd` over two SMILES forms or more.
     """
-    predictions = np.stack(members)  # (members, N, forms)
+    predictions = np.stack(members)  # (members, N, forms, K)
     spreads = {}
     if predictions.shape[0] > 1:
         spreads["prediction_sd"] = predictions.mean(axis=2).std(axis=0, ddof=1)
@@ -677,50 +698,58 @@ def write_splits(output_dir, parts, digest, data_args):
 
 
 def write_reports(output_dir, parts, members, digest, data_args):
-    """Writes predictions.csv, splits.json and the parity plot of a run into its output folder.
+    """Writes predictions.csv, splits.json and the plots of a run into its output folder.
 
     Args:
         parts (`dict[str, pandas.DataFrame]`): molecules of each split.
-        members (`dict[str, list[numpy.ndarray]]`): for each of them the predictions of every model, (N, forms) each,
-            in label units.
+        members (`dict[str, list[numpy.ndarray]]`): for each of them the predictions of every model, (N, forms, K)
+            each, in label units.
     Returns:
         metrics of every split and of the baselines on the test set (`dict[str, float]`), and the same as a text table.
+        Of several labels each metric has the label's name at its end.
     """
     output_dir = Path(output_dir)
-    summaries = {name: summarize_predictions(members[name]) for name in parts}
-    predictions = {name: mean for name, (mean, _) in summaries.items()}
     everything = pd.concat(parts.values(), ignore_index=True)
-    everything["prediction"] = np.concatenate([predictions[name] for name in parts])
-    everything["error"] = everything["prediction"] - everything["label"]
-    columns = {"row": "row", "smiles": "SMILES", "label": "label", "prediction": "prediction"}
-    spread_names = list(next(iter(summaries.values()))[1])
-    for name in spread_names:
-        everything[name] = np.concatenate([summaries[part][1][name] for part in parts])
-    table = everything.rename(columns=columns)[[*columns.values(), *spread_names, "error", "split"]]
-    # as one file, in its order; separate files follow one another
-    write_csv(
-        table.sort_values("row", kind="stable") if data_args.test_file is None else table,
-        output_dir / "predictions.csv",
-    )
-    write_splits(output_dir, parts, digest, data_args)
-
-    values = {name: regression_metrics(predictions[name], part["label"]) for name, part in parts.items()}
+    summaries = [summarize_predictions(members[name]) for name in parts]
+    numbers = {"prediction": np.concatenate([mean for mean, _ in summaries])}
+    numbers |= {name: np.concatenate([spreads[name] for _, spreads in summaries]) for name in summaries[0][1]}
+    table = everything[["row", "smiles"]].rename(columns={"smiles": "SMILES"})
     count = len(next(iter(members.values())))
     model_name = "MoLFormer" if count == 1 else f"{count} MoLFormers"
-    lines = [(model_name, name, len(part), values[name]) for name, part in parts.items()]
-    metrics = {f"{name}_{key}": value for name in parts for key, value in values[name].items()}
-    metrics |= {f"{name}_samples": len(part) for name, part in parts.items()}
-    test = (everything["split"] == "test").to_numpy()
-    for baseline, predicted in baseline_predictions(everything, everything["split"].to_numpy()).items():
-        values[baseline] = regression_metrics(predicted[test], everything["label"][test])
-        lines.append((baseline, "test", int(test.sum()), values[baseline]))
-        metrics |= {f"test_{key}_{baseline}": value for key, value in values[baseline].items()}
-
-    plot_parity(
-        predictions["test"], parts["test"]["label"], values["test"], output_dir / "parity.png", data_args.label_name
-    )
-    plot_residuals(everything[test], output_dir / "residuals.png", data_args.label_name)
-    draw_worst_molecules(everything[test], output_dir / "worst_molecules.png")
+    metrics = {f"{name}_samples": len(part) for name, part in parts.items()}
+    lines, panels = [], []
+    for number, column in enumerate(label_columns(everything)):
+        label = column.removeprefix(LABEL_PREFIX) if column != "label" else ""
+        end, shown_name = (f"_{label}", f" {label}") if label else ("", "")
+        one = everything.assign(label=everything[column], prediction=numbers["prediction"][:, number])
+        table[f"label{end}"] = one["label"]
+        for name, values in numbers.items():
+            table[f"{name}{end}"] = values[:, number]
+        table[f"error{end}"] = one["prediction"] - one["label"]
+        one = one[one["label"].notna()]
+        for name in parts:
+            part = one[one["split"] == name]
+            if len(part):
+                values = regression_metrics(part["prediction"], part["label"])
+                lines.append((f"{model_name}{shown_name}", name, len(part), values))
+                metrics |= {f"{name}_{key}{end}": value for key, value in values.items()}
+        test = one[one["split"] == "test"]
+        if not len(test):
+            continue
+        panels.append((label or data_args.label_name, test["prediction"], test["label"]))
+        for baseline, predicted in baseline_predictions(one, one["split"].to_numpy()).items():
+            values = regression_metrics(predicted[one["split"] == "test"], test["label"])
+            lines.append((f"{baseline}{shown_name}", "test", len(test), values))
+            metrics |= {f"test_{key}_{baseline}{end}": value for key, value in values.items()}
+        if not label:
+            plot_residuals(test, output_dir / "residuals.png", data_args.label_name)
+            draw_worst_molecules(test, output_dir / "worst_molecules.png")
+    plot_parity(panels, output_dir / "parity.png")
+    table["split"] = everything["split"]
+    # as one file, in its order; separate files follow one another
+    table = table.sort_values("row", kind="stable") if data_args.test_file is None else table
+    write_csv(table, output_dir / "predictions.csv")
+    write_splits(output_dir, parts, digest, data_args)
     text = metrics_table(lines)
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."

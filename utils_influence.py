@@ -58,7 +58,8 @@ def load_external(tokenizer, data_args, influence_args, molecules):
         InputError: if file, columns, labels or molecules cannot be used, or none is left.
     """
     path = influence_args.external_file
-    columns = (influence_args.external_smiles_column, influence_args.external_label_column)
+    label = influence_args.external_label_column
+    columns = (influence_args.external_smiles_column, None if label is None else [label])
     table = read_table(path, *columns, prefix="external_")
     external, dropped = prepare_molecules(table, tokenizer, data_args, path)
     excluded = [dropped[["row", "smiles", "reason"]]]

@@ -22,7 +22,6 @@ from arguments import InputError
 from trainer_regression import augment, cached_map
 from utils_molecules import (
     ATOM_DESCRIPTORS,
-    LABEL_COLUMNS,
     REASONS,
     SMILES_COLUMNS,
     atom_environments,
@@ -33,6 +32,7 @@ from utils_molecules import (
     describe_unusable,
     encode_smiles,
     find_column,
+    find_labels,
     load_hub_dataset,
     load_molecules,
     parse_smiles,
@@ -123,7 +123,7 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
     else:
         source = data_args.train_file
         columns = [] if is_corpus(source) else read_header(source)[0]
-    if find_column(columns, data_args.label_column, LABEL_COLUMNS, "--label_column", source) is not None:
+    if find_labels(columns, data_args.label_column, "--label_column", source):
         molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
         parts = {}
         for name in ("train", "validation"):

@@ -26,6 +26,8 @@ from arguments import InputError
 
 SMILES_COLUMNS = ("smiles", "canonical_smiles", "mol", "molecule", "structure")
 LABEL_COLUMNS = ("label", "labels", "exp", "target", "y", "logd", "value")
+LABEL_PREFIX = "label:"
+MISSING = ("", "nan", "na", "n/a", "none", "null")  # what stands in a table for no label
 SPLITS = ("train", "validation", "test")
 REASONS = {
     "invalid": "do not parse as SMILES",
@@ -46,7 +48,8 @@ def read_table(path, smiles_column=None, label_column=None, require_label=True, 
     Args:
         prefix (`str`): stands before smiles_column and label_column in the flags that messages name.
     Returns:
-        `pandas.DataFrame` with columns `row` (int), `smiles` (str, as given) and, if there is one, `label` (float).
+        `pandas.DataFrame` with columns `row` (int), `smiles` (str, as given) and, if there is one, `label` (float); of
+        several labels each has a column `label:` and its name, NaN where it is missing.
     Raises:
         InputError: for a file that is absent, empty, not UTF-8 or no table, a column that it lacks, and labels that
             are missing, infinite or text; the message names the value and its row.
@@ -136,35 +139,67 @@ def find_column(columns, wanted, candidates, flag, source):
     return next((lowered[name] for name in candidates if name in lowered), None)
 
 
+def find_labels(columns, wanted, flag, source):
+    """Returns the names of the label columns: those `wanted`, or the one that is called like a label, or none."""
+    names = [find_column(columns, name, LABEL_COLUMNS, flag, source) for name in wanted or [None]]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise InputError(f"{flag} names {repeated!r} twice. Name it once.")
+    return [name for name in names if name is not None]
+
+
 def _to_molecules(table, source, smiles_column, label_column, require_label, prefix=""):
     columns = [str(column) for column in table.columns]
     table.columns = columns
     smiles = find_column(columns, smiles_column, SMILES_COLUMNS, f"--{prefix}smiles_column", source)
-    label = find_column(columns, label_column, LABEL_COLUMNS, f"--{prefix}label_column", source)
+    labels = find_labels(columns, label_column, f"--{prefix}label_column", source)
     if smiles is None:
         raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --{prefix}smiles_column.")
-    if label is None and require_label:
+    if not labels and require_label:
         raise InputError(f"{source} has no label column; it has: {', '.join(columns)}. Pass --{prefix}label_column.")
     if not len(table):
         raise InputError(f"{source} has a header and no rows.")
     molecules = pd.DataFrame(
         {"row": np.arange(len(table)), "smiles": table[smiles].fillna("").astype(str).str.strip()}
     )
-    if label is not None:
-        molecules["label"] = _to_numbers(table[label], label, source, require_label)
+    for label in labels:
+        name = "label" if len(labels) == 1 else f"{LABEL_PREFIX}{label}"
+        molecules[name] = _to_numbers(table[label], label, source, require_label, may_lack=len(labels) > 1)
     return molecules
 
 
-def _to_numbers(texts, column, source, required):
-    """Labels as floats. Missing, infinite and text values are an error where a label is required, else NaN."""
+def _to_numbers(texts, column, source, required, may_lack=False):
+    """Labels as floats. Missing, infinite and text values are an error where a label is required, else NaN.
+
+    Args:
+        may_lack (`bool`): whether a label may be missing all the same.
+    """
     numbers = pd.to_numeric(texts, errors="coerce").astype(float)
-    bad = np.flatnonzero(~np.isfinite(numbers))
+    wrong = ~np.isfinite(numbers)
+    if may_lack:
+        wrong &= ~texts.fillna("").astype(str).str.strip().str.lower().isin(MISSING)
+    bad = np.flatnonzero(wrong)
     if len(bad) and required:
         raise InputError(
             f"{len(bad)} of {len(texts)} labels in column {column!r} of {source} are missing, infinite or no numbers, "
             f"first at row {bad[0]}: {texts.iloc[bad[0]]!r}. Correct or remove these rows."
         )
     return numbers.where(np.isfinite(numbers))
+
+
+def label_columns(molecules):
+    """Returns the names of the columns of labels: `label`, or `label:` and the name of each of several."""
+    return [name for name in molecules if name == "label" or name.startswith(LABEL_PREFIX)]
+
+
+def label_names(molecules):
+    """Returns the names of several labels; an empty list for one."""
+    return [name.removeprefix(LABEL_PREFIX) for name in label_columns(molecules) if name != "label"]
+
+
+def labels_of(molecules):
+    """Returns the labels, shape (N, K), NaN where one of several is missing."""
+    return molecules[label_columns(molecules)].to_numpy(dtype=float)
 
 
 # --------------------------------------------------------------------------------------------------------- checking
@@ -284,8 +319,8 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
         molecules["group"] = molecules["text"]
     else:
         molecules["group"] = [canonicalize(smiles, "canonical") for smiles in molecules["smiles"]]
-    if "label" in molecules:
-        warn_of_conflicting_labels(molecules, source)
+    for column in label_columns(molecules):
+        warn_of_conflicting_labels(molecules, source, column)
     dropped = bad[["row", "smiles"]].assign(reason=bad["reason"].map(REASONS))
     dropped.insert(0, "source", str(source))
     return molecules, dropped
@@ -307,9 +342,9 @@ def describe_unusable(reasons, rows, smiles, total, source, examples=3):
     return " ".join(sentences)
 
 
-def warn_of_conflicting_labels(molecules, source):
+def warn_of_conflicting_labels(molecules, source, column="label"):
     """Warns of molecules that stand in the file more than once, as the model reads them, with different labels."""
-    spread = molecules.groupby("text")["label"].agg(["size", "min", "max"])
+    spread = molecules.groupby("text")[column].agg(["size", "min", "max"])
     conflicting = spread[spread["max"] > spread["min"]]
     if len(conflicting):
         logger.warning(
@@ -471,6 +506,25 @@ def regression_metrics(predictions, labels):
         )
     metric = _metric_class()(keep_in_memory=True)
     return metric.compute(predictions=predictions, references=np.ravel(labels))
+
+
+def label_metrics(predictions, labels, names):
+    """Returns `regression_metrics`; of several labels each one's, with its name, and their mean R² as `r2`.
+
+    Args:
+        predictions, labels (`numpy.ndarray`): shape (N, K); a missing label (NaN) counts for nothing.
+        names (`list[str]`): names of several labels; empty for one.
+    """
+    if not names:
+        return regression_metrics(predictions, labels)
+    values = {}
+    for name, predicted, measured in zip(names, predictions.T, labels.T, strict=True):
+        known = np.isfinite(measured)
+        if known.any():
+            found = regression_metrics(predicted[known], measured[known])
+            values |= {f"{key}_{name}": value for key, value in found.items()}
+    coefficients = [values[f"r2_{name}"] for name in names if f"r2_{name}" in values]
+    return values | ({"r2": float(np.mean(coefficients))} if coefficients else {})
 
 
 def _metric_class():

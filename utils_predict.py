@@ -25,13 +25,13 @@ from tqdm.auto import tqdm
 from arguments import InputError
 from trainer_regression import summarize_predictions
 from utils_molecules import (
-    LABEL_COLUMNS,
     SMILES_COLUMNS,
     check_smiles,
     encode_random_smiles,
     find_column,
+    find_labels,
+    label_metrics,
     read_header,
-    regression_metrics,
 )
 
 
@@ -259,6 +259,16 @@ class Predictor:
         return torch.stack(values, dim=1).numpy(), state
 
 
+def find_measured(columns, data_args, names, source):
+    """Returns the columns of measured labels, in the order of the model's; none if the file lacks one of them."""
+    if names and data_args.label_column is None:
+        return list(names) if set(names) <= set(columns) else []
+    found = find_labels(columns, data_args.label_column, "--label_column", source)
+    if data_args.label_column and len(found) != max(1, len(names)):
+        raise InputError(f"--label_column names {len(found)} columns, but the model predicts {max(1, len(names))}.")
+    return found
+
+
 def predict_file(models, tokenizer, data_args, regression_args, training_args, path):
     """Predicts every row of `--test_file`, writes the table, and returns what was done (`dict`).
 
@@ -271,8 +281,9 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     """
     started, source = time.monotonic(), data_args.test_file
     pieces, smiles_column, columns = open_table(source, data_args)
-    label = find_column(columns, data_args.label_column, LABEL_COLUMNS, "--label_column", source)
     config = models[0].config
+    names = config.label_names or []
+    labels = find_measured(columns, data_args, names, source)
     form, num_forms = config.smiles_form or data_args.smiles_form, regression_args.predict_augment
     arguments = (tokenizer, form, data_args.max_length, num_forms, training_args.seed)
     predictor = Predictor(models, tokenizer, training_args)
@@ -289,17 +300,19 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
         broken = int((~np.isfinite(values)).sum())
         if broken:
             raise InputError(f"{broken} predictions are not finite: the checkpoint is broken. Use another one.")
-        members = list(values[:, :, 0].T.reshape(len(models), len(usable), num_forms + 1))
-        prediction, spreads = summarize_predictions(members)
-        for name, numbers in {"prediction": prediction, **spreads}.items():
-            piece[name] = pd.Series(numbers, index=usable, dtype=float).reindex(range(len(piece)))
+        members = values.reshape(len(usable), num_forms + 1, len(models), -1).transpose(2, 0, 1, 3)
+        prediction, spreads = summarize_predictions(list(members))
+        for number, end in enumerate([f"_{name}" for name in names] or [""]):
+            for name, numbers in {"prediction": prediction, **spreads}.items():
+                column = pd.Series(numbers[:, number], index=usable, dtype=float)
+                piece[f"{name}{end}"] = column.reindex(range(len(piece)))
         piece["status"] = [STATUS.get(reason, "ok") for reason in reasons]
         for status, count in piece["status"].value_counts().items():
             statuses[status] = statuses.get(status, 0) + int(count)
-        if label is not None:
-            numbers = pd.to_numeric(piece[label], errors="coerce")
-            known = np.isfinite(numbers) & (piece["status"] == "ok")
-            measured.append(np.stack([piece["prediction"][known], numbers[known]]))
+        if labels:
+            numbers = piece[labels].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)[usable]
+            known = np.isfinite(numbers).any(axis=1)
+            measured.append(np.stack([prediction[known], numbers[known]]))
         if main:
             writer.write(piece)
             if embeddings is not None:
@@ -317,7 +330,7 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     if measured:
         predictions, labels = np.concatenate(measured, axis=1)
         if len(labels):
-            report |= {f"predict_{key}": value for key, value in regression_metrics(predictions, labels).items()}
+            report |= {f"predict_{key}": value for key, value in label_metrics(predictions, labels, names).items()}
             report["predict_labeled"] = len(labels)
     return report
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from arguments import ARGUMENTS_FILE, EMBEDDED_DATA, ROOT, InputError, end_writing
-from utils_molecules import parse_smiles, write_text
+from utils_molecules import parse_smiles, regression_metrics, write_text
 
 
 CARD_FILE = "README.md"
@@ -61,23 +61,28 @@ def metrics_table(rows):
     return "\n".join(lines)
 
 
-def plot_parity(predictions, labels, metrics, path, label_name):
-    """Draws predicted against measured values of the test set, with the line of perfect prediction."""
+def plot_parity(panels, path):
+    """Draws predicted against measured values of the test set, with the line of perfect prediction.
+
+    Args:
+        panels (`list`): for each label its name, predictions (N,) and measured values (N,).
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes = figure.add_subplot()
-    low, high = min(np.min(labels), np.min(predictions)), max(np.max(labels), np.max(predictions))
-    margin = 0.05 * (high - low or 1)
-    axes.plot([low - margin, high + margin], [low - margin, high + margin], color="0.6", linewidth=1, zorder=1)
-    axes.scatter(labels, predictions, s=10, alpha=0.5, linewidths=0, zorder=2)
-    axes.set(xlabel=f"measured {label_name}", ylabel=f"predicted {label_name}", aspect="equal")
-    r2 = f", R² {metrics['r2']:.3f}" if "r2" in metrics else ""
-    axes.set_title(
-        f"Test set, n = {len(labels)}: RMSE {metrics['rmse']:.3f}, MAE {metrics['mae']:.3f}{r2}", fontsize=10
-    )
-    axes.set_xlim(low - margin, high + margin)
-    axes.set_ylim(low - margin, high + margin)
+    figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
+    for axes, (name, predictions, labels) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+        low, high = min(np.min(labels), np.min(predictions)), max(np.max(labels), np.max(predictions))
+        margin = 0.05 * (high - low or 1)
+        axes.plot([low - margin, high + margin], [low - margin, high + margin], color="0.6", linewidth=1, zorder=1)
+        axes.scatter(labels, predictions, s=10, alpha=0.5, linewidths=0, zorder=2)
+        axes.set(xlabel=f"measured {name}", ylabel=f"predicted {name}", aspect="equal")
+        metrics = regression_metrics(predictions, labels)
+        r2 = f", R² {metrics['r2']:.3f}" if "r2" in metrics else ""
+        axes.set_title(
+            f"Test set, n = {len(labels)}: RMSE {metrics['rmse']:.3f}, MAE {metrics['mae']:.3f}{r2}", fontsize=10
+        )
+        axes.set_xlim(low - margin, high + margin)
+        axes.set_ylim(low - margin, high + margin)
     save_figure(figure, path)
 
 
@@ -169,7 +174,7 @@ def model_card(folder, kind, name=None):
     parts = [
         f"# {name.split('/')[-1]}",
         introduction(kind, values),
-        results_section(kind, values, results),
+        results_section(folder, kind, values, results),
         *(f"{text}\n\n![{name}]({name})" for name, text in FIGURES.items() if (folder / name).exists()),
         usage_section(folder, kind, name),
         protocol_section(folder, kind, values),
@@ -200,6 +205,13 @@ def base_of(folder, values):
     return path.resolve().relative_to(ROOT).as_posix() if inside else path.name
 
 
+def label_ends(folder):
+    """Returns what stands after a metric's name for each label: the name of one of several, or nothing."""
+    configs = [folder / "config.json", folder / "member-0" / "config.json"]
+    names = next((read_json(path).get("label_names") for path in configs if path.exists()), None)
+    return [f"_{name}" for name in names] if names else [""]
+
+
 def data_name(values):
     """Returns the name of the data set as a card may give it."""
     if values.get("dataset_name"):
@@ -217,17 +229,18 @@ def card_data(folder, kind, name, values, results):
     evaluations = [
         EvalResult(
             task_type="regression",
-            task_name=f"prediction of {values.get('label_name', 'the label')}",
+            task_name=f"prediction of {end.removeprefix('_') or values.get('label_name', 'the label')}",
             dataset_type=values.get("dataset_name") or data_name(values).lower().replace(" ", "-"),
             dataset_name=f"{data_name(values)}, {values.get('split') or 'random'} split",
             dataset_split=f"{part} (n = {results.get(f'{part}_samples')})",
             metric_type=key,
             metric_name=f"{METRICS[key]}, {part}",
-            metric_value=round(results[f"{part}_{key}"], 6),
+            metric_value=round(results[f"{part}_{key}{end}"], 6),
         )
+        for end in label_ends(folder)
         for part in ("validation", "test")
         for key in METRICS
-        if f"{part}_{key}" in results
+        if f"{part}_{key}{end}" in results
     ]
     return ModelCardData(
         license=known,
@@ -253,7 +266,7 @@ def introduction(kind, values):
     return text + "Predictions are in the unit of the label."
 
 
-def results_section(kind, values, results):
+def results_section(folder, kind, values, results):
     """Returns the table of results."""
     lines = ["## Results", ""]
     if kind == "mlm":
@@ -268,9 +281,12 @@ def results_section(kind, values, results):
             lines.append(f"| {name} | {row['added']} | {' | '.join(texts)} |")
         return "\n".join(lines)
     lines += ["| model | split | n | MSE | RMSE | MAE | R² |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-    rows = [("this model", name, f"{name}_{{}}") for name in ("train", "validation", "test")]
-    rows += [("ridge regression on Morgan fingerprints", "test", "test_{}_fingerprint_ridge")]
-    rows += [("mean of the training labels", "test", "test_{}_mean")]
+    rows = []
+    for end in label_ends(folder):
+        name = end.replace("_", ": ", 1)
+        rows += [(f"this model{name}", part, f"{part}_{{}}{end}") for part in ("train", "validation", "test")]
+        rows += [(f"ridge regression on Morgan fingerprints{name}", "test", f"test_{{}}_fingerprint_ridge{end}")]
+        rows += [(f"mean of the training labels{name}", "test", f"test_{{}}_mean{end}")]
     found = False
     for model, split, pattern in rows:
         numbers = [results.get(pattern.format(key)) for key in METRICS]

@@ -993,6 +993,23 @@ def test_labels_of_one_dimension_equal_those_of_two(dtype):
     assert torch.equal(model(*batch, labels=labels.to(dtype)).loss, expected)
 
 
+def test_missing_labels_count_for_nothing():
+    """Reference: the squared errors of the known labels, summed by hand; no gradient where a label is missing."""
+    model, batch = tiny_model(MolformerForRegression, num_labels=2), tiny_batch()
+    labels = torch.randn(4, 2)
+    labels[0, 1] = labels[2, 0] = labels[2, 1] = torch.nan
+    output = model(*batch, labels=labels)
+    known = labels.isfinite()
+    errors = (output.logits - labels)[known]
+    torch.testing.assert_close(output.loss, (errors**2).mean())
+    torch.testing.assert_close(model(*batch, labels=labels, num_items_in_batch=10).loss, (errors**2).sum() / 10)
+    gradient = torch.autograd.grad(output.loss, output.logits, allow_unused=True)[0]
+    assert gradient is None or gradient[~known].abs().max() == 0
+    output.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert model(*batch, labels=torch.full((4, 2), torch.nan)).loss == 0
+
+
 @pytest.mark.parametrize(
     ("num_labels", "shape"), [(1, (3,)), (1, (4, 2)), (3, (4,)), (3, (4, 2)), (3, (3, 4)), (3, (12,)), (3, (4, 3, 1))]
 )

@@ -431,3 +431,44 @@ def test_evaluation_of_an_ensemble_alone_is_of_its_mean(finished_run, small_tabl
     call_main("--model_name_or_path", folder, *flags)
     assert results(tmp_path / "x")["eval_mse"] == pytest.approx(results(finished_run)["eval_mse"], rel=1e-5)
     assert not (tmp_path / "x" / "predictions.csv").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ several labels
+
+
+def test_several_labels_are_learned_together_and_missing_ones_count_for_nothing(tiny_checkpoint, tmp_path):
+    table = pd.read_csv(ROOT / "data" / "lipophilicity.csv", nrows=120)
+    table["double"] = 2 * table["label"] + 100
+    table.loc[::3, "double"] = np.nan
+    table.to_csv(tmp_path / "two.csv", index=False)
+    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", tmp_path / "two.csv", *QUICK]
+    flags += ["--label_column", "label", "double", "--output_dir", tmp_path / "out", "--num_seeds", "2"]
+    call_main(*flags)
+    read = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    values = results(tmp_path / "out")
+    for name in ("label", "double"):
+        test = read[(read["split"] == "test") & read[f"label_{name}"].notna()]
+        assert values[f"test_mse_{name}"] == pytest.approx(np.mean(test[f"error_{name}"] ** 2), abs=1e-6)
+        assert f"prediction_sd_{name}" in read and f"test_mse_mean_{name}" in values
+        assert read[f"prediction_{name}"].notna().all()
+    assert read["label_double"].isna().sum() == 40
+    assert 90 < read["prediction_double"].mean() < 120  # in its own unit
+    model = MolformerForRegression.from_pretrained(tmp_path / "out" / "member-0")
+    assert model.config.label_names == ["label", "double"] and model.config.num_labels == 2
+
+    new = tmp_path / "new.csv"
+    table.drop(columns="label").rename(columns={"double": "other"}).to_csv(new, index=False)
+    call_main(
+        "--do_predict", "--model_name_or_path", tmp_path / "out", "--test_file", new, "--output_dir", tmp_path / "p"
+    )
+    predicted = pd.read_csv(tmp_path / "p" / "predictions.csv")
+    np.testing.assert_allclose(predicted["prediction_double"], read["prediction_double"], atol=1e-4)
+    np.testing.assert_allclose(predicted["prediction_sd_label"], read["prediction_sd_label"], atol=1e-4)
+
+
+def test_a_label_that_no_training_molecule_has_is_refused(tiny_checkpoint, tmp_path):
+    table = pd.read_csv(ROOT / "data" / "lipophilicity.csv", nrows=60).assign(other=np.nan)
+    table.to_csv(tmp_path / "two.csv", index=False)
+    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", tmp_path / "two.csv", *QUICK]
+    with pytest.raises(InputError, match="no training labels of 'other'"):
+        call_main(*flags, "--label_column", "label", "other", "--output_dir", tmp_path / "out")

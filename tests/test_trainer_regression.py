@@ -203,8 +203,8 @@ def test_predictions_of_random_smiles_stand_beside_those_of_the_molecules(tiny_c
     trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
     few = molecules.head(6)
     predictions = trainer.predict_molecules(few, num_forms=2, max_length=256)
-    assert predictions.shape == (6, 3)
-    assert predictions[:, 0] == pytest.approx(trainer.predict_molecules(few)[:, 0], abs=1e-5)
+    assert predictions.shape == (6, 3, 1)
+    assert predictions[:, :1] == pytest.approx(trainer.predict_molecules(few), abs=1e-5)
     forms = augment(to_dataset(few), trainer.processing_class, 2, 0, 256)["input_ids"]
     trainer.model.eval()
     with torch.no_grad():
@@ -214,10 +214,10 @@ def test_predictions_of_random_smiles_stand_beside_those_of_the_molecules(tiny_c
 
 def test_predictions_are_summarized_over_members_and_forms():
     """Reference: worked by hand. Two members, one molecule, two forms."""
-    members = [np.array([[1.0, 3.0]]), np.array([[2.0, 6.0]])]
+    members = [np.array([[[1.0], [3.0]]]), np.array([[[2.0], [6.0]]])]
     mean, spreads = summarize_predictions(members)
-    assert mean == pytest.approx([3.0])
-    assert spreads["prediction_sd"] == pytest.approx([2**0.5])  # of 2 and 4
-    assert spreads["augment_sd"] == pytest.approx([3 / 2**0.5])  # of 1.5 and 4.5
-    mean, spreads = summarize_predictions([np.array([[1.0], [2.0]])])
-    assert mean.tolist() == [1.0, 2.0] and spreads == {}
+    assert mean.tolist() == [[3.0]]
+    assert spreads["prediction_sd"] == pytest.approx(np.array([[2**0.5]]))  # of 2 and 4
+    assert spreads["augment_sd"] == pytest.approx(np.array([[3 / 2**0.5]]))  # of 1.5 and 4.5
+    mean, spreads = summarize_predictions([np.array([[[1.0, 5.0]], [[2.0, 6.0]]])])
+    assert mean.tolist() == [[1.0, 5.0], [2.0, 6.0]] and spreads == {}

@@ -45,6 +45,10 @@ from utils_molecules import (
     default_descriptors,
     describe_unusable,
     encode_smiles,
+    label_columns,
+    label_metrics,
+    label_names,
+    labels_of,
     load_molecules,
     parse_smiles,
     prepare_molecules,
@@ -153,15 +157,45 @@ def test_a_label_column_is_found_in_any_case(tmp_path, name):
 
 def test_named_columns_are_taken_before_the_usual_ones(tmp_path):
     path = write(tmp_path, "smiles,label,drawn,measured\nCCO,1,CCN,2\n")
-    molecules = read_table(path, smiles_column="drawn", label_column="measured")
+    molecules = read_table(path, smiles_column="drawn", label_column=["measured"])
     assert (molecules["smiles"][0], molecules["label"][0]) == ("CCN", 2.0)
+
+
+def test_several_labels_may_lack_some(tmp_path):
+    path = write(tmp_path, "smiles,logD,logS\nCCO,1,-2\nCCN,,n/a\nCCC,3,\n")
+    molecules = read_table(path, label_column=["logS", "logD"])
+    assert label_columns(molecules) == ["label:logS", "label:logD"] and label_names(molecules) == ["logS", "logD"]
+    np.testing.assert_array_equal(labels_of(molecules), [[-2, 1], [np.nan, np.nan], [np.nan, 3]])
+    with pytest.raises(InputError, match="row 1: ''"):  # one label alone may lack none
+        read_table(path, label_column=["logD"])
+    with pytest.raises(InputError, match="'logD' twice"):
+        read_table(path, label_column=["logD", "logD"])
+    path = write(tmp_path, "smiles,logD,logS\nCCO,1,insoluble\n")
+    with pytest.raises(InputError, match="'logS'.*row 0: 'insoluble'"):
+        read_table(path, label_column=["logD", "logS"])
+
+
+def test_metrics_of_several_labels_leave_missing_ones_out():
+    """Reference: `regression_metrics` of each label's known values."""
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.normal(size=(2, 20, 2))
+    labels[::3, 1] = np.nan
+    values = label_metrics(predictions, labels, ["a", "b"])
+    known = np.isfinite(labels[:, 1])
+    for name, expected in (
+        ("a", regression_metrics(predictions[:, 0], labels[:, 0])),
+        ("b", regression_metrics(predictions[known, 1], labels[known, 1])),
+    ):
+        assert {f"{key}_{name}": value for key, value in expected.items()}.items() <= values.items()
+    assert values["r2"] == pytest.approx((values["r2_a"] + values["r2_b"]) / 2)
+    assert label_metrics(predictions[:, :1], labels[:, :1], []) == regression_metrics(predictions[:, 0], labels[:, 0])
 
 
 @pytest.mark.parametrize("argument, flag", [("smiles_column", "--smiles_column"), ("label_column", "--label_column")])
 def test_a_named_column_that_is_missing_is_refused_with_those_that_are_there(tmp_path, argument, flag):
     path = write(tmp_path, TABLE)
     with pytest.raises(InputError) as error:
-        read_table(path, **{argument: "logP"})
+        read_table(path, **{argument: "logP" if argument == "smiles_column" else ["logP"]})
     for part in ("'logP'", str(path), "SMILES, label", flag):
         assert part in str(error.value)
 

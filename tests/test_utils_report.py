@@ -14,7 +14,6 @@ from PIL import Image
 
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import build_tokenizer
-from utils_molecules import regression_metrics
 from utils_report import metrics_table, plot_losses, plot_parity
 
 
@@ -50,7 +49,7 @@ def colored(path):
 def test_the_parity_plot_shows_its_points(tmp_path, count):
     labels, noise = np.random.default_rng(0).normal(size=(2, count))
     predictions = labels + noise
-    plot_parity(predictions, labels, regression_metrics(predictions, labels), tmp_path / "parity.png", "logD7.4")
+    plot_parity([("logD7.4", predictions, labels)], tmp_path / "parity.png")
     assert colored(tmp_path / "parity.png") > 1e-5 * count
     assert [file.name for file in tmp_path.iterdir()] == ["parity.png"]
 
