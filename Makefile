@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-slow coverage lint style foundation table1 influence-study peft clean
+.PHONY: run test test-slow coverage lint style foundation table1 paper influence-study peft clean
 
 run: $(READY)
 	$(BIN)/python run_regression.py --overwrite_output_dir
@@ -31,6 +31,9 @@ foundation: $(READY)
 
 table1: $(READY)
 	PYTHON=$(BIN)/python ./reproduce_table1.sh
+
+paper: $(READY)
+	PYTHON=$(BIN)/python ./reproduce_paper.sh
 
 influence-study: $(READY)
 	$(BIN)/python studies/influence.py

@@ -30,35 +30,7 @@ esac
 RECIPE=${RECIPE:---augment_smiles 1 --predict_augment 10 --num_seeds 5}
 export PYTHON OUT RATE RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
 
-# Runs a script into a folder. Nothing is done if the same command, from the same weights, has finished there; if it was
-# interrupted, it continues.
-run() {
-    target=$1
-    shift
-    mkdir -p "$OUT"
-    weights=$MODEL/model.safetensors
-    {
-        echo "python $* --output_dir $target"
-        if [ -f "$weights" ]; then echo "# $weights: $(cksum <"$weights")"; fi
-    } >"$target.new"
-    mode=--overwrite_output_dir
-    if cmp -s "$target.new" "$target.command"; then
-        if [ -f "$target/all_results.json" ] && [ ! -e "$target/unfinished" ]; then
-            rm "$target.new"
-            return
-        fi
-        for begun in "$target"/checkpoint-*/trainer_state.json "$target"/member-*; do
-            if [ -e "$begun" ] && [ -e "$target/unfinished" ]; then mode="--resume_from_checkpoint true"; fi
-        done
-    fi
-    mv "$target.new" "$target.command"
-    echo "$(date +%H:%M:%S) $target"
-    # shellcheck disable=SC2086
-    "$PYTHON" "$@" --output_dir "$target" $mode --disable_tqdm true >"$target.log" 2>&1 || {
-        tail -n 5 "$target.log"
-        return 1
-    }
-}
+. "$(dirname "$0")/studies/run_once.sh"
 
 # Trains one cell of the table.
 cell() {

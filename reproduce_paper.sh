@@ -1,0 +1,62 @@
+#!/bin/sh
+# The whole paper as one chain: regression; masked language modeling, then regression; influence scores, selection and
+# regression on the union; BitFit, (IA)³ and LoRA. Every step that is finished is skipped, an interrupted one continues.
+# Ends in paper_tables.md and paper_tables.json, the paper's three tables with ours beside them: in results/ for the
+# embedded checkpoint, beside the runs for any other model and for the quick form.
+#
+#   ./reproduce_paper.sh                                  # the embedded checkpoint, three seeds; hours on two cores
+#   ./reproduce_paper.sh --quick                          # a look at the chain in minutes; its numbers mean little
+#   ./reproduce_paper.sh ibm/MoLFormer-XL-both-10pct      # with a network, and better with a GPU
+#   EXTERNAL_FILE=external.csv ./reproduce_paper.sh       # your external molecules in place of the corrupted pool
+#   SEEDS="0 1 2 3 4" OUT=outputs/five ./reproduce_paper.sh
+set -eu
+cd "$(dirname "$0")"
+
+EMBEDDED=models/molformer-mini
+MODEL=$EMBEDDED
+QUICK=
+for argument in "$@"; do
+    case $argument in
+    --quick) QUICK=1 ;;
+    -*) echo "unknown: $argument; there is --quick" && exit 2 ;;
+    *) MODEL=$argument ;;
+    esac
+done
+name=paper${QUICK:+-quick}
+[ "$MODEL" = $EMBEDDED ] || name=$name-$(basename "$MODEL")
+OUT=${OUT:-outputs/$name}
+[ "$name" = paper ] && RESULTS=${RESULTS:-results} || RESULTS=${RESULTS:-$OUT}
+[ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
+[ "$QUICK" ] && SEEDS=${SEEDS:-0} || SEEDS=${SEEDS:-0 1 2}
+# rates: that of MoLFormer-XL's authors, or the ones that were found on validation for the embedded checkpoint
+case $MODEL in
+*MoLFormer-XL*) RATE=${RATE:-3e-5} ;;
+*) RATE=${RATE:-3e-4} ;;
+esac
+EXTERNAL_FILE=${EXTERNAL_FILE:-}
+EXTRA=${EXTRA:-}
+INFLUENCE="--controls none random ${EXTERNAL_FILE:+--external_file $EXTERNAL_FILE}"
+if [ "$QUICK" ]; then
+    EXTRA="$EXTRA --max_train_samples 256 --max_eval_samples 64 --max_predict_samples 128 --num_train_epochs 2"
+    INFLUENCE="$INFLUENCE --influence_params head --recursion_depth 50 --pool_size 60"
+fi
+. studies/run_once.sh
+
+for seed in $SEEDS; do
+    cell="--seed $seed $EXTRA"
+    plain="$cell --learning_rate $RATE"
+    # shellcheck disable=SC2086
+    {
+        run "$OUT/regression-$seed" run_regression.py --model_name_or_path "$MODEL" $plain
+        run "$OUT/mlm-$seed" run_mlm.py --model_name_or_path "$MODEL" $plain
+        run "$OUT/mlm_regression-$seed" run_regression.py --model_name_or_path "$OUT/mlm-$seed" $plain
+        run "$OUT/influence-$seed" run_influence.py --model_name_or_path "$MODEL" $INFLUENCE $plain
+        union=$OUT/influence-$seed
+        run "$OUT/selected-$seed" run_regression.py --model_name_or_path "$MODEL" $plain \
+            --train_file "$union/merged_train.csv" --validation_file "$union/validation.csv" --test_file "$union/test.csv"
+        for method in bitfit ia3 lora; do
+            run "$OUT/$method-$seed" run_peft.py --model_name_or_path "$MODEL" --peft_method $method $cell
+        done
+    }
+done
+"$PYTHON" studies/paper_tables.py --folder "$OUT" --output "$RESULTS/paper_tables.json"

@@ -1,0 +1,123 @@
+"""The paper's three tables with this project's rows beside them, from the runs of reproduce_paper.sh.
+
+    ./reproduce_paper.sh                                    # trains, then calls this
+    python studies/paper_tables.py --folder outputs/paper   # the tables of the runs that are finished
+
+Writes results/paper_tables.json, and results/paper_tables.md: regression and masked language modeling (Table 1),
+evaluation loss by epoch after the selection (Table 2), parameter-efficient fine-tuning (appendix); means over the seeds
+with 95 % intervals of Student's t distribution, in logD units, and the command of every row.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from common import ROOT, interval, with_interval, write_report
+
+
+sys.path.insert(0, str(ROOT))
+
+from utils_influence import PAPER_LOSSES  # noqa: E402
+
+
+TABLE_1 = {  # test MSE, MAE, R² of the paper
+    "regression": ("regression", (0.4827, 0.5359, 0.6733)),
+    "mlm_regression": ("masked language modeling, then regression", (0.4500, 0.5055, 0.6954)),
+    "selected": ("regression with the molecules that influence chose", None),
+}
+APPENDIX = {"bitfit": (0.8617, 0.884), "ia3": (0.9203, 0.956), "lora": (0.7456, 0.778)}  # test MSE, training loss
+METRICS = ("test_mse", "test_mae", "test_r2")
+
+
+def collect(folder):
+    """Returns the finished runs by name: results by seed, and a command (`dict`)."""
+    runs = {}
+    for path in sorted(folder.glob("*-*/all_results.json")):
+        match = re.fullmatch(r"(.+)-(\d+)", path.parent.name)
+        if match and not (path.parent / "unfinished").exists():
+            found = runs.setdefault(match[1], {"seeds": {}, "command": ""})
+            found["seeds"][int(match[2])] = json.loads(path.read_text())
+            command = folder / f"{path.parent.name}.command"
+            if command.exists() and not found["command"]:
+                found["command"] = command.read_text().splitlines()[0]
+    return runs
+
+
+def rows_of(runs):
+    """Returns the rows of all tables, each with its values by seed, mean, half width and the paper's numbers."""
+    rows = []
+    for name, (title, paper) in TABLE_1.items():
+        if name in runs:
+            rows.append(row(runs[name], "1", title, METRICS, paper))
+    if "influence" in runs:
+        losses = {
+            seed: values["results"]["selected"]["eval_losses"]
+            for seed, values in runs["influence"]["seeds"].items()
+            if "selected" in values["results"]
+        }
+        for epoch in range(min((len(values) for values in losses.values()), default=0)):
+            numbers = {seed: {"loss": values[epoch]} for seed, values in losses.items()}
+            paper = PAPER_LOSSES[epoch : epoch + 1]
+            found = {"seeds": numbers, "command": runs["influence"]["command"]}
+            rows.append(row(found, "2", f"epoch {epoch + 1}", ("loss",), paper))
+    for name, paper in APPENDIX.items():
+        if name in runs:
+            rows.append(row(runs[name], "appendix", name, ("test_mse", "final_train_loss"), paper))
+    return rows
+
+
+def row(run, table, title, metrics, paper):
+    """Returns one row: for each metric mean and half width, the values by seed, and the paper's numbers."""
+    values = {metric: {seed: found[metric] for seed, found in run["seeds"].items()} for metric in metrics}
+    return {
+        "table": table,
+        "name": title,
+        "values": values,
+        "intervals": {metric: interval(list(numbers.values())) for metric, numbers in values.items()},
+        "paper": list(paper) if paper else [],
+        "command": run["command"],
+    }
+
+
+def to_markdown(rows):
+    """Returns the three tables, and the commands of their rows."""
+    titles = {
+        "1": ("Table 1: regression (test MSE, MAE, R²)", ("MSE", "MAE", "R²")),
+        "2": ("Table 2: evaluation loss by epoch after the selection (standardized labels)", ("loss",)),
+        "appendix": ("Appendix: parameter-efficient fine-tuning", ("test MSE", "training loss")),
+    }
+    lines = []
+    for table, (title, names) in titles.items():
+        here = [row for row in rows if row["table"] == table]
+        if not here:
+            continue
+        header = ["", "seeds", *names, *(f"paper's {name}" for name in names)]
+        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
+        for found in here:
+            ours = [with_interval(pair) for pair in found["intervals"].values()]
+            paper = [f"{number:g}" for number in found["paper"]] + [""] * (len(names) - len(found["paper"]))
+            count = len(next(iter(found["values"].values())))
+            lines.append(f"| {' | '.join([found['name'], str(count), *ours, *paper])} |")
+        lines.append("")
+    commands = dict.fromkeys((row["command"], row["table"]) for row in rows)
+    lines += ["## Commands", "", "Of the first seed of each row:", ""]
+    return "\n".join(lines + [f"- table {table}: `{command}`" for command, table in commands]) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "paper", help="where the runs are")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "paper_tables.json", help="the results file")
+    args = parser.parse_args()
+    rows = rows_of(collect(args.folder))
+    if not rows:
+        raise SystemExit(f"There is no finished run in {args.folder}. Run ./reproduce_paper.sh first.")
+    write_report(args.output, {"rows": rows})
+    args.output.with_suffix(".md").write_text(to_markdown(rows))
+    print(to_markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+# Sourced by the chains of runs: `run FOLDER SCRIPT FLAGS…` runs a script into a folder. Nothing is done if the same
+# command, from the same weights, has finished there; an interrupted run continues; one of another command is replaced.
+# Needs PYTHON, OUT and MODEL; the command and the log stand beside the folder.
+run() {
+    target=$1
+    shift
+    mkdir -p "$OUT"
+    weights=$MODEL/model.safetensors
+    {
+        echo "python $* --output_dir $target"
+        if [ -f "$weights" ]; then echo "# $weights: $(cksum <"$weights")"; fi
+    } >"$target.new"
+    mode=--overwrite_output_dir
+    if cmp -s "$target.new" "$target.command"; then
+        if [ -f "$target/all_results.json" ] && [ ! -e "$target/unfinished" ]; then
+            rm "$target.new"
+            return
+        fi
+        for begun in "$target"/checkpoint-*/trainer_state.json "$target"/member-* "$target"/finetune-*; do
+            if [ -e "$begun" ] && [ -e "$target/unfinished" ]; then mode="--resume_from_checkpoint true"; fi
+        done
+    fi
+    mv "$target.new" "$target.command"
+    echo "$(date +%H:%M:%S) $target"
+    # shellcheck disable=SC2086
+    "$PYTHON" "$@" --output_dir "$target" $mode --disable_tqdm true >"$target.log" 2>&1 || {
+        tail -n 5 "$target.log"
+        return 1
+    }
+}
