@@ -52,6 +52,7 @@ DEFAULTS = {"output_dir": "outputs/influence"}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
 SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
 LISSA_SETTINGS = ("recursion_depth", "num_repeats", "tail_fraction", "hessian_batch_size")
+MOST_STATES = 50_000  # pooled states that are kept: 154 MB of MoLFormer-XL
 FIXED_MOLECULES = 256  # on which largest eigenvalue and residual are measured
 
 logger = logging.getLogger("molformer.influence")
@@ -395,6 +396,8 @@ class MoleculeProblem:
     def __init__(self, model, tokenizer, names, chunk_size, curvature):
         self.model = model.eval().requires_grad_(False)
         self.params = {name: tensor.detach() for name, tensor in model.named_parameters() if name in set(names)}
+        # below a loss that is a function of the head alone, the states are constants, and need computing once
+        self.states = {} if all(name.startswith("classifier.") for name in self.params) else None
         self.collator = DataCollatorWithPadding(tokenizer)
         self.chunk_size = chunk_size
         self.curvature_product = PRODUCTS[curvature]
@@ -406,8 +409,18 @@ class MoleculeProblem:
 
     def residuals(self, molecules):
         """Returns the residuals of molecules (`pandas.DataFrame`), standardized as in training, as a function."""
-        batch = self.batch(molecules)
         labels = torch.tensor(molecules["label"].to_numpy(), dtype=torch.float32, device=self.model.device)
+        if self.states is not None:
+            states = self.pooled_states(molecules)  # (B, C)
+            mean, std = self.model.label_scale(states)
+
+            def residuals_of_head(params):
+                weights = {name.removeprefix("classifier."): tensor for name, tensor in params.items()}
+                standardized = torch.func.functional_call(self.model.classifier, weights, states)  # (B, 1)
+                return standardized - (labels[:, None] - mean) / std
+
+            return residuals_of_head
+        batch = self.batch(molecules)
 
         def residuals(params):
             logits = torch.func.functional_call(self.model, params, kwargs=batch).logits  # (B, 1)
@@ -415,6 +428,17 @@ class MoleculeProblem:
             return (logits - labels[:, None]) / std
 
         return residuals
+
+    @torch.no_grad()
+    def pooled_states(self, molecules):
+        """Returns what the head reads of each molecule, shape (B, C), kept for the next call while there is room."""
+        keys = [tuple(ids) for ids in molecules["input_ids"]]
+        if not all(key in self.states for key in keys):
+            _, pooled = self.model.predict_with_states(**self.batch(molecules))
+            if len(self.states) > MOST_STATES:
+                return pooled
+            self.states |= dict(zip(keys, pooled, strict=True))
+        return torch.stack([self.states[key] for key in keys])
 
     def chunks(self, molecules):
         """Yields positions and rows of this process's share of the molecules, those of like length together."""

@@ -96,7 +96,9 @@ def plan_members(model_args, training_args, num_seeds, checkpoint):
     Raises:
         InputError: if training is to start from an ensemble, or the last seed is too large.
     """
-    members = member_folders(model_args.model_name_or_path) if model_args.model_name_or_path else []
+    from trainer_regression import find_members
+
+    members = find_members(model_args)
     if members and training_args.do_train:
         raise InputError(
             f"{model_args.model_name_or_path} holds an ensemble of {len(members)} models; training starts from one. "

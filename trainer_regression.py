@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
+from huggingface_hub import snapshot_download
 from rdkit import rdBase
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ from arguments import (
     end_writing,
     is_finished,
     last_complete_checkpoint,
+    member_folders,
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import (
@@ -153,6 +155,20 @@ def find_base(source, model_args):
             method = values.get("method") or values.get("peft_type")
             return {"method": method, "base": values.get(base), "partial": name == PARTIAL_FILE}
     return None
+
+
+def find_members(model_args):
+    """Returns the folders of an ensemble's members, first member first; an empty list for a single model.
+
+    Those of an ensemble on the Hub are fetched.
+    """
+    source = model_args.model_name_or_path
+    if source is None or Path(source).exists():
+        return member_folders(source) if source is not None else []
+    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    if cached_file(source, "member-0/config.json", **hub, **QUIET) is None:
+        return []
+    return member_folders(snapshot_download(source, allow_patterns="member-*/*", **hub))
 
 
 def portable_path(source):

@@ -56,6 +56,10 @@ def pad_states(molecules):
 class UpperProblem(MoleculeProblem):
     """The last layer and the head on states that were computed before."""
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.states = None
+
     def batch(self, molecules):
         return pad_states(molecules)
 

@@ -4,7 +4,7 @@
     python studies/paper_tables.py --folder outputs/paper   # the tables of the runs that are finished
 
 Writes results/paper_tables.json, and results/paper_tables.md: regression and masked language modeling (Table 1),
-evaluation loss by epoch after the selection (Table 2), parameter-efficient fine-tuning (appendix); means over the seeds
+evaluation loss by epoch after the selection (Table 2), parameter-efficient fine-tuning (appendix); means over seeds
 with 95 % intervals of Student's t distribution, in logD units, and the command of every row.
 """
 

@@ -306,10 +306,11 @@ def explicit_ggn(problem, molecules):
     return total / len(molecules)
 
 
-@pytest.mark.parametrize("pattern", ["head", r"layer\.5\.output\.(dense\.bias|LayerNorm)|classifier"])
+@pytest.mark.parametrize("pattern", ["head", r"layer\.{last}\.output\.(dense\.bias|LayerNorm)|classifier"])
 def test_lissa_on_molformer_is_near_the_exact_solution(embedded, pattern):
     """Reference: torch.linalg.solve with the explicit matrix, in float64. Goals: cosine and rank correlation 0.99."""
     _, _, molecules = embedded
+    pattern = pattern.replace("{last}", str(embedded[0].config.num_hidden_layers - 1))
     problem, train, target = problem_of(embedded, pattern), molecules.iloc[:48], molecules.iloc[48:]
     gradient = problem.gradient(target)
     influence_args = InfluenceArguments(
@@ -348,6 +349,26 @@ def test_products_do_not_depend_on_chunks_and_are_symmetric(embedded, curvature)
     assert torch.allclose(small.curvature(rows, first), image, atol=1e-4 * float(image.abs().max()))
     assert torch.equal(large.curvature(rows, first), image)
     assert float(image @ second) == pytest.approx(float(large.curvature(rows, second) @ first), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("room", [50_000, 5], ids=["kept states", "no room for them"])
+def test_the_head_alone_is_computed_from_kept_states(embedded, monkeypatch, room):
+    """Reference: the same through the whole model."""
+    monkeypatch.setattr(run_influence, "MOST_STATES", room)
+    _, _, molecules = embedded
+    fast, slow = problem_of(embedded, "head", chunk_size=4), problem_of(embedded, "head")
+    slow.states = None
+    rows = molecules.iloc[:13]
+    vector = torch.randn(sum(t.numel() for t in fast.params.values()), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # the second time from what was kept
+        for value, expected in (
+            (fast.gradient(rows), slow.gradient(rows)),
+            (fast.curvature(rows, vector), slow.curvature(rows, vector)),
+            (fast.each(SCORES["jvp"], rows, vector), slow.each(SCORES["jvp"], rows, vector)),
+            (fast.predictions(rows), slow.predictions(rows)),
+        ):
+            assert torch.allclose(value, expected, atol=1e-5 * float(expected.abs().max()))
+    assert 0 < len(fast.states) <= 13
 
 
 def test_predictions_are_those_of_the_model(embedded):

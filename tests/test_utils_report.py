@@ -204,3 +204,17 @@ def test_pretraining_and_influence_go_to_the_hub(online, hub, training, tmp_path
     files = hub.repositories["someone/influence"]
     assert {"model.safetensors", "influence.json", "influence_scores.png", "README.md"} <= set(files)
     assert "influence_scores.csv" not in files and "| selected | 5 |" in files["README.md"].decode()
+
+
+def test_an_ensemble_goes_to_the_hub_and_comes_back(online, hub, training, small_table, tmp_path):
+    flags = ["--num_seeds", "2", "--push_to_hub", "--hub_model_id", "someone/ensemble"]
+    ran = online("run_regression.py", *training, *flags)
+    assert ran.returncode == 0, ran.stderr
+    files = set(hub.repositories["someone/ensemble"])
+    assert {"README.md", "member-0/model.safetensors", "member-1/config.json"} <= files
+    flags = ["--do_predict", "--model_name_or_path", "someone/ensemble", "--test_file", small_table]
+    again = online("run_regression.py", *flags, "--output_dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    first, second = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("run", "again"))
+    for column in ("prediction", "prediction_sd"):
+        np.testing.assert_allclose(second[column], first[column], atol=1e-5)
