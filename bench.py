@@ -5,10 +5,10 @@
     python bench.py --corpus               # also reads a corpus of a million SMILES
 
 All cases are built first and then timed in turn, round after round in a new order; a number is the median of the
-rounds. Beside our steps: the published way to run the model (molecules in random order, padded, float32, one QR a layer
-at each forward), BERT and ModernBERT of the same width and depth from transformers, and the matrix products of the same
-real tokens alone, which nothing can beat. Weights are random, learning rates 0. Peak memory is that of a process of its
-own.
+rounds. Beside our steps: the published way to run the model (molecules in random order, padded, float32, one QR a
+layer at each forward), BERT and ModernBERT of the same width and depth from transformers, and the matrix products of
+the same real tokens alone, which nothing can beat. Weights are random, learning rates 0. Peak memory is that of a
+process of its own.
 """
 
 import argparse
