@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-slow coverage lint style foundation table1 paper influence-study peft clean
+.PHONY: run test test-slow coverage lint style foundation table1 paper influence-study peft bench reliability clean
 
 run: $(READY)
 	$(BIN)/python run_regression.py --overwrite_output_dir
@@ -41,6 +41,12 @@ influence-study: $(READY)
 
 peft: $(READY)
 	$(BIN)/python studies/peft_comparison.py
+
+bench: $(READY)
+	$(BIN)/python bench.py --corpus
+
+reliability: $(READY)
+	$(BIN)/python studies/reliability.py
 
 clean:
 	rm -rf $(VENV) outputs work

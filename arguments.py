@@ -363,15 +363,25 @@ def run_script(main, dataclasses, defaults, description):
         logger.error("%s", error)
         sys.exit(2)
     except (OSError, RuntimeError, SafetensorError) as error:
+        training_args = arguments[-1]
+        if is_forbidden(error):
+            logger.error("%s must not be written (%s). Give another --output_dir.", training_args.output_dir, error)
+            sys.exit(1)
         if not is_out_of_space(error):
             raise
-        training_args = arguments[-1]
         last = last_complete_checkpoint(training_args.output_dir) or next(
             (folder for folder in member_folders(training_args.output_dir) if is_finished(folder)), None
         )
         advice = f"{last} is whole: go on with --resume_from_checkpoint true" if last else "start again"
         logger.error("No space is left to write to %s (%s). Make room; %s.", training_args.output_dir, error, advice)
         sys.exit(1)
+
+
+def is_forbidden(error):
+    """Whether an error says that a file or folder must not be written."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return True
+    return any(f"os error {code})" in str(error) for code in (errno.EACCES, errno.EPERM, errno.EROFS))
 
 
 def is_out_of_space(error):

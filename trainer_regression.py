@@ -265,6 +265,13 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(_not_loaded("model", source or model_args.config_name, error)) from error
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    broken = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise InputError(
+            f"{source} holds weights that are no finite numbers, first in {broken}: its training diverged, or the "
+            "file is damaged. Use another checkpoint."
+        )
     config = model.config
     if len(tokenizer) != config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise InputError(
