@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import logging
+import pickle
 import sys
 from pathlib import Path
 
@@ -55,6 +56,7 @@ from utils_report import draw_worst_molecules, metrics_table, plot_losses, plot_
 
 
 PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names
+UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 # `cached_file` then answers `None` for a file that is not there
 QUIET = {name: False for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")}
 QUIET["_raise_exceptions_for_gated_repo"] = False
@@ -190,7 +192,7 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     config = MolformerConfig.from_pretrained(source, **hub, **values)
     try:
         model = model_class.from_pretrained(base, config=config, dtype=torch.float32, cache_dir=hub["cache_dir"])
-    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
+    except (*UNLOADABLE, TypeError) as error:
         raise InputError(
             f"The base of {source} cannot be loaded. {_not_loaded('model', str(base), error)} Or correct its name in "
             "the adapter's configuration."
@@ -263,7 +265,7 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
             model = model_class.from_pretrained(source, dtype=torch.float32, **hub, **values)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UNLOADABLE as error:
         raise InputError(_not_loaded("model", source or model_args.config_name, error)) from error
     tensors = (*model.named_parameters(), *model.named_buffers())
     broken = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
@@ -308,7 +310,8 @@ def check_split(config, digest, data_args, checkpoint=None):
 
 def _not_loaded(what, source, error):
     if Path(source).exists():
-        return f"The {what} in {source} cannot be loaded: {error}"
+        reason = str(error).strip().splitlines()  # some libraries write an essay
+        return f"The {what} in {source} cannot be loaded: {reason[0] if reason else type(error).__name__}"
     return (
         f"There is no local folder {source}, and the {what} of that name cannot be fetched from the Hub: wrong name, "
         "no access, or no network. Pass the path of a local folder, such as models/molformer-mini."

@@ -173,9 +173,19 @@ def test_pickled_checkpoint_that_would_run_code_is_refused(tiny_checkpoint, tmp_
     MolformerConfig.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Harmful()}))
     args = ModelArguments(model_name_or_path=str(tmp_path), tokenizer_name=tiny_checkpoint)
-    with pytest.raises((InputError, pickle.UnpicklingError)):
+    with pytest.raises(InputError, match="cannot be loaded"):
         load_model(MolformerForRegression, args, load_tokenizer(args))
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(tiny_checkpoint, tmp_path):
+    model = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.molformer.encoder.layer[1].output.dense.bias[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path), tokenizer_name=tiny_checkpoint)
+    with pytest.raises(InputError, match="layer.1.output.dense.bias"):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
 
 
 def test_augmented_data_set_has_random_smiles_of_each_molecule_in_turn(molecules):
