@@ -36,7 +36,15 @@ UNFINISHED = "unfinished"  # an empty file that is there while a run is
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**27, -4: 0}
 RUN_FILES = tuple(f"{stage}_results.json" for stage in ("all", "train", "eval", "predict"))
 RUN_FILES += ("trainer_state.json", "splits.json", "predictions.csv", "dropped_molecules.csv")
-RUN_FILES += ("arguments.json", "README.md", "residuals.png", "worst_molecules.png", "parity.png", "loss_curves.png")
+RUN_FILES += (
+    "arguments.json",
+    "predict_arguments.json",
+    "README.md",
+    "residuals.png",
+    "worst_molecules.png",
+    "parity.png",
+    "loss_curves.png",
+)
 RUN_FILES += ("adapter_config.json", "adapter_model.safetensors", "trained_parameters.json", "model.safetensors")
 RUN_FILES += ("influence_scores.csv", "influence.json", "merged_train.csv", "validation.csv", "test.csv")
 RUN_FILES += ("influence_scores.png", "influence_convergence.png", "influence_selection.png")
@@ -152,7 +160,12 @@ class DataTrainingArguments:
             "learned together; a molecule may then lack some of the labels."
         },
     )
-    label_name: str = field(default="logD7.4", metadata={"help": "What plots call the label, with its unit."})
+    label_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "What plots and card call the label, with its unit. Default: logD7.4, or the column's name."
+        },
+    )
     smiles_form: str = field(
         default="canonical",
         metadata={
@@ -241,6 +254,9 @@ class DataTrainingArguments:
         self.only_test_file = self.test_file is not None and not any(others)
         if self.train_file is None and self.dataset_name is None:
             self.train_file = EMBEDDED_DATA
+        if self.label_name is None:
+            own = self.train_file is not None and Path(self.train_file).resolve() == Path(EMBEDDED_DATA)
+            self.label_name = "logD7.4" if own else (self.label_column or ["the label"])[0]
 
 
 @dataclass
@@ -345,6 +361,11 @@ def _read_argument_file(path):
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no arguments. It needs one flag a line, such as learning_rate: 2.0e-4.")
+    return as_flags(values)
+
+
+def as_flags(values):
+    """Returns values by name as the flags of a command line."""
     flags = []
     for name, value in values.items():
         if isinstance(value, list):
@@ -469,7 +490,9 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
     for path in (output_dir, *output_dir.parents):
         if path.is_file():
             raise InputError(f"The output folder {output_dir} cannot be: {path} is a file. Give another --output_dir.")
-    if not output_dir.is_dir() or data_args.overwrite_output_dir or not any(output_dir.iterdir()):
+    if not output_dir.is_dir() or data_args.overwrite_output_dir:
+        return None
+    if all(path.name == LOCK_FILE for path in output_dir.iterdir()):
         return None
     begun = last_complete_checkpoint(output_dir) is not None or _run_pieces(output_dir)
     if begun and (output_dir / UNFINISHED).exists():
@@ -496,7 +519,7 @@ def member_folders(output_dir):
 def member_arguments(training_args, number):
     """Returns the arguments of one member of an ensemble, which has a seed and a folder of its own."""
     member_args = copy.copy(training_args)
-    member_args.seed = training_args.seed + number
+    member_args.seed, member_args.run_values = training_args.seed + number, None
     member_args.output_dir = str(Path(training_args.output_dir) / f"member-{number}")
     return member_args
 
@@ -529,7 +552,7 @@ def clear_run(output_dir):
     for folder in output_dir.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             shutil.rmtree(folder)
-    for path in [*_run_pieces(output_dir), output_dir / "merged"]:
+    for path in [*_run_pieces(output_dir), output_dir / "merged", output_dir / "to_push"]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -555,11 +578,23 @@ def begin_writing(training_args, checkpoint, source=None):
         lock_folder(training_args.output_dir)
         if replace:
             clear_run(training_args.output_dir)
-        values, path = getattr(training_args, "run_values", {}), Path(training_args.output_dir) / ARGUMENTS_FILE
-        if values.get("output_dir") == training_args.output_dir and not path.exists():  # not of an ensemble's member
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_arguments(training_args)
     if training_args.world_size > 1:
         torch.distributed.barrier()  # none may look into the folder before it is cleared
+
+
+def write_arguments(training_args):
+    """Writes the arguments of a run into its folder; those of an evaluation beside those of the training."""
+    values, folder = getattr(training_args, "run_values", None), Path(training_args.output_dir)
+    if values is None:  # of a member of an ensemble, or of a call without a command line
+        return
+    path = folder / ARGUMENTS_FILE
+    if not training_args.do_train and path.exists():
+        path = folder / f"predict_{ARGUMENTS_FILE}"
+    part = path.with_name(f"{path.name}.part")
+    text = json.dumps({**values, "output_dir": training_args.output_dir}, indent=2) + "\n"
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def lock_folder(output_dir):
@@ -589,5 +624,4 @@ def end_writing(training_args):
         folder = Path(training_args.output_dir).resolve()
         (folder / UNFINISHED).unlink(missing_ok=True)
         if folder in LOCKS:
-            LOCKS.pop(folder).release()
-            (folder / LOCK_FILE).unlink(missing_ok=True)
+            LOCKS.pop(folder).release()  # the file stays: another run may have it in its hands by now

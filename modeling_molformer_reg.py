@@ -855,7 +855,9 @@ class MolformerForRegression(MolformerPreTrainedModel):
                 target = torch.where(known, target, standardized.detach())
                 count = known.sum().clamp(min=1)
             squares = nn.functional.mse_loss(standardized, target, reduction="sum")
-            loss = squares / (count if num_items_in_batch is None else num_items_in_batch)
+            if num_items_in_batch is not None:
+                count = torch.as_tensor(num_items_in_batch).clamp(min=1)  # there may be no label at all
+            loss = squares / count
         output = SequenceClassifierOutput(
             loss=loss,
             logits=standardized * std + mean,

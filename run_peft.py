@@ -281,7 +281,7 @@ def write_merged(model, tokenizer, output_dir):
 def name_base(output_dir, peft_args):
     """Returns what an adapter that is pushed says in place of its configuration, by file: the Hub name of its base."""
     from trainer_regression import PARTIAL_FILE
-    from utils_report import read_json
+    from utils_molecules import read_json
 
     if not peft_args.base_hub_name or peft_args.merge_adapter:
         return {}
@@ -330,17 +330,18 @@ def main(model_args, data_args, peft_args, training_args):
         load_model,
         load_tokenizer,
         merge_adapter,
+        order_labels,
         select_parts,
         train_regression,
         write_reports,
     )
     from utils_molecules import load_molecules
-    from utils_report import finish_run, write_card
+    from utils_report import finish_run
 
     # Data
     tokenizer = load_tokenizer(model_args)
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
-    parts = select_parts(molecules, data_args)
+    parts = select_parts(order_labels(molecules, load_config(model_args), training_args), data_args)
 
     # Model and trainer
     if peft_args.peft_method != "full" and training_args.do_train:
@@ -395,7 +396,6 @@ def main(model_args, data_args, peft_args, training_args):
         if not training_args.do_train:  # of an adapter that was given
             model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
         write_merged(merge_adapter(model), tokenizer, output_dir)
-        write_card(output_dir / "merged", "peft", training_args)
     pushed = output_dir / "merged" if peft_args.merge_adapter else output_dir
     finish_run(training_args, "peft", [("", pushed)], name_base(output_dir, peft_args))
 

@@ -66,16 +66,17 @@ class RegressionArguments:
     export_embeddings: str | None = field(
         default=None,
         metadata={
-            "help": "File (.parquet or .safetensors) for what the head reads of each molecule that --do_predict alone "
-            "predicts."
+            "help": "File for what the head reads of each molecule that --do_predict alone predicts: .parquet, or "
+            ".safetensors, which takes memory for all of them."
         },
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that check the SMILES of a prediction. Default: one a core."}
+        default=None,
+        metadata={"help": "Processes that check the SMILES of a prediction. Default: one a core, at most 8."},
     )
 
     def __post_init__(self):
-        self.preprocessing_num_workers = self.preprocessing_num_workers or os.cpu_count()
+        self.preprocessing_num_workers = self.preprocessing_num_workers or min(os.cpu_count(), 8)
         if self.export_embeddings is not None and not self.export_embeddings.endswith((".parquet", ".safetensors")):
             raise ValueError(f"--export_embeddings {self.export_embeddings} must end in .parquet or .safetensors.")
         if self.num_seeds < 1:
@@ -132,13 +133,14 @@ def predict_new(model_args, data_args, regression_args, training_args):
     to_output = data_args.test_file == "-"
     if training_args.output_dir == DEFAULTS["output_dir"]:  # that is where the model is
         training_args.output_dir = "outputs/predictions"
+    if to_output and training_args.world_size > 1:
+        raise InputError("Several processes cannot share standard input. Give --test_file a name, or use one process.")
     setup_run(training_args, None if to_output else data_args)
 
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import load_model, load_tokenizer, prepare_head
-    from utils_molecules import write_json
+    from utils_molecules import read_json, write_json
     from utils_predict import predict_file, summary_line
-    from utils_report import read_json
 
     plan = plan_members(model_args, training_args, 1, None)
     tokenizer = load_tokenizer(plan[0][0])
@@ -152,8 +154,10 @@ def predict_new(model_args, data_args, regression_args, training_args):
     logger.info("%s", summary_line(report))
     if not to_output:
         if training_args.should_save:
+            old = read_json(output_dir / "all_results.json")
+            kept = {name: value for name, value in old.items() if not name.startswith("predict_")}
             write_json(report, output_dir / "predict_results.json")
-            write_json(read_json(output_dir / "all_results.json") | report, output_dir / "all_results.json")
+            write_json(kept | report, output_dir / "all_results.json")
         end_writing(training_args)
 
 
@@ -173,6 +177,7 @@ def main(model_args, data_args, regression_args, training_args):
         held_out_name,
         load_config,
         load_tokenizer,
+        order_labels,
         select_parts,
         train_regression,
         training_set,
@@ -185,6 +190,7 @@ def main(model_args, data_args, regression_args, training_args):
     plan = plan_members(model_args, training_args, regression_args.num_seeds, checkpoint)
     tokenizer = load_tokenizer(plan[0][0])
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
+    molecules = order_labels(molecules, load_config(plan[0][0]), training_args)
     parts = select_parts(molecules, data_args)
     held_out, names = held_out_name(parts), label_names(molecules)
     train_set = training_set(parts["train"], tokenizer, data_args, training_args)

@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 from arguments import (
     EMBEDDED_VOCABULARY,
     ROOT,
+    UNFINISHED,
     InputError,
     begin_writing,
     end_writing,
@@ -46,6 +47,7 @@ from utils_molecules import (
     label_metrics,
     label_names,
     labels_of,
+    read_json,
     regression_metrics,
     to_text,
     write_csv,
@@ -166,7 +168,10 @@ def find_members(model_args):
     """
     source = model_args.model_name_or_path
     if source is None or Path(source).exists():
-        return member_folders(source) if source is not None else []
+        members = member_folders(source) if source is not None else []
+        if members and (Path(source) / UNFINISHED).exists():
+            raise InputError(f"{source} holds an ensemble whose training was interrupted. Resume it first.")
+        return members
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
     if cached_file(source, "member-0/config.json", **hub, **QUIET) is None:
         return []
@@ -398,6 +403,15 @@ class MolformerTrainer(Trainer):
                     torch.distributed.broadcast(buffer, src=0)
         return super().evaluation_loop(*args, **kwargs)
 
+    def save_metrics(self, split, metrics, combined=True):
+        """Saves metrics as the library does, but every file whole or not at all."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        write_json(metrics, folder / f"{split}_results.json")
+        if combined:
+            write_json({**read_json(folder / "all_results.json"), **metrics}, folder / "all_results.json")
+
     def _save(self, output_dir=None, state_dict=None):
         folder = Path(output_dir or self.args.output_dir)
         if self.partial_method is not None:
@@ -431,6 +445,16 @@ class RegressionTrainer(MolformerTrainer):
         labels = [batch["labels"] for batch in batch_samples if "labels" in batch]
         counted = [{"labels": torch.where(values.isfinite(), 0, -100)} for values in labels]
         return super()._get_num_items_in_batch(counted, device)
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.model.config.label_names and output.label_ids is not None:
+            # the library weighs batches by molecules, but some have more labels than others
+            std = np.asarray(self.model.config.label_std)
+            errors = ((output.predictions - output.label_ids) / std)[np.isfinite(output.label_ids)]
+            name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+            output.metrics[name] = float(np.mean(errors**2)) if len(errors) else 0.0
+        return output
 
     def predict_molecules(self, molecules, num_forms=0, max_length=None, seed=0):
         """Returns predictions for all molecules in their order, in label units, shape (N, num_forms + 1, K).
@@ -502,6 +526,24 @@ def _augment_batch(batch, tokenizer, count, seed, max_length):
 
 
 # -------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def order_labels(molecules, config, training_args):
+    """Returns the molecules with their labels in the order of the model's, if it is not trained.
+
+    Raises:
+        InputError: if the model predicts other labels.
+    """
+    if training_args.do_train or config.label_mean is None:
+        return molecules
+    names, known = label_names(molecules), config.label_names or []
+    if sorted(names) != sorted(known):
+        raise InputError(
+            f"The model predicts {', '.join(known) or 'one label'}, but the data have {', '.join(names) or 'one'}. "
+            "Pass --label_column with the labels of the model."
+        )
+    others = [column for column in molecules if column not in label_columns(molecules)]
+    return molecules[[*others, *([f"{LABEL_PREFIX}{name}" for name in known] or ["label"])]]
 
 
 def select_parts(molecules, data_args):
@@ -667,7 +709,7 @@ def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, di
         digest (`str`): hash of the molecules of `parts` and of their split, which the model will carry.
     """
     stage_args = copy.copy(training_args)
-    stage_args.output_dir, stage_args.do_train = str(folder), True
+    stage_args.output_dir, stage_args.do_train, stage_args.run_values = str(folder), True, None
     key, key_file = _settings_key(model_args, data_args, training_args, parts, digest), Path(folder) / "settings_key"
     start = None
     if key_file.exists() and key_file.read_text(encoding="utf-8") == key:
@@ -759,8 +801,9 @@ def write_reports(output_dir, parts, members, digest, data_args):
                 values = regression_metrics(part["prediction"], part["label"])
                 lines.append((f"{model_name}{shown_name}", name, len(part), values))
                 metrics |= {f"{name}_{key}{end}": value for key, value in values.items()}
+                metrics[f"{name}_samples{end}"] = len(part)
         test = one[one["split"] == "test"]
-        if not len(test):
+        if not len(test) or not (one["split"] == "train").any():
             continue
         panels.append((label or data_args.label_name, test["prediction"], test["label"]))
         for baseline, predicted in baseline_predictions(one, one["split"].to_numpy()).items():
@@ -770,7 +813,8 @@ def write_reports(output_dir, parts, members, digest, data_args):
         if not label:
             plot_residuals(test, output_dir / "residuals.png", data_args.label_name)
             draw_worst_molecules(test, output_dir / "worst_molecules.png")
-    plot_parity(panels, output_dir / "parity.png")
+    if panels:
+        plot_parity(panels, output_dir / "parity.png")
     table["split"] = everything["split"]
     # as one file, in its order; separate files follow one another
     table = table.sort_values("row", kind="stable") if data_args.test_file is None else table

@@ -20,6 +20,7 @@ from pandas.io.common import get_handle
 from rdkit import Chem, rdBase
 from rdkit.Chem import EState, rdFingerprintGenerator, rdMolDescriptors, rdPartialCharges
 from rdkit.Chem.Scaffolds import MurckoScaffold
+from tqdm.auto import tqdm
 
 from arguments import InputError
 
@@ -29,6 +30,7 @@ LABEL_COLUMNS = ("label", "labels", "exp", "target", "y", "logd", "value")
 LABEL_PREFIX = "label:"
 MISSING = ("", "nan", "na", "n/a", "none", "null")  # what stands in a table for no label
 SPLITS = ("train", "validation", "test")
+SECONDS_OF_WORK = 20_000  # molecules
 REASONS = {
     "invalid": "do not parse as SMILES",
     "lost": "have characters that the tokenizer would drop",
@@ -40,6 +42,9 @@ logger = logging.getLogger("molformer.molecules")
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
+
+
+UNREADABLE = (pd.errors.ParserError, EOFError, OSError, ValueError, csv.Error, lzma.LZMAError, zlib.error)
 
 
 def read_table(path, smiles_column=None, label_column=None, require_label=True, prefix=""):
@@ -65,7 +70,7 @@ def read_table(path, smiles_column=None, label_column=None, require_label=True, 
         ) from error
     except pd.errors.EmptyDataError as error:
         raise InputError(f"{path} is empty. It needs a header and at least one row.") from error
-    except (pd.errors.ParserError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from error
     if not isinstance(table.index, pd.RangeIndex):
         raise InputError(f"{path} has {len(columns)} columns in its header and more fields in its rows.")
@@ -99,6 +104,11 @@ def read_header(path):
         raise InputError(f"{path} cannot be read: {error}. Does its name end in .gz or .xz by mistake?") from error
     if not header:
         raise InputError(f"{path} is empty. It needs a header and at least one row.")
+    return split_header(header)
+
+
+def split_header(header):
+    """Returns the column names of a table's first line, and the separator: comma, tab or semicolon."""
     separator = max(",\t;", key=header.count)
     return next(csv.reader([header], delimiter=separator)), separator
 
@@ -255,12 +265,17 @@ def encode_smiles(texts, tokenizer):
     return encoded["input_ids"], problems
 
 
+def with_progress(values, description):
+    """Returns the values with a progress bar, if they are so many that it takes seconds."""
+    return tqdm(values, desc=description, disable=len(values) < SECONDS_OF_WORK)
+
+
 def check_smiles(smiles, tokenizer, form, max_length):
     """Returns of each SMILES what the model reads, its token ids, and why it cannot be used, a key of `REASONS`.
 
     The text is `None` for what RDKit cannot parse; the reason is `None` for what can be used.
     """
-    texts = [canonicalize(text, form) for text in smiles]
+    texts = [canonicalize(text, form) for text in with_progress(smiles, "Checking SMILES")]
     encoded, problems = encode_smiles([text or "" for text in texts], tokenizer)
     reasons = [
         "invalid" if text is None else "too_long" if len(ids) > max_length else problem
@@ -461,9 +476,25 @@ def load_molecules(tokenizer, model_args, data_args, training_args):
     seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
     molecules["split"] = assign_splits(molecules, data_args, seed)
     molecules = molecules[molecules["split"] != ""].reset_index(drop=True)
+    molecules = leave_out_unlabeled(molecules)
     warn_of_leaks(molecules)
     dropped = pd.concat([rows for _, rows in prepared], ignore_index=True)
     return molecules, split_hash(molecules, molecules["split"]), dropped
+
+
+def leave_out_unlabeled(molecules):
+    """Returns the molecules without those that have none of several labels.
+
+    Raises:
+        InputError: if a part of the split has no label left.
+    """
+    known = np.isfinite(labels_of(molecules)).any(axis=1)
+    if not known.all():
+        logger.warning("%d of %d molecules have none of the labels, and are left out", (~known).sum(), len(molecules))
+    for name in molecules["split"].unique():
+        if not known[molecules["split"] == name].any():
+            raise InputError(f"No molecule of the {name} part has a label. Give labels, or another split.")
+    return molecules[known].reset_index(drop=True)
 
 
 def warn_of_leaks(molecules):
@@ -563,7 +594,8 @@ def _metric_class():
 def morgan_counts(texts, radius=2, size=2048):
     """Returns Morgan count fingerprints, shape (N, size)."""
     generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=size)
-    return np.array([generator.GetCountFingerprintAsNumPy(Chem.MolFromSmiles(text)) for text in texts], dtype=float)
+    shown = with_progress(texts, "Fingerprints of the baseline")
+    return np.array([generator.GetCountFingerprintAsNumPy(Chem.MolFromSmiles(text)) for text in shown], dtype=float)
 
 
 # Left out by default: slow, or functions of others. What is left takes 2 ms a molecule, half of the full list's time.
@@ -686,6 +718,12 @@ def write_text(text, path):
 def write_json(values, path):
     """Writes JSON whole or not at all; NaN is refused, because it is no JSON."""
     write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", path)
+
+
+def read_json(path):
+    """Returns what a JSON file holds; nothing, if it is not there."""
+    path = Path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_csv(frame, path):

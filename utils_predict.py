@@ -6,9 +6,11 @@ The file is read in pieces; worker processes write the SMILES of the next piece 
 predicts this one. Every row of the file gives one row: its own columns, `prediction` and its spreads, and `status`.
 """
 
+import csv
 import logging
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from itertools import chain
@@ -26,12 +28,14 @@ from arguments import InputError
 from trainer_regression import summarize_predictions
 from utils_molecules import (
     SMILES_COLUMNS,
+    UNREADABLE,
     check_smiles,
     encode_random_smiles,
     find_column,
     find_labels,
     label_metrics,
     read_header,
+    split_header,
 )
 
 
@@ -39,7 +43,7 @@ REPORTED = ("rmse", "mae", "r2")
 STATUS = {"invalid": "invalid SMILES", "lost": "unknown token", "unknown": "unknown token", "too_long": "too long"}
 PIECE = 20_000  # rows that are read at a time
 INLINE = 2_000  # rows below which worker processes do not pay
-ADDED = ("prediction", "prediction_sd", "augment_sd", "status")
+ADDED = ("prediction", "prediction_sd", "augment_sd")
 
 logger = logging.getLogger("molformer.predict")
 
@@ -51,49 +55,67 @@ def open_table(source, data_args):
     """Returns the file in pieces of text columns (iterator of `pandas.DataFrame`), its SMILES column and all columns.
 
     Args:
-        source (`str`): CSV or TSV with a header, also .gz and .xz; text with one SMILES a line (.smi, .txt); `-` for
-            standard input, a CSV.
+        source (`str`): CSV or TSV with a header, also .gz and .xz; text with one SMILES a line (.smi, .txt), of which
+            the rest of a line names its molecule; `-` for standard input, a CSV or TSV.
     Raises:
-        InputError: if there is no such file or no SMILES column, or if it has a column that is to be written.
+        InputError: if there is no such file, nothing in it, or no SMILES column.
     """
-    options = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "chunksize": PIECE}
+    options = {
+        "dtype": str,
+        "keep_default_na": False,
+        "skip_blank_lines": False,
+        "chunksize": PIECE,
+        "index_col": False,
+    }
+    file = source
     if source == "-":
-        pieces = pd.read_csv(sys.stdin, sep=None, engine="python", **options)
-        first = next(pieces)
-        pieces, columns = chain([first], pieces), list(first.columns)
+        header = sys.stdin.readline().rstrip("\r\n")
+        if not header:
+            raise InputError("Standard input is empty. It needs a header and rows.")
+        columns, separator = split_header(header.removeprefix("\ufeff"))
+        file = sys.stdin
+        options |= {"header": None, "names": columns}
     elif Path(source.removesuffix(".gz").removesuffix(".xz")).suffix in (".smi", ".txt", ".smiles"):
         read_header(source)  # refuses a file that is not there, or empty
-        columns = ["SMILES"]
-        # a .smi line may name its molecule after the SMILES
-        pieces = pd.read_csv(
-            source, sep="\x00", header=None, names=columns, quoting=3, encoding="utf-8-sig", **options
-        )
-        pieces = (piece.assign(SMILES=piece["SMILES"].str.split().str[0].fillna("")) for piece in pieces)
+        columns, separator = ["SMILES", "name"], None
+        options |= {"header": None, "quoting": csv.QUOTE_NONE, "names": ["line"], "encoding": "utf-8-sig"}
     else:
         columns, separator = read_header(source)
-        pieces = pd.read_csv(source, sep=separator, encoding="utf-8-sig", **options)
+        options |= {"header": 0, "encoding": "utf-8-sig"}
     smiles = find_column(columns, data_args.smiles_column, SMILES_COLUMNS, "--smiles_column", source)
     if smiles is None:
         raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
-    taken = [name for name in columns if name in ADDED]
-    if taken:
-        raise InputError(f"{source} has a column {taken[0]!r}, which the predictions would replace. Rename it.")
-    return pieces, smiles, columns
+    if len(set(columns)) < len(columns):
+        raise InputError(f"{source} has two columns of one name: {', '.join(columns)}. Rename one.")
+    return read_pieces(file, source, columns, separator, options), smiles, columns
 
 
-def read_pieces(pieces, source):
-    """Yields the pieces; what is wrong in the middle of a file ends in an `InputError` that names the file."""
-    done = 0
-    try:
-        for piece in pieces:
-            if not isinstance(piece.index, pd.RangeIndex):
-                raise InputError(f"{source} has more fields in its rows than columns in its header.")
-            yield piece.reset_index(drop=True)
-            done += len(piece)
-    except (pd.errors.ParserError, UnicodeDecodeError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{source} cannot be read on after row {done - 1}: {error}") from error
+def read_pieces(file, source, columns, separator, options):
+    """Yields the pieces; what is wrong anywhere in a file ends in an `InputError` that names it and the row."""
+    done, reader = 0, None
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # of fields that would be lost
+                reader = reader or pd.read_csv(file, sep=separator or "\x00", **options)
+                piece = next(reader, None)
+            if piece is None:
+                return
+            if separator is None:  # a line of SMILES and name
+                parts = piece["line"].str.strip().str.split(n=1)
+                piece = pd.DataFrame({"SMILES": parts.str[0].fillna(""), "name": parts.str[1].fillna("")})
+            elif not isinstance(piece.index, pd.RangeIndex) or piece.shape[1] != len(columns):
+                raise ValueError("its rows have more fields than its header")
+        except pd.errors.EmptyDataError:  # a header alone
+            return
+        except (*UNREADABLE, pd.errors.ParserWarning) as error:
+            where = f"after row {done - 1}" if done else "from its first row"
+            raise InputError(f"{source} cannot be read {where}: {error}") from error
+        if not len(piece):
+            return
+        piece.columns = columns
+        done += len(piece)
+        yield piece.fillna("").reset_index(drop=True)
 
 
 class Writer:
@@ -109,8 +131,10 @@ class Writer:
         table.to_csv(self.file, index=False, header=not self.begun, lineterminator="\n")
         self.begun = True
 
-    def close(self):
-        """Gives the file its name; not called if something failed before."""
+    def close(self, columns):
+        """Gives the file its name; a file without rows gets the header of these columns."""
+        if not self.begun:
+            self.write(pd.DataFrame(columns=columns))
         if self.path is not None:
             self.file.close()
             self.part.replace(self.path)
@@ -119,14 +143,20 @@ class Writer:
 
 
 class EmbeddingWriter:
-    """Writes the pooled states of all rows: parquet piece by piece; safetensors, which has no pieces, at the end.
+    """Writes the pooled states of all rows, whole or not at all.
 
-    In parquet a row without a prediction has no embedding; in safetensors `rows` says whose the `embeddings` are.
+    Parquet is written piece by piece, and a row without a prediction has no embedding. A safetensors file has no
+    pieces: all states stay in memory until the end, and `rows` says whose the `embeddings` are.
     """
 
     def __init__(self, path):
         self.path = Path(path)
+        self.part = self.path.with_name(f"{self.path.name}.part")
         self.parquet, self.total, self.rows, self.states = None, 0, [], []
+        try:
+            self.part.touch()
+        except OSError as error:
+            raise InputError(f"--export_embeddings {path} cannot be written: {error.strerror}.") from error
 
     def write(self, rows, states, count):
         """Takes states (N, C) of the given rows of a piece of `count` rows."""
@@ -141,7 +171,7 @@ class EmbeddingWriter:
             values = [None if isinstance(value, float) else value for value in embeddings]
             column = pyarrow.array(values, pyarrow.list_(pyarrow.float32()))
             table = pyarrow.table({"row": np.arange(self.total, self.total + count), "embedding": column})
-            self.parquet = self.parquet or ParquetWriter(self.path, table.schema)
+            self.parquet = self.parquet or ParquetWriter(self.part, table.schema)
             self.parquet.write_table(table)
         self.total += count
 
@@ -151,7 +181,8 @@ class EmbeddingWriter:
         elif self.rows:
             from safetensors.numpy import save_file
 
-            save_file({"embeddings": np.concatenate(self.states), "rows": np.concatenate(self.rows)}, self.path)
+            save_file({"embeddings": np.concatenate(self.states), "rows": np.concatenate(self.rows)}, self.part)
+        self.part.replace(self.path)
 
 
 # -------------------------------------------------------------------------------------------------------- prediction
@@ -209,7 +240,7 @@ def prepared_pieces(pieces, smiles_column, arguments, workers):
 
 
 class Predictor:
-    """One or several models that predict token ids, on all processes.
+    """One or several models that predict labels from token ids, on all processes.
 
     Args:
         models (`list[MolformerForRegression]`): members of an ensemble; of embeddings the first one's count.
@@ -239,7 +270,7 @@ class Predictor:
                 bar.update(len(rows) * self.accelerator.num_processes)
         done = gather_object(mine) if self.accelerator.num_processes > 1 else mine
         count, outputs = len(encoded), self.models[0].num_labels
-        predictions = np.empty((count, len(self.models), outputs))
+        predictions = np.empty((count, len(self.models), outputs))  # every row is filled below
         states = np.empty((count, self.models[0].config.hidden_size), dtype=np.float32) if with_states else None
         for rows, values, pooled in done:
             predictions[rows] = values
@@ -260,13 +291,29 @@ class Predictor:
 
 
 def find_measured(columns, data_args, names, source):
-    """Returns the columns of measured labels, in the order of the model's; none if the file lacks one of them."""
-    if names and data_args.label_column is None:
-        return list(names) if set(names) <= set(columns) else []
-    found = find_labels(columns, data_args.label_column, "--label_column", source)
-    if data_args.label_column and len(found) != max(1, len(names)):
-        raise InputError(f"--label_column names {len(found)} columns, but the model predicts {max(1, len(names))}.")
-    return found
+    """Returns the columns of measured labels, in the order of the model's; `None` for one that the file lacks.
+
+    Raises:
+        InputError: if `--label_column` names a column that is not there, or other labels than the model's.
+    """
+    if not names:
+        found = find_labels(columns, data_args.label_column, "--label_column", source)
+        if len(found) > 1:
+            raise InputError(f"--label_column names {len(found)} columns, but the model predicts one label.")
+        return found or [None]
+    wanted = (
+        find_labels(columns, data_args.label_column, "--label_column", source) if data_args.label_column else names
+    )
+    if not set(wanted) <= set(names):
+        raise InputError(f"--label_column names {', '.join(wanted)}, but the model predicts {', '.join(names)}.")
+    return [name if name in wanted and name in columns else None for name in names]
+
+
+def measured_labels(piece, labels):
+    """Returns the labels of a piece as numbers, shape (N, K), NaN where there is none."""
+    missing = pd.Series(np.nan, index=piece.index)
+    numbers = [missing if name is None else pd.to_numeric(piece[name], errors="coerce") for name in labels]
+    return np.stack(numbers, axis=1).astype(float)
 
 
 def predict_file(models, tokenizer, data_args, regression_args, training_args, path):
@@ -277,61 +324,63 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     Returns:
         rows, rows of each status, seconds, molecules a second, and the metrics if the file has labels.
     Raises:
-        InputError: if the file cannot be read, or a prediction is not finite.
+        InputError: if the file cannot be read, has a column that is to be written, or a prediction is not finite.
     """
     started, source = time.monotonic(), data_args.test_file
     pieces, smiles_column, columns = open_table(source, data_args)
     config = models[0].config
-    names = config.label_names or []
+    names, ends = config.label_names or [], [f"_{name}" for name in config.label_names or []] or [""]
+    taken = {"status"} | {f"{name}{end}" for name in ADDED for end in ends}
+    if taken & set(columns):
+        clash = sorted(taken & set(columns))[0]
+        raise InputError(f"{source} has a column {clash!r}, which the predictions would replace. Rename it.")
     labels = find_measured(columns, data_args, names, source)
-    form, num_forms = config.smiles_form or data_args.smiles_form, regression_args.predict_augment
+    form, num_forms = getattr(config, "smiles_form", None) or data_args.smiles_form, regression_args.predict_augment
     arguments = (tokenizer, form, data_args.max_length, num_forms, training_args.seed)
     predictor = Predictor(models, tokenizer, training_args)
     main, exported = training_args.should_save, regression_args.export_embeddings
-    writer = Writer(path) if main else None
     embeddings = EmbeddingWriter(exported) if main and exported else None
+    writer = Writer(path) if main else None
     statuses, measured, total = {}, [], 0
     bar = tqdm(desc="Predicting", unit=" SMILES", disable=training_args.disable_tqdm or not training_args.should_log)
-    workers = max(1, regression_args.preprocessing_num_workers)
-    for piece, forms, reasons in prepared_pieces(read_pieces(pieces, source), smiles_column, arguments, workers):
+    workers = regression_args.preprocessing_num_workers
+    for piece, forms, reasons in prepared_pieces(pieces, smiles_column, arguments, workers):
         usable = [row for row, reason in enumerate(reasons) if reason is None]
         flat = [ids for row in usable for ids in forms[row]]
         values, states = predictor.predict(flat, exported is not None, bar)
         broken = int((~np.isfinite(values)).sum())
         if broken:
             raise InputError(f"{broken} predictions are not finite: the checkpoint is broken. Use another one.")
-        members = values.reshape(len(usable), num_forms + 1, len(models), -1).transpose(2, 0, 1, 3)
+        members = values.reshape(len(usable), num_forms + 1, *values.shape[1:]).transpose(2, 0, 1, 3)
         prediction, spreads = summarize_predictions(list(members))
-        for number, end in enumerate([f"_{name}" for name in names] or [""]):
+        known = measured_labels(piece, labels)[usable]
+        measured.append(np.stack([prediction, known]))
+        for number, end in enumerate(ends):
             for name, numbers in {"prediction": prediction, **spreads}.items():
                 column = pd.Series(numbers[:, number], index=usable, dtype=float)
                 piece[f"{name}{end}"] = column.reindex(range(len(piece)))
         piece["status"] = [STATUS.get(reason, "ok") for reason in reasons]
         for status, count in piece["status"].value_counts().items():
             statuses[status] = statuses.get(status, 0) + int(count)
-        if labels:
-            numbers = piece[labels].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)[usable]
-            known = np.isfinite(numbers).any(axis=1)
-            measured.append(np.stack([prediction[known], numbers[known]]))
         if main:
             writer.write(piece)
             if embeddings is not None:
-                own = states[:: num_forms + 1]
-                embeddings.write(usable, own, len(piece))
+                embeddings.write(usable, states[:: num_forms + 1], len(piece))
         total += len(piece)
     bar.close()
     if main:
-        writer.close()
+        writer.close(columns + sorted(f"prediction{end}" for end in ends) + ["status"])
         if embeddings is not None:
             embeddings.close()
     seconds = time.monotonic() - started
     report = {"predict_samples": total, "predict_seconds": seconds, "predict_samples_per_second": total / seconds}
     report |= {f"predict_{status.replace(' ', '_')}": count for status, count in statuses.items()}
-    if measured:
-        predictions, labels = np.concatenate(measured, axis=1)
-        if len(labels):
-            report |= {f"predict_{key}": value for key, value in label_metrics(predictions, labels, names).items()}
-            report["predict_labeled"] = len(labels)
+    predictions, known = np.concatenate(measured, axis=1) if measured else np.empty((2, 0, len(ends)))
+    labeled = np.isfinite(known).any(axis=1)
+    if labeled.any():
+        found = label_metrics(predictions[labeled], known[labeled], names)
+        report |= {f"predict_{key}": value for key, value in found.items()}
+        report["predict_labeled"] = int(labeled.sum())
     return report
 
 

@@ -1,6 +1,6 @@
 """What a run shows: tables, plots, the model card; and its way to the Hub.
 
-    python -c "from utils_report import *; print(model_card('outputs/regression', 'regression'))"
+    python -c "from utils_report import *; print(model_card(Run('outputs/regression', 'regression')))"
 
 A card is made from the files of a finished run alone, so it says what the folder holds. A push sends model or adapter,
 tokenizer, modeling file, metrics, plots and card in one commit; checkpoints, logs of the optimizer and tokens stay.
@@ -9,21 +9,24 @@ tokenizer, modeling file, metrics, plots and card in one commit; checkpoints, lo
 import json
 import logging
 import os
+import re
 import shlex
-from importlib.metadata import version
+import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from rdkit import rdBase
 
-from arguments import ARGUMENTS_FILE, EMBEDDED_DATA, ROOT, InputError, end_writing
-from utils_molecules import parse_smiles, regression_metrics, write_text
+from arguments import ARGUMENTS_FILE, EMBEDDED_DATA, ROOT, InputError, as_flags, end_writing, member_folders
+from utils_molecules import parse_smiles, read_json, regression_metrics, write_text
 
 
 CARD_FILE = "README.md"
-PUSHED = ("*.safetensors", "*.json", "*.png", "modeling_molformer_reg.py", CARD_FILE)  # no molecules, no optimizer
 METRICS = {"mse": "MSE", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
 FIGURES = {
     "parity.png": "Predicted against measured values of the test set: the closer to the line, the better.",
@@ -37,6 +40,11 @@ FIGURES = {
     "influence_convergence.png": "Norm and residual of the inverse-Hessian-vector product; flat is converged.",
     "influence_selection.png": "Test error with the selected molecules, and with the controls.",
 }
+PUSHED = re.compile(
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|(adapter_)?model\.safetensors\.index\.json|config\.json|adapter_config\.json|"
+    r"trained_parameters\.json|(tokenizer|tokenizer_config|special_tokens_map|splits|arguments|influence|trainer_state)\.json|"
+    r"(all|train|eval|predict)_results\.json|modeling_molformer_reg\.py|" + "|".join(map(re.escape, FIGURES))
+)
 PAPERS = {
     "MoLFormer": "Ross et al., Large-scale chemical language representations capture molecular structure and "
     "properties, Nature Machine Intelligence 4 (2022), https://arxiv.org/abs/2106.09553",
@@ -159,202 +167,218 @@ def save_figure(figure, path):
 # ---------------------------------------------------------------------------------------------------------------- card
 
 
-def model_card(folder, kind, name=None):
-    """Returns the card of a finished run (`huggingface_hub.ModelCard`), with its results as `model-index`.
+class Run:
+    """A finished run as its files tell it.
 
-    Args:
-        folder (`str` or `Path`): output folder of the run.
-        kind (`str`): regression, mlm, peft or influence: the script.
-        name (`str`, *optional*): name of the repository, if it is pushed; else the card names the folder.
+    Attributes:
+        values (`dict`): its arguments. results (`dict`): its metrics. split (`dict`): rows of each part.
+        model_folder (`Path` or `None`): where its weights are. label_names (`list[str]`): of several labels.
     """
-    folder = Path(folder)
-    name = name or folder.resolve().name
-    values, results = read_json(folder / ARGUMENTS_FILE), read_json(folder / "all_results.json")
-    data = card_data(folder, kind, name, values, results)
+
+    def __init__(self, folder, kind, name=None, model_folder=None):
+        self.folder, self.kind = Path(folder), kind
+        self.name = name or (self.folder.name if self.folder.is_absolute() else str(folder))
+        self.values, self.results = (read_json(self.folder / file) for file in (ARGUMENTS_FILE, "all_results.json"))
+        self.split = read_json(self.folder / "splits.json")
+        found = [Path(model_folder or self.folder), *member_folders(self.folder)]
+        self.model_folder = next((path for path in found if (path / "config.json").exists()), None)
+        config = read_json(self.model_folder / "config.json") if self.model_folder is not None else {}
+        self.label_names = config.get("label_names") or []
+
+    def exists(self, name):
+        return self.model_folder is not None and (self.model_folder / name).exists()
+
+    @property
+    def embedded_data(self):
+        return not self.values.get("dataset_name") and self.values.get("train_file") in (None, EMBEDDED_DATA)
+
+    @property
+    def data(self):
+        """Name of the data set as a card may give it."""
+        if self.embedded_data:
+            return "MoleculeNet Lipophilicity"
+        return self.values.get("dataset_name") or Path(self.values["train_file"]).name
+
+    @property
+    def label(self):
+        """What the label is called."""
+        columns = self.values.get("label_column") or ["the label"]
+        return self.values.get("label_name") or ("logD7.4" if self.embedded_data else " and ".join(columns))
+
+    @property
+    def base(self):
+        """What the run started from: a Hub name, a path in this project, a folder's name; `None` if from scratch."""
+        source = self.values.get("model_name_or_path")
+        if self.kind == "influence":
+            source = self.values.get("pretrained_model") or source
+        if source is None:
+            return None if self.values.get("config_name") else "models/molformer-mini"
+        path = Path(source)
+        if not path.exists():
+            return source
+        inside = ROOT in path.resolve().parents
+        return path.resolve().relative_to(ROOT).as_posix() if inside else path.name
+
+    @property
+    def ends(self):
+        """What stands after a metric's name for each label: the name of one of several, or nothing."""
+        return [f"_{name}" for name in self.label_names] or [""]
+
+
+def model_card(run):
+    """Returns the card of a finished `Run` (`huggingface_hub.ModelCard`), with its results as `model-index`."""
+    papers = [PAPERS[name] for name in PAPERS if run.embedded_data or name == "MoLFormer"]
     parts = [
-        f"# {name.split('/')[-1]}",
-        introduction(kind, values),
-        results_section(folder, kind, values, results),
-        *(f"{text}\n\n![{name}]({name})" for name, text in FIGURES.items() if (folder / name).exists()),
-        usage_section(folder, kind, name),
-        protocol_section(folder, kind, values),
-        training_section(folder),
-        LIMITS if kind != "mlm" else LIMITS_OF_PRETRAINING,
-        "## Citation\n\n" + "\n".join(f"- {paper}" for paper in PAPERS.values()),
+        f"# {run.name.rstrip('/').split('/')[-1]}",
+        introduction(run),
+        results_section(run),
+        *(f"{text}\n\n![{name}]({name})" for name, text in FIGURES.items() if (run.folder / name).exists()),
+        usage_section(run),
+        protocol_section(run),
+        training_section(run),
+        LIMITS if run.kind != "mlm" else LIMITS_OF_PRETRAINING,
+        "## Citation\n\n" + "\n".join(f"- {paper}" for paper in papers),
     ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
+    text = "\n\n".join(part for part in parts if part)
+    return ModelCard(f"---\n{card_data(run).to_yaml()}\n---\n\n{text}\n")
 
 
-def read_json(path):
-    """Returns what a JSON file holds; nothing, if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def base_of(folder, values):
-    """Returns what a run started from, as a card may give it: a Hub name, a path in this project, or a folder's name.
-
-    `None` for a model from scratch.
-    """
-    source = values.get("model_name_or_path")
-    if source is None:
-        return None if values.get("config_name") else "models/molformer-mini"
-    path = Path(source)
-    if not path.exists():
-        return source
-    inside = ROOT in path.resolve().parents
-    return path.resolve().relative_to(ROOT).as_posix() if inside else path.name
-
-
-def label_ends(folder):
-    """Returns what stands after a metric's name for each label: the name of one of several, or nothing."""
-    configs = [folder / "config.json", folder / "member-0" / "config.json"]
-    names = next((read_json(path).get("label_names") for path in configs if path.exists()), None)
-    return [f"_{name}" for name in names] if names else [""]
-
-
-def data_name(values):
-    """Returns the name of the data set as a card may give it."""
-    if values.get("dataset_name"):
-        return values["dataset_name"]
-    file = values.get("train_file")
-    return "MoleculeNet Lipophilicity" if file in (None, EMBEDDED_DATA) else Path(file).name
-
-
-def card_data(folder, kind, name, values, results):
+def card_data(run):
     """Returns the metadata of a card: licence, base, tags, and results as `model-index`."""
-    base = base_of(folder, values)
-    card = ROOT / base / CARD_FILE if base else None
-    known = ModelCard.load(card).data.license if card is not None and card.exists() else LICENSES.get(base)
-    adapter = (folder / "adapter_config.json").exists()
+    card = ROOT / run.base / CARD_FILE if run.base else None
+    known = ModelCard.load(card).data.license if card is not None and card.exists() else LICENSES.get(run.base)
+    hub_data = run.values.get("dataset_name")
     evaluations = [
         EvalResult(
             task_type="regression",
-            task_name=f"prediction of {end.removeprefix('_') or values.get('label_name', 'the label')}",
-            dataset_type=values.get("dataset_name") or data_name(values).lower().replace(" ", "-"),
-            dataset_name=f"{data_name(values)}, {values.get('split') or 'random'} split",
-            dataset_split=f"{part} (n = {results.get(f'{part}_samples')})",
+            task_name=f"prediction of {end.removeprefix('_') or run.label}",
+            dataset_type=hub_data or run.data.lower().replace(" ", "-"),
+            dataset_name=f"{run.data}, {run.split.get('split', 'unknown')} split",
+            dataset_split=f"{part} (n = {run.results.get(f'{part}_samples{end}')})",
             metric_type=key,
             metric_name=f"{METRICS[key]}, {part}",
-            metric_value=round(results[f"{part}_{key}{end}"], 6),
+            metric_value=round(run.results[f"{part}_{key}{end}"], 6),
         )
-        for end in label_ends(folder)
+        for end in run.ends
         for part in ("validation", "test")
         for key in METRICS
-        if f"{part}_{key}{end}" in results
+        if f"{part}_{key}{end}" in run.results
     ]
+    from_hub = run.base and "/" in run.base and not (ROOT / run.base).exists()
     return ModelCardData(
         license=known,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="fill-mask" if kind == "mlm" else "text-classification",
-        base_model=base if base and not (ROOT / base).exists() and "/" in base else None,
-        datasets=[values["dataset_name"]] if values.get("dataset_name") else None,
-        metrics=None if kind == "mlm" else ["mse", "mae", "r_squared"],
-        tags=["chemistry", "molformer", "smiles", *([] if kind == "mlm" else ["regression"])],
-        model_name=name.split("/")[-1] if evaluations else None,
+        library_name="peft" if run.exists("adapter_config.json") else "transformers",
+        pipeline_tag="fill-mask" if run.kind == "mlm" else "text-classification",
+        base_model=run.base if from_hub else None,
+        datasets=[hub_data] if hub_data else None,
+        metrics=None if run.kind == "mlm" else ["mse", "mae", "r_squared"],
+        tags=["chemistry", "molformer", "smiles", *([] if run.kind == "mlm" else ["regression"])],
+        model_name=run.name.split("/")[-1] if evaluations else None,
         eval_results=evaluations or None,
     )
 
 
-def introduction(kind, values):
+def introduction(run):
     """Returns what the model is, in a few lines."""
-    base = base_of(None, values)
-    start = f"fine-tuned from `{base}`" if base else "trained from random weights"
-    if kind == "mlm":
-        return f"A MoLFormer that learned SMILES ({values.get('objective', 'mlm')}), {start}, on {data_name(values)}."
-    method = f" with {values['peft_method']}" if kind == "peft" else ""
-    text = f"MoLFormer, {start}{method}, predicts {values.get('label_name', 'the label')} from SMILES. "
-    return text + "Predictions are in the unit of the label."
+    start = f"fine-tuned from `{run.base}`" if run.base else "trained from random weights"
+    if run.kind == "mlm":
+        return f"A MoLFormer that learned SMILES ({run.values.get('objective', 'mlm')}), {start}, on {run.data}."
+    method = f" with {run.values.get('peft_method', 'lora')}" if run.kind == "peft" else ""
+    return f"MoLFormer, {start}{method}, predicts {run.label} from SMILES, in the unit of the label."
 
 
-def results_section(folder, kind, values, results):
+def results_section(run):
     """Returns the table of results."""
-    lines = ["## Results", ""]
-    if kind == "mlm":
+    results, lines = run.results, ["## Results", ""]
+    if run.kind == "mlm":
         keys = [key for key in results if key.startswith("eval_") and isinstance(results[key], float)]
         lines += ["| held-out | |", "| --- | ---: |"]
         lines += [f"| {key.removeprefix('eval_').replace('_', ' ')} | {results[key]:.4g} |" for key in keys]
         return "\n".join(lines) if keys else ""
-    if kind == "influence":
+    if run.kind == "influence":
         lines += ["| molecules added | n | test MSE | MAE | R² |", "| --- | ---: | ---: | ---: | ---: |"]
         for name, row in results.get("results", {}).items():
             texts = [f"{row[f'test_{key}']:.4f}" if f"test_{key}" in row else "" for key in ("mse", "mae", "r2")]
             lines.append(f"| {name} | {row['added']} | {' | '.join(texts)} |")
         return "\n".join(lines)
-    lines += ["| model | split | n | MSE | RMSE | MAE | R² |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     rows = []
-    for end in label_ends(folder):
-        name = end.replace("_", ": ", 1)
-        rows += [(f"this model{name}", part, f"{part}_{{}}{end}") for part in ("train", "validation", "test")]
-        rows += [(f"ridge regression on Morgan fingerprints{name}", "test", f"test_{{}}_fingerprint_ridge{end}")]
-        rows += [(f"mean of the training labels{name}", "test", f"test_{{}}_mean{end}")]
-    found = False
-    for model, split, pattern in rows:
+    for end in run.ends:
+        label = end.replace("_", ": ", 1)
+        rows += [(f"this model{label}", part, f"{part}_{{}}{end}") for part in ("train", "validation", "test")]
+        rows += [(f"ridge regression on Morgan fingerprints{label}", "test", f"test_{{}}_fingerprint_ridge{end}")]
+        rows += [(f"mean of the training labels{label}", "test", f"test_{{}}_mean{end}")]
+    table = []
+    for (model, part, pattern), end in zip(rows, [end for end in run.ends for _ in range(5)], strict=True):
         numbers = [results.get(pattern.format(key)) for key in METRICS]
         if numbers[0] is not None:
-            found = True
             texts = [f"{number:.4f}" if number is not None else "" for number in numbers]
-            lines.append(f"| {model} | {split} | {results.get(f'{split}_samples', '')} | {' | '.join(texts)} |")
-    if values.get("protocol") == "paper":
-        lines += ["", "The epoch was chosen by the test loss, as in the paper, so the test numbers are optimistic."]
-    return "\n".join(lines) if found else ""
+            table.append(f"| {model} | {part} | {results.get(f'{part}_samples{end}', '')} | {' | '.join(texts)} |")
+    if not table:
+        return ""
+    lines += ["| model | split | n | MSE | RMSE | MAE | R² |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    if run.values.get("protocol") == "paper":
+        table += ["", "The epoch was chosen by the test loss, as in the paper, so the test numbers are optimistic."]
+    return "\n".join(lines + table)
 
 
-def usage_section(folder, kind, name):
-    """Returns how the model is loaded, with and without this project's scripts."""
-    if kind == "mlm":
-        code = "from transformers import AutoModelForMaskedLM, AutoTokenizer\n\n"
-        code += f'model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)\n'
-        code += f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        command = f"python run_regression.py --model_name_or_path {name}"
-    else:
-        command = f"python run_regression.py --do_predict --model_name_or_path {name} --test_file molecules.csv"
-        if (folder / "adapter_config.json").exists() or (folder / "trained_parameters.json").exists():
-            return (
-                "## Use\n\nThe folder holds what was trained, and the name of its base. With the MoLFormer fine-tuning"
-                f" scripts, which find the base:\n\n```bash\n{command} --output_dir predicted\n```"
-            )
-        code = "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
-        code += (
-            f'model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True).eval()\n'
+def usage_section(run):
+    """Returns how the model is loaded, with and without this project's scripts; nothing if there is no model."""
+    if run.model_folder is None:
+        return ""
+    command = f"python run_regression.py --do_predict --model_name_or_path {run.name} --test_file molecules.csv"
+    if run.kind == "mlm":
+        command = f"python run_regression.py --model_name_or_path {run.name}"
+    scripts = f"```bash\n{command}\n```"
+    if run.exists("adapter_config.json") or run.exists("trained_parameters.json"):
+        return (
+            "## Use\n\nHere is what was trained, and the name of its base. With the MoLFormer fine-tuning scripts, "
+            f"which find the base:\n\n{scripts}"
         )
-        code += f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        code += 'print(model(**tokenizer("CCO", return_tensors="pt")).logits)  # in the unit of the label\n'
+    auto = "AutoModelForMaskedLM" if run.kind == "mlm" else "AutoModelForSequenceClassification"
+    member = run.model_folder.name if run.model_folder.name.startswith("member-") else None
+    where = f'"{run.name}"' + (f', subfolder="{member}"' if member else "")
+    code = [f"from transformers import {auto}, AutoTokenizer", ""]
+    code += [f"model = {auto}.from_pretrained({where}, trust_remote_code=True).eval()"]
+    code += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
+    if run.kind != "mlm":
+        code += ['print(model(**tokenizer("CCO", return_tensors="pt")).logits)  # in the unit of the label']
+    lines = "\n".join(code)
+    first = " This is the first of the models whose mean the scripts predict." if member else ""
     return (
-        f"## Use\n\n```python\n{code}```\n\n`trust_remote_code` runs the `modeling_molformer_reg.py` that lies beside "
-        f"the weights; read it first. Without remote code, with the MoLFormer fine-tuning scripts:\n\n"
-        f"```bash\n{command} --output_dir predicted\n```\n\nSMILES are to be canonical as RDKit writes them, without "
-        "stereo (the scripts do so), unless the model was trained on another form."
+        f"## Use\n\n```python\n{lines}\n```\n\n`trust_remote_code` runs the `modeling_molformer_reg.py` that lies "
+        f"beside the weights; read it first.{first} Without remote code, with the MoLFormer fine-tuning scripts:\n\n"
+        f"{scripts}\n\nSMILES are to be canonical as RDKit writes them, without stereo (the scripts do so), unless "
+        "the model was trained on another form."
     )
 
 
-def protocol_section(folder, kind, values):
+def protocol_section(run):
     """Returns data, split and command."""
-    split = read_json(folder / "splits.json")
-    sizes = {name: len(rows) for name, rows in split.items() if isinstance(rows, list)}
-    lines = ["## Data and protocol", "", f"- Data: {data_name(values)}"]
+    sizes = {name: len(rows) for name, rows in run.split.items() if isinstance(rows, list)}
+    lines = ["## Data and protocol", "", f"- Data: {run.data}"]
     if sizes:
         text = ", ".join(f"{count} {name}" for name, count in sizes.items())
-        lines.append(f"- Split: {split.get('split')}, {text}; hash `{split.get('hash')}` (`splits.json` has the rows)")
-    flags = [f"--{flag}={value}" for flag, value in without_folders(values).items() if flag != "output_dir"]
-    script = f"run_{kind}.py"
-    lines.append(f"- Command: `python {script} {ARGUMENTS_FILE}`, which stands for: `{shlex.join(flags)}`")
-    packages = ("torch", "transformers", "peft", "rdkit") if kind == "peft" else ("torch", "transformers", "rdkit")
-    lines.append("- Versions: " + ", ".join(f"{package} {version(package)}" for package in packages))
+        hashed = f"hash `{run.split.get('hash')}` (`splits.json` has the rows)"
+        lines.append(f"- Split: {run.split.get('split')}, {text}; {hashed}")
+    flags = as_flags({name: value for name, value in without_folders(run.values).items() if name != "output_dir"})
+    lines.append(f"- Command: `python run_{run.kind}.py {ARGUMENTS_FILE}`, which stands for: `{shlex.join(flags)}`")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "rdkit": rdBase.rdkitVersion}
+    lines.append("- Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     return "\n".join(lines)
 
 
-def training_section(folder):
-    """Returns the table of losses by epoch, at most twenty lines."""
-    history = read_json(folder / "trainer_state.json").get("log_history", [])
+def training_section(run):
+    """Returns the table of losses by epoch, about twenty lines at most."""
+    history = read_json(run.folder / "trainer_state.json").get("log_history", [])
     losses = {round(entry["epoch"], 2): entry["loss"] for entry in history if "loss" in entry}
-    held_out = {round(entry["epoch"], 2): entry for entry in history if "eval_loss" in entry}
+    held_out = {round(entry["epoch"], 2): entry["eval_loss"] for entry in history if "eval_loss" in entry}
     if not held_out:
         return ""
     lines = ["## Training", "", "| epoch | training loss | held-out loss |", "| ---: | ---: | ---: |"]
     epochs = sorted(held_out)
-    for epoch in epochs[:: max(1, len(epochs) // 20)]:
+    for epoch in epochs[:: -(-len(epochs) // 20)]:
         loss = f"{losses[epoch]:.4f}" if epoch in losses else ""
-        lines.append(f"| {epoch:g} | {loss} | {held_out[epoch]['eval_loss']:.4f} |")
+        lines.append(f"| {epoch:g} | {loss} | {held_out[epoch]:.4f} |")
     return "\n".join(lines)
 
 
@@ -368,12 +392,6 @@ LIMITS_OF_PRETRAINING = """## Intended use and limits
 A starting point for fine-tuning on molecules like those it has seen; it predicts no property by itself."""
 
 
-def write_card(folder, kind, training_args):
-    """Writes the card of a finished run into its folder."""
-    name = repository_name(training_args) if training_args.push_when_done else None
-    write_text(str(model_card(folder, kind, name)), Path(folder) / CARD_FILE)
-
-
 # ---------------------------------------------------------------------------------------------------------------- push
 
 
@@ -383,12 +401,8 @@ def check_push(training_args):
     Raises:
         InputError: if there is no token, or if the name is no name of a Hub repository, or if the Hub is switched off.
     """
-    if not training_args.push_when_done:
-        return
     if not training_args.do_train:
-        raise InputError(
-            "--push_to_hub sends what a training made. Add --do_train, or send a finished run with: hf upload"
-        )
+        raise InputError("--push_to_hub sends what a training made. Add --do_train, or use: hf upload")
     if constants.HF_HUB_OFFLINE:
         raise InputError("--push_to_hub needs a network, but HF_HUB_OFFLINE is set. Unset it, or leave the flag out.")
     if not (training_args.hub_token or get_token()):
@@ -396,10 +410,10 @@ def check_push(training_args):
             "--push_to_hub needs a token that may write. Log in with `hf auth login`, or set HF_TOKEN in the "
             "environment."
         )
+    name = repository_name(training_args)
     try:
-        validate_repo_id(repository_name(training_args))
+        validate_repo_id(name)
     except HFValidationError as error:
-        name = repository_name(training_args)
         raise InputError(f"--hub_model_id {name} is no name of a repository: {error}") from error
 
 
@@ -409,21 +423,32 @@ def repository_name(training_args):
 
 
 def files_to_push(folder):
-    """Returns the files of a run that go to the Hub, by their names."""
-    found = {path.name: path for pattern in PUSHED for path in Path(folder).glob(pattern) if path.is_file()}
-    return {name: found[name] for name in sorted(found) if name != "influence_state.safetensors"}
+    """Returns the files of a run that go to the Hub, by their names: no molecules, no optimizer, nothing of others."""
+    return {path.name: path for path in sorted(Path(folder).glob("*")) if PUSHED.fullmatch(path.name)}
 
 
-def without_folders(value):
-    """Returns values as JSON has them, absolute paths cut to their last part."""
+def without_folders(value, key=""):
+    """Returns values as JSON has them, local files and folders by their last part."""
     if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
+        return {name: without_folders(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return [without_folders(item, key) for item in value]
+    local = isinstance(value, str) and (Path(value).is_absolute() or key.endswith(("_file", "_dir")))
+    return Path(value).name if local else value
 
 
-def push_run(training_args, folders, replaced=None):
+def contents_to_push(run, folders, replaced):
+    """Returns what goes to the Hub: a path or bytes for each name in the repository."""
+    files = {target + name: path for target, folder in folders for name, path in files_to_push(folder).items()}
+    contents = {**files, **{name: text.encode() for name, text in (replaced or {}).items()}}
+    for name, path in files.items():
+        if path.name in (ARGUMENTS_FILE, "trainer_state.json"):
+            contents[name] = json.dumps(without_folders(read_json(path)), indent=2).encode()
+    contents[CARD_FILE] = str(model_card(run)).encode()
+    return contents
+
+
+def push_run(training_args, kind, folders, replaced=None):
     """Sends what a run made to the Hub, in one commit, and returns its address.
 
     Args:
@@ -431,16 +456,15 @@ def push_run(training_args, folders, replaced=None):
             of two files of one name the later one counts.
         replaced (`dict[str, str]`, *optional*): other content for files, by their names in the repository.
     Raises:
-        InputError: if the push fails; the local files stay as they are.
+        InputError: if the push fails; the local files stay as they are, and what was to be sent lies ready.
     """
-    name = repository_name(training_args)
-    files = {target + file: path for target, folder in folders for file, path in files_to_push(folder).items()}
-    contents = {**files, **{file: text.encode() for file, text in (replaced or {}).items()}}
-    for file in contents.keys() & {ARGUMENTS_FILE, "trainer_state.json"}:
-        contents[file] = json.dumps(without_folders(read_json(files[file])), indent=2).encode()
+    name, root = repository_name(training_args), folders[-1][1]
+    contents = contents_to_push(Run(root, kind, name, folders[0][1]), folders, replaced)
     api = HfApi(token=training_args.hub_token)
     try:
         repository = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True)
+        run = Run(root, kind, repository.repo_id, folders[0][1])  # now with its full name
+        contents[CARD_FILE] = str(model_card(run)).encode()
         commit = api.create_commit(
             repository.repo_id,
             [CommitOperationAdd(file, content) for file, content in contents.items()],
@@ -450,25 +474,40 @@ def push_run(training_args, folders, replaced=None):
     except Exception as error:  # the client's own, and those of the library it speaks HTTP with, which changes
         token = training_args.hub_token or get_token()
         lines = str(error).replace(token, "…").strip().splitlines() if token else str(error).splitlines()
-        patterns = " ".join(f"'{pattern}'" for pattern in PUSHED)
-        again = f"hf upload {shlex.quote(name)} {shlex.quote(str(folders[-1][1]))} . --include {patterns}"
+        staged = stage(contents, Path(training_args.output_dir) / "to_push")
         raise InputError(
             f"The push to {name} failed: {type(error).__name__}: {lines[0] if lines else ''} The run in "
-            f"{training_args.output_dir} is whole. Push it again with: {again}"
+            f"{training_args.output_dir} is whole. Push it again with: hf upload {shlex.quote(name)} "
+            f"{shlex.quote(str(staged))} ."
         ) from error
     logger.info("Pushed %d files to %s", len(contents), commit.repo_url)
     return str(commit.repo_url)
+
+
+def stage(contents, folder):
+    """Writes what is to be pushed into a folder of its own, and returns the folder."""
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            shutil.copyfile(content, path)
+    return folder
 
 
 def finish_run(training_args, kind, folders=None, replaced=None):
     """Writes the card of a run, marks the run as finished, and pushes it if `--push_to_hub` says so.
 
     Args:
-        kind (`str`): regression, mlm, peft or influence.
-        folders, replaced: for `push_run`; by default the output folder.
+        kind (`str`): regression, mlm, peft or influence: the script.
+        folders, replaced: for `push_run`; by default the output folder. The first one has the model, the last one
+            what the card tells.
     """
+    folders = folders or [("", Path(training_args.output_dir))]
     if training_args.should_save:
-        write_card(training_args.output_dir, kind, training_args)
+        run = Run(training_args.output_dir, kind)
+        write_text(str(model_card(run)), Path(training_args.output_dir) / CARD_FILE)
     end_writing(training_args)
     if training_args.push_when_done and training_args.should_save:
-        push_run(training_args, folders or [("", Path(training_args.output_dir))], replaced)
+        push_run(training_args, kind, folders, replaced)

@@ -1007,7 +1007,12 @@ def test_missing_labels_count_for_nothing():
     assert gradient is None or gradient[~known].abs().max() == 0
     output.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    assert model(*batch, labels=torch.full((4, 2), torch.nan)).loss == 0
+    model.zero_grad()
+    none = torch.full((4, 2), torch.nan)
+    assert model(*batch, labels=none).loss == 0
+    loss = model(*batch, labels=none, num_items_in_batch=torch.tensor(0)).loss  # as the trainer calls it
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -466,6 +466,33 @@ def test_several_labels_are_learned_together_and_missing_ones_count_for_nothing(
     np.testing.assert_allclose(predicted["prediction_sd_label"], read["prediction_sd_label"], atol=1e-4)
 
 
+def test_an_evaluation_finds_several_labels_by_their_names(tiny_checkpoint, tmp_path):
+    table = pd.read_csv(ROOT / "data" / "lipophilicity.csv", nrows=60)
+    table["other"] = -10 * table["label"]
+    table.to_csv(tmp_path / "two.csv", index=False)
+    flags = ["--train_file", tmp_path / "two.csv", *QUICK]
+    trained = ["--model_name_or_path", tiny_checkpoint, "--label_column", "label", "other"]
+    call_main(*trained, *flags, "--output_dir", tmp_path / "out")
+    again = ["--model_name_or_path", tmp_path / "out", "--do_eval", "--do_predict", *flags]
+    call_main(*again, "--label_column", "other", "label", "--output_dir", tmp_path / "again")
+    first, second = results(tmp_path / "out"), results(tmp_path / "again")
+    for name in ("test_mse_label", "test_mse_other", "eval_loss", "eval_mse_other"):
+        assert second[name] == pytest.approx(first[name], rel=1e-6), name
+    with pytest.raises(InputError, match="predicts label, other"):
+        call_main(*again, "--label_column", "other", "--output_dir", tmp_path / "one")
+
+
+def test_molecules_without_any_label_are_left_out(tiny_checkpoint, tmp_path, caplog):
+    table = pd.read_csv(ROOT / "data" / "lipophilicity.csv", nrows=60).assign(other=1.0)
+    table["other"] = table.index % 7
+    table.loc[table.index % 2 == 0, ["label", "other"]] = np.nan
+    table.to_csv(tmp_path / "two.csv", index=False)
+    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", tmp_path / "two.csv", *QUICK]
+    call_main(*flags, "--label_column", "label", "other", "--output_dir", tmp_path / "out")
+    assert "30 of 60 molecules have none of the labels" in caplog.text
+    assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 30
+
+
 def test_a_label_that_no_training_molecule_has_is_refused(tiny_checkpoint, tmp_path):
     table = pd.read_csv(ROOT / "data" / "lipophilicity.csv", nrows=60).assign(other=np.nan)
     table.to_csv(tmp_path / "two.csv", index=False)

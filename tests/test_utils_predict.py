@@ -4,6 +4,7 @@ python -m pytest tests/test_utils_predict.py
 """
 
 import gzip
+import io
 import json
 import sys
 
@@ -117,6 +118,46 @@ def test_a_file_of_lines_needs_no_header(tmp_path, fine_tuned, suffix):
     path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
     result = predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path)
     assert result["status"].tolist() == ["ok", "invalid SMILES", "invalid SMILES", "ok"]
+    assert result["name"].fillna("").tolist() == ["ethanol", "", "", "benzene"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["SMILES\n", "SMILES\nC1CC\n", "SMILES\nCC\nC1CC\nC1CC\n"],
+    ids=["header alone", "one bad row", "bad end"],
+)
+def test_pieces_without_a_usable_row_are_answered(tmp_path, fine_tuned, monkeypatch, content):
+    monkeypatch.setattr(utils_predict, "PIECE", 1)
+    path = tmp_path / "few.csv"
+    path.write_text(content)
+    result = predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path)
+    assert len(result) == content.count("\n") - 1 and list(result) == ["SMILES", "prediction", "status"]
+
+
+def test_columns_keep_their_names(tmp_path, fine_tuned):
+    path = tmp_path / "odd.csv"
+    path.write_text(",smiles,a b\n0,CC,\n1,,x\n")
+    predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path)
+    lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
+    assert lines[0] == ",smiles,a b,prediction,status"
+    assert lines[1].startswith("0,CC,,") and lines[2] == "1,,x,,invalid SMILES"
+
+
+@pytest.mark.parametrize(
+    "content, statuses",
+    [
+        ("SMILES\nCC\n\nC1CC\n", ["ok", "invalid SMILES", "invalid SMILES"]),
+        ("id\tsmiles\n1\tCC\n\n2\n", ["ok", "invalid SMILES", "invalid SMILES"]),
+        ("smiles;id\nCC;1\n", ["ok"]),
+    ],
+    ids=["one column and a blank line", "tabs, a blank and a short line", "semicolons"],
+)
+def test_standard_input_takes_what_a_file_may_be(tmp_path, fine_tuned, monkeypatch, capsys, content, statuses):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(content))
+    flags = ["--do_predict", "--model_name_or_path", str(fine_tuned / "member-0"), "--test_file", "-"]
+    run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=flags))
+    read = pd.read_csv(io.StringIO(capsys.readouterr().out), sep=",")
+    assert read["status"].tolist() == statuses
 
 
 def test_standard_input_is_answered_on_standard_output(run_script, table, fine_tuned, tmp_path):
@@ -132,7 +173,7 @@ def test_standard_input_is_answered_on_standard_output(run_script, table, fine_t
 def test_two_processes_answer_as_one(run_script, table, fine_tuned, tmp_path):
     flags = ["--do_predict", "--model_name_or_path", fine_tuned / "member-0", "--test_file", table]
     flags += ["--per_device_eval_batch_size", 1, "--use_cpu"]
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29561")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     ran = run_script("run_regression.py", *flags, "--output_dir", tmp_path / "two", launcher=launcher)
     assert ran.returncode == 0, ran.stderr
     one = predict(tmp_path, *flags)
@@ -181,15 +222,50 @@ def test_a_model_that_learned_another_form_of_smiles_is_given_it(tmp_path, fine_
         ("smiles\nCC\n", ["--smiles_column", "mol"], "'mol' is not in"),
         ("smiles\nCC\n", ["--label_column", "y"], "'y' is not in"),
         ("", [], "is empty"),
-        ("smiles,a\nCC,1\nCN,1,2,3\n", [], "cannot be read on after row"),
+        ("smiles,a\nCC,1\nCN,1,2,3\n", [], "cannot be read"),
+        ("smiles,a\nCC,1,2\nCN,1,2\n", [], "cannot be read from its first row"),
+        ("smiles,smiles\nCC,CN\n", [], "two columns of one name"),
+        (b"smiles,name\nCC,caf\xe9\n", [], "cannot be read"),
     ],
 )
 def test_a_file_that_cannot_be_predicted_is_refused(tmp_path, fine_tuned, content, flags, named):
     path = tmp_path / "bad.csv"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=named):
         predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path, *flags)
     assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_embeddings_that_cannot_be_written_are_refused_at_the_start(tmp_path, fine_tuned, table):
+    flags = ["--model_name_or_path", fine_tuned / "member-0", "--test_file", table]
+    with pytest.raises(InputError, match="No such file or directory"):
+        predict(tmp_path, *flags, "--export_embeddings", tmp_path / "absent" / "states.parquet")
+
+
+def test_several_labels_are_found_by_their_names(tmp_path, tiny_checkpoint):
+    """Reference: the metrics of each column alone."""
+    names = ["logD", "logS"]
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint, num_labels=2)
+    model.config.label_mean, model.config.label_std, model.config.label_names = [2.0, -3.0], [1.0, 2.0], names
+    torch.nn.init.normal_(model.classifier.out_proj.weight)
+    model.save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "new.csv"
+    path.write_text("logS,smiles,logD\n-2,CCO,1\n,CCN,2\n-4,CCC,\n")
+    for flags in ([], ["--label_column", "logS", "logD"]):
+        result = predict(tmp_path, "--model_name_or_path", tmp_path / "model", "--test_file", path,
+                         "--overwrite_output_dir", *flags)  # fmt: skip
+        report = json.loads((tmp_path / "out" / "all_results.json").read_text())
+        for name in names:
+            errors = (result[f"prediction_{name}"] - result[name]).dropna()
+            assert report[f"predict_mse_{name}"] == pytest.approx(np.mean(errors**2), abs=1e-9)
+    predict(tmp_path, "--model_name_or_path", tmp_path / "model", "--test_file", path, "--overwrite_output_dir",
+            "--label_column", "logS")  # fmt: skip
+    report = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert "predict_mse_logS" in report and "predict_mse_logD" not in report
+    path.write_text("smiles,prediction_logS\nCC,1\n")
+    with pytest.raises(InputError, match="'prediction_logS'"):
+        predict(tmp_path, "--model_name_or_path", tmp_path / "model", "--test_file", path, "--overwrite_output_dir")
 
 
 def test_a_checkpoint_without_a_head_is_refused(tmp_path, tiny_checkpoint, table):

@@ -4,6 +4,8 @@ python -m pytest tests/test_utils_report.py
 """
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from PIL import Image
 
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import build_tokenizer
-from utils_report import metrics_table, plot_losses, plot_parity
+from utils_report import files_to_push, metrics_table, plot_losses, plot_parity
 
 
 @pytest.mark.parametrize("scale", [1, 10_000], ids=["logD", "labels in the hundreds"])
@@ -96,14 +98,24 @@ def training(small_table, tiny_checkpoint, tmp_path):
     ]  # fmt: skip
 
 
-def no_secret_in(folder, *texts):
-    assert all(SECRET not in text for text in texts)
-    return all(SECRET.encode() not in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+def check_for_secrets(token, folder, *texts):
+    assert not [text for text in texts if token in text]
+    assert not [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+
+
+def run_card(card, online, tmp_path):
+    """Runs the Python block of a card in a fresh process, and returns the number that it prints."""
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    (tmp_path / "fresh.py").write_text(code)
+    fresh = online(tmp_path / "fresh.py", token=None)
+    assert fresh.returncode == 0, fresh.stderr
+    return float(re.search(r"tensor\(\[\[(.*?)\]\]", fresh.stdout)[1])
 
 
 def test_a_regression_goes_to_the_hub_and_comes_back(online, hub, training, small_table, tmp_path):
     """A fresh process loads it by its name without remote code, another one through the Auto class with it."""
-    ran = online("run_regression.py", *training, "--push_to_hub", "--hub_model_id", "someone/tiny-logd")
+    flags = ["--push_to_hub", "--hub_model_id", "someone/tiny-logd", "--hub_token", SECRET]
+    ran = online("run_regression.py", *training, *flags, token=None)
     assert ran.returncode == 0, ran.stderr
     files = hub.repositories["someone/tiny-logd"]
     assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_molformer_reg.py", "README.md"} <= set(
@@ -111,7 +123,7 @@ def test_a_regression_goes_to_the_hub_and_comes_back(online, hub, training, smal
     )
     assert {"README.md", "all_results.json", "splits.json", "parity.png", "worst_molecules.png"} <= set(files)
     assert not [name for name in files if name.endswith((".csv", ".bin", ".pt"))]
-    assert no_secret_in(tmp_path / "run", ran.stdout, ran.stderr)
+    check_for_secrets(SECRET, tmp_path / "run", ran.stdout, ran.stderr)
 
     flags = ["--do_predict", "--model_name_or_path", "someone/tiny-logd", "--train_file", small_table]
     again = online("run_regression.py", *flags, "--output_dir", tmp_path / "again")
@@ -119,18 +131,10 @@ def test_a_regression_goes_to_the_hub_and_comes_back(online, hub, training, smal
     first, second = (pd.read_csv(tmp_path / name / "predictions.csv")["prediction"] for name in ("run", "again"))
     np.testing.assert_allclose(second, first, atol=1e-5)
 
-    code = (
-        "from transformers import AutoModelForSequenceClassification as A, AutoTokenizer as T\n"
-        "m = A.from_pretrained('someone/tiny-logd', trust_remote_code=True).eval()\n"
-        "t = T.from_pretrained('someone/tiny-logd')\n"
-        "print(float(m(**t('CCO', return_tensors='pt')).logits))\n"
-    )
-    (tmp_path / "fresh.py").write_text(code)
-    fresh = online(tmp_path / "fresh.py", token=None)
-    assert fresh.returncode == 0, fresh.stderr
+    fresh = run_card(files["README.md"].decode(), online, tmp_path)
     model = MolformerForRegression.from_pretrained(tmp_path / "run").eval()
     expected = model(**build_tokenizer()("CCO", return_tensors="pt")).logits
-    assert float(fresh.stdout.split()[-1]) == pytest.approx(expected.item(), abs=1e-5)
+    assert fresh == pytest.approx(expected.item(), abs=1e-3)  # of the printed digits
 
     card = ModelCard(files["README.md"].decode())
     results = {result.metric_name: result for result in card.data.eval_results}
@@ -151,8 +155,12 @@ def test_a_push_that_fails_leaves_the_run_whole_and_says_how_to_push_again(onlin
         environment = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     ran = online("run_regression.py", *training, "--push_to_hub", "--hub_model_id", "a/b", token=token, **environment)
     assert ran.returncode == 2
-    assert "The push to a/b failed" in ran.stderr and "hf upload a/b" in ran.stderr and "Traceback" not in ran.stderr
-    assert token not in ran.stderr and no_secret_in(tmp_path / "run")
+    assert "The push to a/b failed" in ran.stderr and "Traceback" not in ran.stderr
+    staged = re.search(r"hf upload a/b (\S+) \.", ran.stderr)[1]  # what it says is there, and is a model
+    MolformerForRegression.from_pretrained(staged)
+    assert {"README.md", "splits.json", "parity.png"} <= {path.name for path in Path(staged).iterdir()}
+    assert not [path for path in Path(staged).iterdir() if str(tmp_path).encode() in path.read_bytes()]
+    check_for_secrets(token, tmp_path / "run", ran.stdout, ran.stderr)
     assert not (tmp_path / "run" / "unfinished").exists()
     assert "test_mse" in json.loads((tmp_path / "run" / "all_results.json").read_text())
     MolformerForRegression.from_pretrained(tmp_path / "run")
@@ -171,6 +179,21 @@ def test_a_push_that_cannot_succeed_is_refused_before_any_work(online, training,
     ran = online("run_regression.py", *training, "--push_to_hub", *flags, **environment)
     assert ran.returncode == 2 and named in ran.stderr and "Traceback" not in ran.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_files_of_others_in_the_folder_stay_there(tmp_path):
+    names = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "parity.png", "all_results.json"]
+    others = [
+        "my_results.json",
+        "figure.png",
+        "states.safetensors",
+        "predictions.csv",
+        "optimizer.pt",
+        "training_args.bin",
+    ]
+    for name in [*names, *others]:
+        (tmp_path / name).write_text("{}")
+    assert sorted(files_to_push(tmp_path)) == sorted(names)
 
 
 def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(online, hub, training, tmp_path):
@@ -210,8 +233,10 @@ def test_an_ensemble_goes_to_the_hub_and_comes_back(online, hub, training, small
     flags = ["--num_seeds", "2", "--push_to_hub", "--hub_model_id", "someone/ensemble"]
     ran = online("run_regression.py", *training, *flags)
     assert ran.returncode == 0, ran.stderr
-    files = set(hub.repositories["someone/ensemble"])
-    assert {"README.md", "member-0/model.safetensors", "member-1/config.json"} <= files
+    files = hub.repositories["someone/ensemble"]
+    assert {"README.md", "member-0/model.safetensors", "member-1/config.json"} <= set(files)
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    run_card(files["README.md"].decode(), online, tmp_path)
     flags = ["--do_predict", "--model_name_or_path", "someone/ensemble", "--test_file", small_table]
     again = online("run_regression.py", *flags, "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
