@@ -27,6 +27,7 @@ from utils_molecules import parse_smiles, read_json, regression_metrics, write_t
 
 
 CARD_FILE = "README.md"
+MODELING_FILE = "modeling_molformer_reg.py"
 METRICS = {"mse": "MSE", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
 FIGURES = {
     "parity.png": "Predicted against measured values of the test set: the closer to the line, the better.",
@@ -444,6 +445,9 @@ def contents_to_push(run, folders, replaced):
     for name, path in files.items():
         if path.name in (ARGUMENTS_FILE, "trainer_state.json"):
             contents[name] = json.dumps(without_folders(read_json(path)), indent=2).encode()
+    # transformers looks for the code of a subfolder's model at the root
+    code = [path for path in files.values() if path.name == MODELING_FILE]
+    contents |= {MODELING_FILE: code[0]} if code else {}
     contents[CARD_FILE] = str(model_card(run)).encode()
     return contents
 
