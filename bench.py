@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ from modeling_molformer_reg import (  # noqa: E402
     MolformerForRegression,
     draw_random_features,
 )
+from trainer_regression import LengthGroupedBatchSampler  # noqa: E402
 
 
 SIZES = {
@@ -52,8 +54,7 @@ SIZES = {
 BATCH, BATCHES = 16, {"mini": 8, "xl": 4}
 LENGTHS = (32, 64, 128, 256, 512, 1024)
 METHODS = ("full", "head", "bitfit", "ia3", "lora", "dora", "vera", "oft", "miss", "hira", "shira")
-MEASURED = ("training, fp32", "training, bf16", "evaluation, fp32", "influence scores, jvp", "GGN product of a batch")
-DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -82,43 +83,53 @@ def make_batch(lengths, labels=True):
 
 
 def choose_batches(lengths, count, grouped):
-    """Returns `count` lists of `BATCH` lengths: as the trainer groups them, or of molecules in random order.
+    """Returns `count` lists of `BATCH` lengths of the data set: as the trainer groups them, or in random order.
 
-    Both are of the same molecules, which are drawn at equal distances from the sorted data set.
+    The grouped ones are taken at equal distances from those of an epoch, sorted by length; speeds are compared in real
+    tokens, of which both kinds have about as many.
     """
-    ordered = sorted(lengths)
-    chosen = [ordered[(2 * i + 1) * len(ordered) // (2 * count * BATCH)] for i in range(count * BATCH)]
-    if not grouped:
-        random.Random(0).shuffle(chosen)
-    return [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+    if grouped:
+        rows = list(LengthGroupedBatchSampler(BATCH, lengths, seed=0))
+        epoch = [[lengths[row] for row in rows[start : start + BATCH]] for start in range(0, len(rows), BATCH)][:-1]
+        epoch.sort(key=sum)
+        return [epoch[(2 * number + 1) * len(epoch) // (2 * count)] for number in range(count)]
+    order = random.Random(0).sample(lengths, count * BATCH)
+    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
 
 
 # --------------------------------------------------------------------------------------------------------------- cases
 
 
+@cache
 def build(model_class, size, **changes):
+    """Returns a model with random weights; cases share it, since their learning rates are 0."""
     torch.manual_seed(0)
     config = MolformerConfig(**{**SIZES[size], **changes})
     return model_class(config).to(DEVICE)
 
 
-def peers(size):
-    """Returns BERT and ModernBERT with the width, depth and heads of our model, for one number a molecule."""
+def shape_of(size):
+    """Returns width, depth and heads of our model as BERT and ModernBERT call them, for one number a molecule."""
     config = MolformerConfig(**SIZES[size])
-    shape = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "num_labels": 1,
-        "problem_type": "regression",
-        "max_position_embeddings": 2048,
-    }
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    shape = {name: getattr(config, name) for name in names}
+    return {**shape, "num_labels": 1, "problem_type": "regression", "max_position_embeddings": 2048}
+
+
+@cache
+def bert(size):
+    config = BertConfig(**shape_of(size), pad_token_id=2, attn_implementation="sdpa")
+    return BertForSequenceClassification(config).to(DEVICE)
+
+
+@cache
+def modern_bert(size):
     tokens = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1, "cls_token_id": 0, "sep_token_id": 1}
-    bert = BertForSequenceClassification(BertConfig(**shape, pad_token_id=2, attn_implementation="sdpa"))
-    modern = ModernBertForSequenceClassification(ModernBertConfig(**shape, **tokens, attn_implementation="sdpa"))
-    return {"BERT (SDPA)": bert.to(DEVICE), "ModernBERT": modern.to(DEVICE)}
+    config = ModernBertConfig(**shape_of(size), **tokens, attn_implementation="sdpa")
+    return ModernBertForSequenceClassification(config).to(DEVICE)
+
+
+PEERS = {"BERT (SDPA)": bert, "ModernBERT": modern_bert}
 
 
 def redraw_as_published(model):
@@ -128,10 +139,10 @@ def redraw_as_published(model):
         feature_map.weight.copy_(draw_random_features(1, *size, device=feature_map.weight.device)[0])
 
 
-def train_step(model, batches, bf16=False, before=None, fused=True):
+def train_step(model, batches, bf16=False, before=None):
     """Returns a function that trains on all batches once, with a learning rate of 0."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
 
     def step():
         model.train()
@@ -197,76 +208,113 @@ def masked_batch(batch):
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
-def influence_cases(size, lengths):
-    """Returns the cases of influence scoring: all molecules at once, and one after the other."""
+def predict_step(model, encoded, bf16):
+    """Returns a function that predicts molecules from their tokens, as run_regression.py predicts a file."""
+    from arguments import TrainingArguments
+    from trainer_regression import build_tokenizer
+    from utils_predict import Predictor
+
+    arguments = TrainingArguments(output_dir=tempfile.gettempdir(), bf16=bf16)
+    predictor = Predictor([model], build_tokenizer(), arguments)
+    return lambda: predictor.predict(encoded)
+
+
+def influence_step(size, rows, name):
+    """Returns a function that computes what `name` says for one batch, all parameters, float32."""
     from run_influence import ggn_vector_product, hessian_vector_product, scores_by_gradients, scores_by_jvp
 
-    model = build(MolformerForRegression, size, redraw_features=False).eval().requires_grad_(False)
-    params = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    rows = choose_batches(lengths, BATCHES[size], grouped=True)[BATCHES[size] // 2]
-    batch = make_batch(rows)
+    model = build(MolformerForRegression, size, redraw_features=False, pooling="mean").eval().requires_grad_(False)
+    params = {key: tensor.detach() for key, tensor in model.named_parameters()}
+    vector = torch.randn(sum(tensor.numel() for tensor in params.values()), device=DEVICE)
 
-    def residuals_of(batch):
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return lambda params: torch.func.functional_call(model, params, kwargs=inputs).logits - batch["labels"]
+    def residuals_of(lengths):
+        batch = make_batch(lengths)
+        labels = batch.pop("labels")
+        return lambda params: torch.func.functional_call(model, params, kwargs=batch).logits - labels
 
-    singles = [residuals_of({name: tensor[row : row + 1, : rows[row]] if name != "labels" else tensor[row : row + 1]
-                             for name, tensor in batch.items()}) for row in range(len(rows))]  # fmt: skip
-    whole, vector = residuals_of(batch), torch.randn(sum(p.numel() for p in params.values()), device=DEVICE)
+    whole, singles = residuals_of(rows), [residuals_of([length]) for length in rows]
     return {
         "influence scores, jvp": lambda: scores_by_jvp(whole, params, vector),
         "influence scores, gradient of each": lambda: [scores_by_gradients(one, params, vector) for one in singles],
         "GGN product of a batch": lambda: ggn_vector_product(whole, params, vector),
+        "Hessian product of a batch": lambda: hessian_vector_product(whole, params, vector),
         "double backward of each": lambda: [hessian_vector_product(one, params, vector) for one in singles],
-    }, sum(rows)
+    }[name]
+
+
+INFLUENCE = ("influence scores, jvp", "influence scores, gradient of each", "GGN product of a batch",
+             "Hessian product of a batch", "double backward of each")  # fmt: skip
 
 
 def peft_model(size, method):
     from run_peft import PeftArguments, adapt
 
-    arguments = PeftArguments(peft_method=method, peft_rank=None if method != "oft" else 32)
-    return adapt(build(MolformerForRegression, size, redraw_features=False), arguments).to(DEVICE)
+    model = build.__wrapped__(MolformerForRegression, size, redraw_features=False)  # one of its own: it is changed
+    return adapt(model, PeftArguments(peft_method=method)).to(DEVICE)
+
+
+class Case:
+    """Something that is timed: `build` makes the function; molecules and real tokens of one call; what bounds it."""
+
+    def __init__(self, build, batches, bound=None):
+        self.build, self.bound = build, bound
+        self.molecules, self.tokens = sum(map(len, batches)), sum(map(sum, batches))
 
 
 def cases_of(size, lengths, methods):
-    """Returns for every case a function, its molecules, its real tokens, and the products that bound it (by name)."""
+    """Returns every `Case` by its name."""
     grouped, shuffled = (choose_batches(lengths, BATCHES[size], kind) for kind in (True, False))
-    ours, theirs = ([make_batch(rows) for rows in kind] for kind in (grouped, shuffled))
-    molecules, tokens = len(grouped) * BATCH, sum(map(sum, grouped))
-    model = build(MolformerForRegression, size)
-    steps = {}
-    for name, bf16 in (("fp32", False), ("bf16", True)):
+    regression = partial(build, MolformerForRegression, size)
+    flat = [[3] * length for rows in shuffled for length in rows]
+    cases = {}
+
+    def add(name, make, batches, bound=None):
+        cases[name] = Case(make, batches, bound)
+
+    def tensors(batches):
+        return [make_batch(rows) for rows in batches]
+
+    for kind, bf16 in (("fp32", False), ("bf16", True)):
         for what, training in (("training", True), ("evaluation", False)):
-            steps[f"products alone, {what}, {name}"] = (products(size, grouped, bf16, training), None)
-        steps[f"training, {name}"] = (train_step(model, ours, bf16), f"products alone, training, {name}")
-        steps[f"evaluation, {name}"] = (eval_step(model, ours, bf16), f"products alone, evaluation, {name}")
-    steps["training, the published way"] = (
-        train_step(build(MolformerForRegression, size, redraw_features=False), theirs, before=redraw_as_published,
-                   fused=False), "products alone, training, fp32")  # fmt: skip
-    steps["evaluation, the published way"] = (
-        eval_step(model, theirs, before=redraw_as_published), "products alone, evaluation, fp32")  # fmt: skip
-    for name, peer in peers(size).items():
-        steps[f"training, fp32, {name}"] = (train_step(peer, ours), None)
-        steps[f"evaluation, fp32, {name}"] = (eval_step(peer, ours), None)
-        steps[f"training, bf16, {name}"] = (train_step(peer, ours, True), None)
-        steps[f"evaluation, bf16, {name}"] = (eval_step(peer, ours, True), None)
-    language = build(MolformerForMaskedLM, size)
-    steps["masked language modeling, bf16"] = (train_step(language, [masked_batch(b) for b in ours], True), None)
+            bound = f"products alone, {what}, {kind}"
+            add(bound, partial(products, size, grouped, bf16, training), grouped)
+            step = train_step if training else eval_step
+            add(
+                f"{what}, {kind}",
+                lambda step=step, bf16=bf16: step(regression(), tensors(grouped), bf16),
+                grouped,
+                bound,
+            )
+            for name, peer in PEERS.items():
+                make = partial(lambda step, bf16, peer: step(peer(size), tensors(grouped), bf16), step, bf16, peer)
+                add(f"{what}, {kind}, {name}", make, grouped)
+        add(f"prediction, {kind}", partial(lambda bf16: predict_step(regression(), flat, bf16), bf16), shuffled)
+    frozen = partial(regression, redraw_features=False)
+    for what, step in (("training", train_step), ("evaluation", eval_step)):
+        make = partial(lambda step: step(frozen(), tensors(shuffled), before=redraw_as_published), step)
+        add(f"{what}, the published way", make, shuffled)
+    add("masked language modeling, bf16",
+        lambda: train_step(build(MolformerForMaskedLM, size), [masked_batch(b) for b in tensors(grouped)], True),
+        grouped)  # fmt: skip
     for method in methods:
-        steps[f"{method}, training, fp32"] = (train_step(peft_model(size, method), ours), None)
-    found = {name: (step, molecules, tokens, bound) for name, (step, bound) in steps.items()}
-    influence, influence_tokens = influence_cases(size, lengths)
-    return found | {name: (step, BATCH, influence_tokens, None) for name, step in influence.items()}
+        make = partial(lambda method: train_step(peft_model(size, method), tensors(grouped)), method)
+        add(f"{method}, training, fp32", make, grouped)
+    middle = grouped[len(grouped) // 2]
+    for name in INFLUENCE:
+        add(name, partial(influence_step, size, middle, name), [middle])
+    return cases
 
 
 def length_cases(size):
     """Returns the evaluation of 2,048 tokens in molecules of one length, for our model and its peers."""
-    models = {"MoLFormer": build(MolformerForRegression, size), **peers(size)}
-    batches = {length: [make_batch([length] * (2048 // length))] for length in LENGTHS}
+    models = {"MoLFormer": partial(build, MolformerForRegression), **PEERS}
     return {
-        f"{name}, {length} tokens": (eval_step(model, batch), 2048 // length, 2048, None)
+        f"{name}, {length} tokens": Case(
+            lambda model=model, length=length: eval_step(model(size), [make_batch([length] * (2048 // length))]),
+            [[length] * (2048 // length)],
+        )
         for name, model in models.items()
-        for length, batch in batches.items()
+        for length in LENGTHS
     }
 
 
@@ -280,6 +328,7 @@ def synchronize():
 
 def time_cases(cases, rounds):
     """Returns the seconds of every round by case; one round before them warms up."""
+    steps = {name: case.build() for name, case in cases.items()}
     seconds = {name: [] for name in cases}
     names = list(cases)
     for number in range(rounds + 1):
@@ -287,7 +336,7 @@ def time_cases(cases, rounds):
         for name in names:
             synchronize()
             start = time.perf_counter()
-            cases[name][0]()
+            steps[name]()
             synchronize()
             if number:
                 seconds[name].append(time.perf_counter() - start)
@@ -296,13 +345,13 @@ def time_cases(cases, rounds):
 
 def rows_of(size, cases, seconds, memory=None):
     """Returns a row for each case: median seconds, molecules and tokens a second, share of the products' bound."""
+    speed = {name: case.tokens / statistics.median(seconds[name]) for name, case in cases.items()}
     rows = []
-    for name, (_, molecules, tokens, bound) in cases.items():
-        median = statistics.median(seconds[name])
-        row = {"size": size, "case": name, "seconds": median, "all_seconds": seconds[name]}
-        row |= {"molecules_per_second": molecules / median, "tokens_per_second": tokens / median}
-        if bound is not None:
-            row["share_of_bound"] = statistics.median(seconds[bound]) / median
+    for name, case in cases.items():
+        row = {"size": size, "case": name, "seconds": statistics.median(seconds[name]), "all_seconds": seconds[name]}
+        row |= {"tokens_per_second": speed[name], "molecules_per_second": case.molecules / row["seconds"]}
+        if case.bound is not None:
+            row["share_of_bound"] = speed[name] / speed[case.bound]
         if memory and name in memory:
             row["peak_memory_bytes"] = memory[name]
         rows.append(row)
@@ -311,14 +360,18 @@ def rows_of(size, cases, seconds, memory=None):
 
 def ratios(rows):
     """Returns how many times faster a case is than what it is measured by, by name."""
-    speed = {(row["size"], row["case"]): row["molecules_per_second"] for row in rows}
+    speed = {(row["size"], row["case"]): row["tokens_per_second"] for row in rows}
     pairs = []
     for step in ("training", "evaluation"):
         for kind in ("fp32", "bf16"):
             pairs.append((f"{step}, {kind}", f"{step}, the published way"))
             pairs += [(f"{step}, {kind}", f"{step}, {kind}, {peer}") for peer in ("BERT (SDPA)", "ModernBERT")]
     pairs.append(("influence scores, jvp", "influence scores, gradient of each"))
-    pairs.append(("GGN product of a batch", "double backward of each"))
+    pairs += [
+        ("prediction, fp32", "evaluation, the published way"),
+        ("prediction, bf16", "evaluation, the published way"),
+    ]
+    pairs += [(f"{kind} product of a batch", "double backward of each") for kind in ("GGN", "Hessian")]
     return [
         {"size": size, "case": first, "against": second, "ratio": speed[size, first] / speed[size, second]}
         for size in dict.fromkeys(row["size"] for row in rows)
@@ -334,24 +387,16 @@ def peak_of(size, name):
 
 
 def run_one(size, name):
-    """Runs one case alone and prints the peak memory of this process."""
+    """Runs one case alone, twice, and prints the peak memory of this process."""
     from trainer_regression import peak_memory
 
-    lengths = real_lengths()
-    batches = [make_batch(rows) for rows in choose_batches(lengths, BATCHES[size], True)][-1:]
-    if name.endswith(", training, fp32") and name.split(",")[0] in METHODS:
-        step = train_step(peft_model(size, name.split(",")[0]), batches)
-    elif name.startswith("influence") or name.startswith("GGN"):
-        step = influence_cases(size, lengths)[0][name]
-    else:
-        model, bf16 = build(MolformerForRegression, size), "bf16" in name
-        step = train_step(model, batches, bf16) if name.startswith("training") else eval_step(model, batches, bf16)
+    step = cases_of(size, real_lengths(), METHODS)[name].build()
     for _ in range(2):
         step()
     print(peak_memory())
 
 
-def start_up(rounds=3):
+def start_up(rounds=5):
     """Returns median seconds of `run_regression.py --help`, and of importing what the arguments come from."""
     commands = {
         "run_regression.py --help": [str(ROOT / "run_regression.py"), "--help"],
@@ -421,18 +466,21 @@ def to_markdown(report):
 
 
 def plot_lengths(rows, path):
-    """Draws tokens a second against the length of the molecules."""
+    """Draws tokens a second against the length of the molecules, a panel for each size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name in dict.fromkeys(row["case"].split(",")[0] for row in rows):
-        values = [row["tokens_per_second"] for row in rows if row["case"].startswith(f"{name},")]
-        axes.plot(LENGTHS, values, marker="o", markersize=4, label=name)
-    axes.set(xscale="log", xlabel="tokens of a molecule", ylabel="tokens a second, evaluation, fp32", ylim=(0, None))
-    axes.set_xticks(LENGTHS, LENGTHS)
-    axes.minorticks_off()
-    axes.legend(frameon=False)
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    figure = Figure(figsize=(5.5 * len(sizes), 4), layout="constrained")
+    for number, size in enumerate(sizes, start=1):
+        axes, here = figure.add_subplot(1, len(sizes), number), [row for row in rows if row["size"] == size]
+        for name in dict.fromkeys(row["case"].split(",")[0] for row in here):
+            values = [row["tokens_per_second"] for row in here if row["case"].startswith(f"{name},")]
+            axes.plot(LENGTHS, values, marker="o", markersize=4, label=name)
+        axes.set(xscale="log", xlabel="tokens of a molecule", ylabel="tokens a second", ylim=(0, None))
+        axes.set_xticks(LENGTHS, LENGTHS)
+        axes.minorticks_off()
+        axes.set_title(f"{size}: evaluation, fp32, 2,048 tokens a batch", fontsize=10)
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -443,6 +491,9 @@ def main():
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="of run_peft.py")
     parser.add_argument("--corpus", action="store_true", help="also read a corpus of a million SMILES")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench.json")
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -455,27 +506,15 @@ def main():
     }
     lengths, report["rows"], report["lengths"] = real_lengths(), [], []
     for size in args.sizes:
-        cases = cases_of(size, lengths, args.methods if size == "xl" else args.methods[:1])
-        memory = {}
-        for name in cases:
-            measured = (
-                "training, fp32",
-                "training, bf16",
-                "evaluation, fp32",
-                "influence scores, jvp",
-                "GGN product of a batch",
-            )
-            if name in measured or name.split(",")[0] in METHODS:
-                memory[name] = peak_of(size, name)
+        cases = cases_of(size, lengths, args.methods)
+        memory = {name: peak_of(size, name) for name in cases if args.memory and not name.startswith("products")}
         report["rows"] += rows_of(size, cases, time_cases(cases, args.rounds), memory)
-        del cases
-    size = args.sizes[-1]
-    cases = length_cases(size)
-    report["lengths"] = rows_of(size, cases, time_cases(cases, args.rounds))
+        cases = length_cases(size)
+        report["lengths"] += rows_of(size, cases, time_cases(cases, args.rounds))
     report["ratios"], report["start_up"] = ratios(report["rows"]), start_up()
     if args.corpus:
         report["corpus"] = read_corpus()
-    write_report(args.output, report)
+    write_report(args.output, report, unit="seconds, bytes")
     args.output.with_suffix(".md").write_text(to_markdown(report))
     plot_lengths(report["lengths"], args.output.with_suffix(".png"))
     print(to_markdown(report))

@@ -10,6 +10,7 @@
 #   EXTERNAL_FILE=external.csv ./reproduce_paper.sh       # your external molecules in place of the corrupted pool
 #   SEEDS="0 1 2 3 4" OUT=outputs/five ./reproduce_paper.sh
 set -eu
+EXTERNAL_FILE=${EXTERNAL_FILE:+$(realpath "$EXTERNAL_FILE")}
 cd "$(dirname "$0")"
 
 EMBEDDED=models/molformer-mini
@@ -33,7 +34,6 @@ case $MODEL in
 *MoLFormer-XL*) RATE=${RATE:-3e-5} ;;
 *) RATE=${RATE:-3e-4} ;;
 esac
-EXTERNAL_FILE=${EXTERNAL_FILE:-}
 EXTRA=${EXTRA:-}
 INFLUENCE="--controls none random ${EXTERNAL_FILE:+--external_file $EXTERNAL_FILE}"
 if [ "$QUICK" ]; then

@@ -627,7 +627,8 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
         train_dataset=training_set(parts["train"], tokenizer, data_args, training_args)
         if train_set is None
         else train_set,
-        eval_dataset=to_dataset(parts[held_out_name(parts)]),
+        # by length: batches of like length, and no metric depends on the order
+        eval_dataset=to_dataset(parts[held_out_name(parts)].sort_values("length", ascending=False, kind="stable")),
         processing_class=tokenizer,
     )
 

@@ -88,10 +88,10 @@ def run_all(run, cells, jobs):
         return list(executor.map(lambda cell: run(cell, threads), cells))
 
 
-def write_report(path, values, jobs=None):
+def write_report(path, values, jobs=None, unit="logD7.4"):
     """Writes a study's results as JSON, with the command, the unit, versions and hardware."""
     threads = {"threads_a_run": max(1, os.cpu_count() // jobs)} if jobs else {}
-    report = {"command": as_text(sys.argv), "unit": "logD7.4", "machine": machine() | threads}
+    report = {"command": as_text(sys.argv), "unit": unit, "machine": machine() | threads}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report | values, indent=2) + "\n")
 

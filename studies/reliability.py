@@ -118,7 +118,8 @@ def full_disk(folder):
         process = start(script, target, "--save_strategy", "epoch")
         while process.poll() is None and not list(target.glob("checkpoint-*/trainer_state.json")):
             time.sleep(0.05)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
+        if process.poll() is None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
         errors = process.communicate()[1]
         clear = "No space is left" in errors and "Traceback" not in errors
         process = start(script, target, "--resume_from_checkpoint", "true")

@@ -1,14 +1,17 @@
 # Sourced by the chains of runs: `run FOLDER SCRIPT FLAGS…` runs a script into a folder. Nothing is done if the same
-# command, from the same weights, has finished there; an interrupted run continues; one of another command is replaced.
-# Needs PYTHON, OUT and MODEL; the command and the log stand beside the folder.
+# command, with the same models and files, has finished there; an interrupted run continues; another one is replaced.
+# Needs PYTHON and OUT; the command and the log stand beside the folder.
 run() {
     target=$1
     shift
     mkdir -p "$OUT"
-    weights=$MODEL/model.safetensors
     {
         echo "python $* --output_dir $target"
-        if [ -f "$weights" ]; then echo "# $weights: $(cksum <"$weights")"; fi
+        for word in "$@"; do
+            for file in "$word" "$word/model.safetensors"; do
+                if [ -f "$file" ]; then echo "# $file: $(cksum <"$file")"; fi
+            done
+        done
     } >"$target.new"
     mode=--overwrite_output_dir
     if cmp -s "$target.new" "$target.command"; then

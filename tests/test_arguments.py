@@ -298,6 +298,15 @@ def test_an_argument_file_that_cannot_be_read_is_refused_with_its_name(tmp_path,
     assert str(file) in refusal(capsys, file)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_argument_files_of_this_repository_are_read(path):
+    """Each says in its first line how it is run."""
+    command = path.read_text().splitlines()[0]
+    assert command.startswith("#") and f"configs/{path.name}" in command
+    arguments = parse_arguments(*run_regression.ARGUMENTS, defaults=DEFAULTS, args=[str(path)])
+    assert arguments[-1].output_dir.startswith("outputs/")
+
+
 def test_flags_after_an_argument_file_hold_over_it(tmp_path):
     file = tmp_path / "run.json"
     file.write_text('{"output_dir": "one", "seed": 3}')

@@ -15,6 +15,7 @@ from arguments import InputError, parse_arguments
 
 sys.path.insert(0, str(ROOT / "studies"))
 
+import paper_tables  # noqa: E402
 import peers  # noqa: E402
 import table1  # noqa: E402
 
@@ -134,3 +135,64 @@ def test_chain_of_table_1_reports_what_failed_and_still_writes_the_table(tmp_pat
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "There is no row no_such_row" in done.stdout
     assert json.loads((tmp_path / "table1.json").read_text())["rows"][0]["test_mse"] == [0.9]
+
+
+# ------------------------------------------------------------------------------------------------------ the whole paper
+
+
+def finished(folder, name, values, command="python x.py"):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "all_results.json").write_text(json.dumps(values))
+    (folder / f"{name}.command").write_text(f"{command} --output_dir {name}\n")
+
+
+def test_the_papers_tables_stand_beside_ours(tmp_path):
+    """Reference: intervals worked by hand (Student's t of two values: 12.706 times the standard error)."""
+    for seed, mse in enumerate((0.4, 0.5)):
+        finished(tmp_path, f"regression-{seed}", {"test_mse": mse, "test_mae": 0.5, "test_r2": 0.7})
+        finished(tmp_path, f"lora-{seed}", {"test_mse": mse, "final_train_loss": 0.1})
+        selected = {"eval_losses": [0.9, mse]}
+        finished(tmp_path, f"influence-{seed}", {"results": {"none": {}, "selected": selected}})
+    finished(tmp_path, "bitfit-0", {"test_mse": 9.0})
+    (tmp_path / "bitfit-0" / "unfinished").touch()
+    rows = paper_tables.rows_of(paper_tables.collect(tmp_path))
+    assert [row["name"] for row in rows] == ["regression", "epoch 1", "epoch 2", "lora"]
+    mean, half = rows[0]["intervals"]["test_mse"]
+    assert mean == pytest.approx(0.45) and half == pytest.approx(12.706 * 0.05, rel=1e-3)
+    text = paper_tables.to_markdown(rows)
+    assert "| regression | 2 | 0.450 ± 0.635 | 0.500 ± 0.000 | 0.700 ± 0.000 | 0.4827 | 0.5359 | 0.6733 |" in text
+    assert "| epoch 2 | 2 | 0.450 ± 0.635 | 0.318 |" in text
+    assert "- table 1: `python x.py --output_dir regression-0`" in text
+
+
+RUN_ONCE = """
+PYTHON=sh OUT=out; . {root}/studies/run_once.sh
+run out/a-0 {script} --train_file data.csv
+"""
+
+
+def test_a_finished_run_is_repeated_only_if_a_file_of_it_changed(tmp_path):
+    """A script that counts its calls stands in for one that trains."""
+    script = tmp_path / "count.sh"
+    script.write_text('echo call >> calls; mkdir -p out/a-0; echo "{}" > out/a-0/all_results.json\n')
+    (tmp_path / "data.csv").write_text("one")
+
+    def calls():
+        subprocess.run(["sh", "-c", RUN_ONCE.format(root=ROOT, script=script)], cwd=tmp_path, check=True)
+        return (tmp_path / "calls").read_text().count("call")
+
+    assert [calls(), calls()] == [1, 1]
+    (tmp_path / "data.csv").write_text("two")
+    assert [calls(), calls()] == [2, 2]
+
+
+@pytest.mark.slow
+def test_the_quick_form_of_the_paper_ends_in_its_tables(tmp_path):
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([str(ROOT / "reproduce_paper.sh"), "--quick"], env=environment, check=True, timeout=1200)
+    text = (tmp_path / "out" / "paper_tables.md").read_text()
+    for title in ("Table 1", "Table 2", "Appendix"):
+        assert title in text
+    before = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/all_results.json")}
+    subprocess.run([str(ROOT / "reproduce_paper.sh"), "--quick"], env=environment, check=True, timeout=120)
+    assert before == {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/all_results.json")}
