@@ -137,7 +137,7 @@ def test_chain_of_table_1_reports_what_failed_and_still_writes_the_table(tmp_pat
     assert json.loads((tmp_path / "table1.json").read_text())["rows"][0]["test_mse"] == [0.9]
 
 
-# ------------------------------------------------------------------------------------------------------ the whole paper
+# ----------------------------------------------------------------------------------------------------- the whole paper
 
 
 def finished(folder, name, values, command="python x.py"):
