@@ -11,9 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from hub_double import HubDouble
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 
+import run_influence
+import run_mlm
+import run_peft
+import run_regression
+import utils_report
+from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import build_tokenizer
 from utils_report import files_to_push, metrics_table, plot_losses, plot_parity
@@ -98,6 +104,20 @@ def training(small_table, tiny_checkpoint, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.fixture
+def connected(hub, monkeypatch):
+    """The same for scripts that run in this process; returns a function that calls their `main`."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+
+    def run(script, *flags):
+        arguments = parse_arguments(*script.ARGUMENTS, defaults=script.DEFAULTS, args=[str(flag) for flag in flags])
+        script.main(*arguments)
+
+    return run
+
+
 def check_for_secrets(token, folder, *texts):
     assert not [text for text in texts if token in text]
     assert not [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
@@ -144,40 +164,58 @@ def test_a_regression_goes_to_the_hub_and_comes_back(online, hub, training, smal
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
 
 
-@pytest.mark.parametrize("fault", ["no right", "out of order", "network gone"])
-def test_a_push_that_fails_leaves_the_run_whole_and_says_how_to_push_again(online, hub, training, tmp_path, fault):
-    token, environment = SECRET, {}
+def check_what_is_left(message, token, folder):
+    """A run whose push failed is whole, and what is to be typed is there and is a model."""
+    assert "The push to a/b failed" in message
+    staged = Path(re.search(r"hf upload a/b (\S+) \.", message)[1])
+    MolformerForRegression.from_pretrained(staged)
+    assert {"README.md", "splits.json", "parity.png"} <= {path.name for path in staged.iterdir()}
+    assert not [path for path in staged.iterdir() if str(folder).encode() in path.read_bytes()]
+    check_for_secrets(token, folder, message)
+    assert not (folder / "unfinished").exists()
+    assert "test_mse" in json.loads((folder / "all_results.json").read_text())
+    MolformerForRegression.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("fault", ["no right", "out of order"])
+def test_a_push_that_fails_leaves_the_run_whole_and_says_how_to_push_again(
+    connected, hub, training, tmp_path, fault, monkeypatch
+):
+    token = SECRET
     if fault == "no right":
         token = "hf_read_only"
-    elif fault == "out of order":
-        hub.failing = "/commit/"
+        monkeypatch.setenv("HF_TOKEN", token)
     else:
-        environment = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    ran = online("run_regression.py", *training, "--push_to_hub", "--hub_model_id", "a/b", token=token, **environment)
-    assert ran.returncode == 2
-    assert "The push to a/b failed" in ran.stderr and "Traceback" not in ran.stderr
-    staged = re.search(r"hf upload a/b (\S+) \.", ran.stderr)[1]  # what it says is there, and is a model
-    MolformerForRegression.from_pretrained(staged)
-    assert {"README.md", "splits.json", "parity.png"} <= {path.name for path in Path(staged).iterdir()}
-    assert not [path for path in Path(staged).iterdir() if str(tmp_path).encode() in path.read_bytes()]
-    check_for_secrets(token, tmp_path / "run", ran.stdout, ran.stderr)
-    assert not (tmp_path / "run" / "unfinished").exists()
-    assert "test_mse" in json.loads((tmp_path / "run" / "all_results.json").read_text())
-    MolformerForRegression.from_pretrained(tmp_path / "run")
+        hub.failing = "/commit/"
+    with pytest.raises(InputError) as error:
+        connected(run_regression, *training, "--push_to_hub", "--hub_model_id", "a/b")
+    check_what_is_left(str(error.value), token, tmp_path / "run")
+
+
+def test_a_network_that_is_gone_ends_in_one_line(online, training, tmp_path):
+    gone = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    ran = online("run_regression.py", *training, "--push_to_hub", "--hub_model_id", "a/b", **gone)
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    check_what_is_left(ran.stderr, SECRET, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    "flags, environment, named",
+    "flags, change, named",
     [
-        ([], {"token": None}, "needs a token"),
-        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
-        (["--hub_model_id", "a/b/c"], {}, "no name of a repository"),
-        (["--do_predict"], {}, "Add --do_train"),
+        ([], lambda patch: patch.setattr(utils_report, "get_token", lambda: None), "needs a token"),
+        ([], lambda patch: patch.setattr(constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE is set"),
+        (["--hub_model_id", "a/b/c"], None, "no name of a repository"),
+        (["--do_predict"], None, "Add --do_train"),
     ],
+    ids=["no token", "offline", "name", "nothing trained"],
 )
-def test_a_push_that_cannot_succeed_is_refused_before_any_work(online, training, tmp_path, flags, environment, named):
-    ran = online("run_regression.py", *training, "--push_to_hub", *flags, **environment)
-    assert ran.returncode == 2 and named in ran.stderr and "Traceback" not in ran.stderr
+def test_a_push_that_cannot_succeed_is_refused_before_any_work(
+    connected, training, tmp_path, flags, change, named, monkeypatch
+):
+    if change is not None:
+        change(monkeypatch)
+    with pytest.raises(InputError, match=named):
+        connected(run_regression, *training, "--push_to_hub", *flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -196,43 +234,38 @@ def test_files_of_others_in_the_folder_stay_there(tmp_path):
     assert sorted(files_to_push(tmp_path)) == sorted(names)
 
 
-def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(online, hub, training, tmp_path):
+def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(connected, hub, training, tmp_path):
     flags = [*training, "--push_to_hub", "--hub_model_id", "someone/adapter", "--peft_method", "lora"]
-    ran = online("run_peft.py", *flags)
-    assert ran.returncode == 2 and "--base_hub_name" in ran.stderr and not (tmp_path / "run").exists()
-    ran = online("run_peft.py", *flags, "--base_hub_name", "someone/base")
-    assert ran.returncode == 0, ran.stderr
+    with pytest.raises(InputError, match="--base_hub_name"):
+        connected(run_peft, *flags)
+    assert not (tmp_path / "run").exists()
+    connected(run_peft, *flags, "--base_hub_name", "someone/base")
     files = hub.repositories["someone/adapter"]
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "someone/base"
     assert "model.safetensors" not in files and "adapter_model.safetensors" in files
 
 
-def test_a_merged_adapter_is_pushed_as_a_plain_model(online, hub, training, tmp_path):
-    flags = [*training, "--push_to_hub", "--hub_model_id", "someone/merged", "--merge_adapter"]
-    ran = online("run_peft.py", *flags)
-    assert ran.returncode == 0, ran.stderr
+def test_a_merged_adapter_is_pushed_as_a_plain_model(connected, hub, training):
+    connected(run_peft, *training, "--push_to_hub", "--hub_model_id", "someone/merged", "--merge_adapter")
     files = hub.repositories["someone/merged"]
     assert "model.safetensors" in files and "adapter_config.json" not in files
     assert {"README.md", "all_results.json", "parity.png"} <= set(files)
 
 
-def test_pretraining_and_influence_go_to_the_hub(online, hub, training, tmp_path):
-    ran = online("run_mlm.py", *training, "--push_to_hub", "--hub_model_id", "someone/mlm")
-    assert ran.returncode == 0, ran.stderr
+def test_pretraining_and_influence_go_to_the_hub(connected, hub, training):
+    connected(run_mlm, *training, "--push_to_hub", "--hub_model_id", "someone/mlm")
     assert "perplexity" in hub.repositories["someone/mlm"]["README.md"].decode()
     flags = ["--influence_params", "head", "--pool_size", "20", "--num_selected", "5", "--recursion_depth", "10"]
     flags += ["--controls", "none", "--push_to_hub", "--hub_model_id", "someone/influence", "--overwrite_output_dir"]
-    ran = online("run_influence.py", *training, *flags)
-    assert ran.returncode == 0, ran.stderr
+    connected(run_influence, *training, *flags)
     files = hub.repositories["someone/influence"]
     assert {"model.safetensors", "influence.json", "influence_scores.png", "README.md"} <= set(files)
     assert "influence_scores.csv" not in files and "| selected | 5 |" in files["README.md"].decode()
 
 
-def test_an_ensemble_goes_to_the_hub_and_comes_back(online, hub, training, small_table, tmp_path):
+def test_an_ensemble_goes_to_the_hub_and_comes_back(connected, online, hub, training, small_table, tmp_path):
     flags = ["--num_seeds", "2", "--push_to_hub", "--hub_model_id", "someone/ensemble"]
-    ran = online("run_regression.py", *training, *flags)
-    assert ran.returncode == 0, ran.stderr
+    connected(run_regression, *training, *flags)
     files = hub.repositories["someone/ensemble"]
     assert {"README.md", "member-0/model.safetensors", "member-1/config.json"} <= set(files)
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
