@@ -72,11 +72,28 @@ def plot(entries, path):
     figure.savefig(path, dpi=150)
 
 
+def store_half(path):
+    """Rounds the weights of a safetensors file to float16, half of its size.
+
+    Raises:
+        ValueError: if a weight is too large for it.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = {name: tensor.half() for name, tensor in load_file(path).items()}
+    large = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if large:
+        raise ValueError(f"{large[0]} does not fit into float16.")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of run_mlm.py, the last one finished")
     parser.add_argument("--until", nargs="*", type=int, default=[], help="last step of each run but the last")
     parser.add_argument("--output", type=Path, default=ROOT / "models" / "molformer-mini")
+    parser.add_argument("--half", action="store_true", help="store float16; config.json has them loaded as float32")
     args = parser.parse_args()
 
     from modeling_molformer_reg import MolformerForMaskedLM
@@ -84,6 +101,8 @@ def main():
 
     model = MolformerForMaskedLM.from_pretrained(args.runs[-1], atom_descriptor_names=None, environment_buckets=None)
     model.save_pretrained(args.output)
+    if args.half:
+        store_half(args.output / "model.safetensors")
     (args.output / "modeling_molformer_reg.py").unlink(missing_ok=True)  # the repository's own serves
     config = json.loads((args.output / "config.json").read_text())
     config.pop("auto_map", None)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "studies"))
 
 import paper_tables  # noqa: E402
 import peers  # noqa: E402
+import ship_checkpoint  # noqa: E402
 import table1  # noqa: E402
 
 
@@ -135,6 +136,22 @@ def test_chain_of_table_1_reports_what_failed_and_still_writes_the_table(tmp_pat
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "There is no row no_such_row" in done.stdout
     assert json.loads((tmp_path / "table1.json").read_text())["rows"][0]["test_mse"] == [0.9]
+
+
+def test_half_the_digits_are_stored_and_loaded_as_float32(tiny_checkpoint, tmp_path):
+    """Reference: the same weights rounded to float16."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(tiny_checkpoint)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    ship_checkpoint.store_half(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.6 * size
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    for name, tensor in loaded.named_parameters():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, model.get_parameter(name).half().float(), rtol=0, atol=0)
 
 
 # ----------------------------------------------------------------------------------------------------- the whole paper
