@@ -50,26 +50,33 @@ SHAPES["mlm+mtr+atoms, wider"] = SHAPES["shallower, wider"]
 SHAPE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
-def run(name, args, threads):
-    """Runs one trial, unless it is finished, and returns its row."""
+def commands(name, args):
+    """Returns the folder of a trial, its pre-training and, by seed, its fine-tunings as `run_script` takes them."""
     corpus, batch, flags = TRIALS[name]
     folder = args.folder / re.sub(r"[^\w.-]+", "-", f"{name}-{args.molecules}")
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "config.json"
-    shape = dict(zip(SHAPE_FIELDS, SHAPES.get(name, ()), strict=False))
-    config.write_text(json.dumps(json.loads((ROOT / "configs" / "molformer-mini.json").read_text()) | shape))
     pretrain = ["run_mlm.py", "--train_file", str(Path(getattr(args, corpus)).resolve())]
-    pretrain += ["--validation_file", str(Path(args.validation_file).resolve())]
-    pretrain += ["--config_name", str(config), "--smiles_form", "raw", "--learning_rate", "1.2e-3", "--bf16", *flags]
+    pretrain += ["--validation_file", str(Path(args.validation_file).resolve()), "--config_name"]
+    pretrain += [str(folder / "config.json"), "--smiles_form", "raw", "--learning_rate", "1.2e-3", "--bf16", *flags]
     pretrain += ["--max_steps", str(args.molecules // batch), "--per_device_train_batch_size", str(batch)]
     pretrain += ["--lr_scheduler_type", "cosine", "--weight_decay", "0.01", "--eval_strategy", "no"]
     pretrain += ["--save_strategy", "no", "--load_best_model_at_end", "false"]
+    tune = ["run_regression.py", "--model_name_or_path", str(folder / "model"), "--pooling", "mean", "--do_train"]
+    tune += ["--do_eval", "--validation_fraction", "0.3", "--seed"]
+    return folder, pretrain, {seed: [*tune, str(seed)] for seed in args.seeds}
+
+
+def run(name, args, threads):
+    """Runs one trial, unless it is finished, and returns its row."""
+    corpus, batch, flags = TRIALS[name]
+    folder, pretrain, tunings = commands(name, args)
+    shape = dict(zip(SHAPE_FIELDS, SHAPES.get(name, ()), strict=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((ROOT / "configs" / "molformer-mini.json").read_text()) | shape
+    (folder / "config.json").write_text(json.dumps(config))
     learned = run_script(pretrain, folder / "model", threads)
-    errors = {}
-    for seed in args.seeds:
-        tune = ["run_regression.py", "--model_name_or_path", str(folder / "model"), "--pooling", "mean"]
-        tune += ["--seed", str(seed), "--validation_fraction", "0.3", "--do_train", "--do_eval"]
-        errors[seed] = run_script(tune, folder / f"regression-{seed}", threads)["eval_mse"]
+    errors = {
+        seed: run_script(tune, folder / f"regression-{seed}", threads)["eval_mse"] for seed, tune in tunings.items()
+    }
     row = {"name": name, "corpus": corpus, "batch": batch, "flags": shlex.join(flags), **shape}
     row |= {"molecules": args.molecules, "seconds": learned["train_runtime"]}
     row |= {key: learned.get(f"eval_{key}") for key in ("masked_accuracy", "descriptor_r2")}
