@@ -27,10 +27,9 @@ import torch
 from torch import nn
 
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "studies"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "studies"))
 
-from common import write_report  # noqa: E402
+from common import ROOT, write_report  # noqa: E402
 from transformers import (  # noqa: E402
     BertConfig,
     BertForSequenceClassification,

@@ -341,7 +341,8 @@ def main(model_args, data_args, peft_args, training_args):
     # Data
     tokenizer = load_tokenizer(model_args)
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
-    parts = select_parts(order_labels(molecules, load_config(model_args), training_args), data_args)
+    config = load_config(model_args)
+    parts = select_parts(order_labels(molecules, config, training_args), data_args)
 
     # Model and trainer
     if peft_args.peft_method != "full" and training_args.do_train:
@@ -350,7 +351,7 @@ def main(model_args, data_args, peft_args, training_args):
         model_args.redraw_features = False
     if training_args.learning_rate is None and data_args.protocol == "default":
         training_args.learning_rate = METHODS[peft_args.peft_method].learning_rate
-    check_split(load_config(model_args), digest, data_args, checkpoint)
+    check_split(config, digest, data_args, checkpoint)
     trainer = build_trainer(
         model_args,
         data_args,

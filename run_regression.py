@@ -139,7 +139,7 @@ def predict_new(model_args, data_args, regression_args, training_args):
 
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import load_model, load_tokenizer, prepare_head
-    from utils_molecules import read_json, write_json
+    from utils_molecules import update_results
     from utils_predict import predict_file, summary_line
 
     plan = plan_members(model_args, training_args, 1, None)
@@ -154,10 +154,7 @@ def predict_new(model_args, data_args, regression_args, training_args):
     logger.info("%s", summary_line(report))
     if not to_output:
         if training_args.should_save:
-            old = read_json(output_dir / "all_results.json")
-            kept = {name: value for name, value in old.items() if not name.startswith("predict_")}
-            write_json(report, output_dir / "predict_results.json")
-            write_json(kept | report, output_dir / "all_results.json")
+            update_results(output_dir, "predict", report)
         end_writing(training_args)
 
 

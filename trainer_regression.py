@@ -47,9 +47,9 @@ from utils_molecules import (
     label_metrics,
     label_names,
     labels_of,
-    read_json,
     regression_metrics,
     to_text,
+    update_results,
     write_csv,
     write_json,
     write_text,
@@ -407,10 +407,10 @@ class MolformerTrainer(Trainer):
         """Saves metrics as the library does, but every file whole or not at all."""
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
-        write_json(metrics, folder / f"{split}_results.json")
         if combined:
-            write_json({**read_json(folder / "all_results.json"), **metrics}, folder / "all_results.json")
+            update_results(self.args.output_dir, split, metrics)
+        else:
+            write_json(metrics, Path(self.args.output_dir) / f"{split}_results.json")
 
     def _save(self, output_dir=None, state_dict=None):
         folder = Path(output_dir or self.args.output_dir)

@@ -726,6 +726,14 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def update_results(folder, split, metrics):
+    """Writes metrics to `{split}_results.json`, and to all_results.json in place of older ones of this split."""
+    folder = Path(folder)
+    kept = {k: v for k, v in read_json(folder / "all_results.json").items() if not k.startswith(f"{split}_")}
+    write_json(metrics, folder / f"{split}_results.json")
+    write_json(kept | metrics, folder / "all_results.json")
+
+
 def write_csv(frame, path):
     """Writes a CSV whole or not at all."""
     write_text(frame.to_csv(index=False, lineterminator="\n"), path)

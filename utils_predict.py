@@ -353,8 +353,8 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
             raise InputError(f"{broken} predictions are not finite: the checkpoint is broken. Use another one.")
         members = values.reshape(len(usable), num_forms + 1, *values.shape[1:]).transpose(2, 0, 1, 3)
         prediction, spreads = summarize_predictions(list(members))
-        known = measured_labels(piece, labels)[usable]
-        measured.append(np.stack([prediction, known]))
+        if any(labels):
+            measured.append(np.stack([prediction, measured_labels(piece, labels)[usable]]))
         for number, end in enumerate(ends):
             for name, numbers in {"prediction": prediction, **spreads}.items():
                 column = pd.Series(numbers[:, number], index=usable, dtype=float)

@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+import peft_comparison
+import table1
 from common import ROOT, interval, with_interval, write_report
 
 
@@ -23,11 +25,10 @@ from utils_influence import PAPER_LOSSES  # noqa: E402
 
 
 TABLE_1 = {  # test MSE, MAE, R² of the paper
-    "regression": ("regression", (0.4827, 0.5359, 0.6733)),
-    "mlm_regression": ("masked language modeling, then regression", (0.4500, 0.5055, 0.6954)),
+    "regression": ("regression", table1.PAPER["regression"]),
+    "mlm_regression": ("masked language modeling, then regression", table1.PAPER["mlm_regression"]),
     "selected": ("regression with the molecules that influence chose", None),
 }
-APPENDIX = {"bitfit": (0.8617, 0.884), "ia3": (0.9203, 0.956), "lora": (0.7456, 0.778)}  # test MSE, training loss
 METRICS = ("test_mse", "test_mae", "test_r2")
 
 
@@ -62,7 +63,7 @@ def rows_of(runs):
             paper = PAPER_LOSSES[epoch : epoch + 1]
             found = {"seeds": numbers, "command": runs["influence"]["command"]}
             rows.append(row(found, "2", f"epoch {epoch + 1}", ("loss",), paper))
-    for name, paper in APPENDIX.items():
+    for name, paper in peft_comparison.PAPER.items():
         if name in runs:
             rows.append(row(runs[name], "appendix", name, ("test_mse", "final_train_loss"), paper))
     return rows

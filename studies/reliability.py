@@ -95,11 +95,7 @@ def kill_and_resume(folder, kills, seed):
                 process = start(script, target, "--overwrite_output_dir")
                 errors = process.communicate()[1]
             found = metrics(target) if process.returncode == 0 else {}
-            differing = [
-                name
-                for name in expected
-                if name not in found or abs(found[name] - expected[name]) > 1e-6 + 1e-6 * abs(expected[name])
-            ]
+            differing = [name for name, value in expected.items() if not same(found.get(name), value)]
             rows.append({"script": script, "killed_after": moment, "of": seconds, "differing": differing[:5]})
             rows[-1] |= {
                 "passed": process.returncode == 0 and not differing,
