@@ -27,13 +27,7 @@ name=paper${QUICK:+-quick}
 [ "$MODEL" = $EMBEDDED ] || name=$name-$(basename "$MODEL")
 OUT=${OUT:-outputs/$name}
 [ "$name" = paper ] && RESULTS=${RESULTS:-results} || RESULTS=${RESULTS:-$OUT}
-[ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
 [ "$QUICK" ] && SEEDS=${SEEDS:-0} || SEEDS=${SEEDS:-0 1 2}
-# rates: that of MoLFormer-XL's authors, or the ones that were found on validation for the embedded checkpoint
-case $MODEL in
-*MoLFormer-XL*) RATE=${RATE:-3e-5} ;;
-*) RATE=${RATE:-3e-4} ;;
-esac
 EXTRA=${EXTRA:-}
 INFLUENCE="--controls none random ${EXTERNAL_FILE:+--external_file $EXTERNAL_FILE}"
 if [ "$QUICK" ]; then

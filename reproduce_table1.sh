@@ -21,16 +21,9 @@ SEEDS=${SEEDS:-0 1 2 3 4}
 SPLITS=${SPLITS:-random scaffold}
 ROWS=${ROWS:-regression mlm_regression ensemble from_scratch descriptor_boosting${CHEMPROP:+ chemprop}}
 JOBS=${JOBS:-1}
-[ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
-# The rate of MoLFormer-XL is that of its authors, the other one was found on validation for the embedded checkpoint.
-case $MODEL in
-*MoLFormer-XL*) RATE=${RATE:-3e-5} ;;
-*) RATE=${RATE:-3e-4} ;;
-esac
 RECIPE=${RECIPE:---augment_smiles 1 --predict_augment 10 --num_seeds 5}
-export PYTHON OUT RATE RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
-
 . "$(dirname "$0")/studies/run_once.sh"
+export PYTHON OUT RATE RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
 
 # Trains one cell of the table.
 cell() {

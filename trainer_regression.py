@@ -23,7 +23,7 @@ from rdkit import rdBase
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer, set_seed
+from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerFast, Trainer, set_seed
 from transformers.utils import cached_file
 
 from arguments import (
@@ -62,6 +62,7 @@ UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, pickle.Unpickl
 # `cached_file` then answers `None` for a file that is not there
 QUIET = {name: False for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")}
 QUIET["_raise_exceptions_for_gated_repo"] = False
+SHAPE_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LEARNING_RATES = {"default": 3e-4, "paper": 1e-4}  # the default was found on validation, see the README
 
 
@@ -297,10 +298,18 @@ def check_split(config, digest, data_args, checkpoint=None):
         checkpoint (`str`, *optional*): the folder that an interrupted run goes on from; counts in place of `config`.
         digest (`str`, *optional*): hash of this run's split; `None` for a corpus, which has none.
     Raises:
-        InputError: if the checkpoint's split hash differs from `digest`, unless `--ignore_split_mismatch`.
+        InputError: if the checkpoint's split hash differs from `digest`, unless `--ignore_split_mismatch`; if the
+            interrupted run is that of a model of another shape.
     """
     if checkpoint is not None:
-        config = MolformerConfig.from_pretrained(checkpoint)
+        saved = MolformerConfig.from_pretrained(checkpoint)
+        other = [name for name in SHAPE_FIELDS if getattr(saved, name) != getattr(config, name)]
+        if other:
+            raise InputError(
+                f"{checkpoint} is of a model with {other[0]}={getattr(saved, other[0])}, but this run's has "
+                f"{getattr(config, other[0])}. Resume with the model that the run began with."
+            )
+        config = saved
     known = getattr(config, "split_hash", None)
     if known is None or digest is None or known == digest:
         return
@@ -439,6 +448,15 @@ class RegressionTrainer(MolformerTrainer):
         kwargs.setdefault("compute_metrics", lambda output: label_metrics(output.predictions, output.label_ids, names))
         kwargs.setdefault("data_collator", DataCollatorWithPadding(kwargs["processing_class"]))
         super().__init__(*args, **kwargs)
+        self._check_best_metric()
+
+    def _check_best_metric(self):
+        """Refuses a `--metric_for_best_model` that no evaluation will give, before anything is trained."""
+        wanted = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        numbers = np.indices((2, self.model.config.num_labels))[0].astype(float)  # two molecules that differ
+        known = ["loss", *self.compute_metrics(EvalPrediction(numbers, numbers))]
+        if wanted not in known:
+            raise InputError(f"--metric_for_best_model {wanted} is unknown. Choose one of {', '.join(known)}.")
 
     def _get_num_items_in_batch(self, batch_samples, device):
         # The parent leaves out labels of -100, which is a legal value of a regression label; a missing one is NaN.
@@ -786,7 +804,7 @@ def write_reports(output_dir, parts, members, digest, data_args):
     count = len(next(iter(members.values())))
     model_name = "MoLFormer" if count == 1 else f"{count} MoLFormers"
     metrics = {f"{name}_samples": len(part) for name, part in parts.items()}
-    lines, panels = [], []
+    lines, panels = [], {}
     for number, column in enumerate(label_columns(everything)):
         label = column.removeprefix(LABEL_PREFIX) if column != "label" else ""
         end, shown_name = (f"_{label}", f" {label}") if label else ("", "")
@@ -806,16 +824,15 @@ def write_reports(output_dir, parts, members, digest, data_args):
         test = one[one["split"] == "test"]
         if not len(test) or not (one["split"] == "train").any():
             continue
-        panels.append((label or data_args.label_name, test["prediction"], test["label"]))
+        panels[label or data_args.label_name] = test
         for baseline, predicted in baseline_predictions(one, one["split"].to_numpy()).items():
             values = regression_metrics(predicted[one["split"] == "test"], test["label"])
             lines.append((f"{baseline}{shown_name}", "test", len(test), values))
             metrics |= {f"test_{key}_{baseline}{end}": value for key, value in values.items()}
-        if not label:
-            plot_residuals(test, output_dir / "residuals.png", data_args.label_name)
-            draw_worst_molecules(test, output_dir / "worst_molecules.png")
     if panels:
         plot_parity(panels, output_dir / "parity.png")
+        plot_residuals(panels, output_dir / "residuals.png")
+        draw_worst_molecules(panels, output_dir / "worst_molecules.png")
     table["split"] = everything["split"]
     # as one file, in its order; separate files follow one another
     table = table.sort_values("row", kind="stable") if data_args.test_file is None else table

@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from rdkit import rdBase
 
 from arguments import ARGUMENTS_FILE, EMBEDDED_DATA, ROOT, InputError, as_flags, end_writing, member_folders
-from utils_molecules import parse_smiles, read_json, regression_metrics, write_text
+from utils_molecules import parse_smiles, read_json, regression_metrics, shorten, write_text
 
 
 CARD_FILE = "README.md"
@@ -74,12 +74,13 @@ def plot_parity(panels, path):
     """Draws predicted against measured values of the test set, with the line of perfect prediction.
 
     Args:
-        panels (`list`): for each label its name, predictions (N,) and measured values (N,).
+        panels (`dict[str, pandas.DataFrame]`): for each label test molecules with `label` and `prediction`.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
-    for axes, (name, predictions, labels) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+    for axes, (name, molecules) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        predictions, labels = molecules["prediction"], molecules["label"]
         low, high = min(np.min(labels), np.min(predictions)), max(np.max(labels), np.max(predictions))
         margin = 0.05 * (high - low or 1)
         axes.plot([low - margin, high + margin], [low - margin, high + margin], color="0.6", linewidth=1, zorder=1)
@@ -95,44 +96,58 @@ def plot_parity(panels, path):
     save_figure(figure, path)
 
 
-def plot_residuals(molecules, path, label_name):
+def plot_residuals(panels, path):
     """Draws the errors of the test set against size and measured label, with the mean error of ten like groups.
 
     Args:
-        molecules (`pandas.DataFrame`): with `text`, `label` and `prediction`.
+        panels (`dict[str, pandas.DataFrame]`): for each label test molecules with `text`, `label` and `prediction`.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    errors = (molecules["prediction"] - molecules["label"]).to_numpy()
-    sizes = [parse_smiles(text).GetNumHeavyAtoms() for text in molecules["text"]]
-    values = {"heavy atoms": np.asarray(sizes, dtype=float), f"measured {label_name}": molecules["label"].to_numpy()}
-    for axes, (name, numbers) in zip(figure.subplots(1, 2, sharey=True), values.items(), strict=True):
-        axes.axhline(0, color="0.6", linewidth=1)
-        axes.scatter(numbers, errors, s=8, alpha=0.4, linewidths=0)
-        groups = [rows for rows in np.array_split(np.argsort(numbers, kind="stable"), 10) if len(rows)]
-        means = [(numbers[rows].mean(), errors[rows].mean()) for rows in groups]
-        axes.plot(*zip(*means, strict=True), color="tab:red", marker="o", markersize=4, label="mean of a tenth")
-        axes.set_xlabel(name)
-    figure.axes[0].set_ylabel("predicted minus measured")
+    figure = Figure(figsize=(9, 4 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
+    for row, (label, molecules) in zip(grid, panels.items(), strict=True):
+        errors = (molecules["prediction"] - molecules["label"]).to_numpy()
+        sizes = np.array([parse_smiles(text).GetNumHeavyAtoms() for text in molecules["text"]], dtype=float)
+        for axes, name, numbers in (
+            (row[0], "heavy atoms", sizes),
+            (row[1], f"measured {label}", molecules["label"].to_numpy()),
+        ):
+            axes.axhline(0, color="0.6", linewidth=1)
+            axes.scatter(numbers, errors, s=8, alpha=0.4, linewidths=0)
+            groups = [rows for rows in np.array_split(np.argsort(numbers, kind="stable"), 10) if len(rows)]
+            means = [(numbers[rows].mean(), errors[rows].mean()) for rows in groups]
+            axes.plot(*zip(*means, strict=True), color="tab:red", marker="o", markersize=4, label="mean of a tenth")
+            axes.set_xlabel(name)
+        row[0].set_ylabel(f"predicted minus measured {label}")
     figure.axes[0].legend(frameon=False)
     save_figure(figure, path)
 
 
-def draw_worst_molecules(molecules, path, count=12):
-    """Draws the molecules with the largest errors, worst first, each with row, measured and predicted label."""
+def draw_worst_molecules(panels, path, count=12):
+    """Draws the molecules with the largest errors, worst first, each with row, measured and predicted label.
+
+    Args:
+        panels (`dict[str, pandas.DataFrame]`): for each label test molecules with `row`, `text`, `label` and
+            `prediction`; several labels share the `count`, each in lines of its own.
+    """
     from rdkit.Chem.Draw import rdMolDraw2D
 
-    worst = (molecules["prediction"] - molecules["label"]).abs().nlargest(count).index
-    shown = molecules.loc[worst]
-    columns = min(4, len(shown))
-    drawer = rdMolDraw2D.MolDraw2DCairo(300 * columns, 250 * -(-len(shown) // columns), 300, 250)
-    drawer.drawOptions().legendFontSize = 18
-    legends = [
-        f"row {row}: measured {label:.2f}, predicted {prediction:.2f}"
-        for row, label, prediction in zip(shown["row"], shown["label"], shown["prediction"], strict=True)
-    ]
-    drawer.DrawMolecules([parse_smiles(text) for text in shown["text"]], legends=legends)
+    columns = 4
+    drawn, legends = [], []
+    for name, molecules in panels.items():
+        most = columns * -(-count // (columns * len(panels)))
+        shown = molecules.loc[(molecules["prediction"] - molecules["label"]).abs().nlargest(most).index]
+        which = f"{shorten(name, 12)}, " if len(panels) > 1 else ""
+        for row, text, label, prediction in shown[["row", "text", "label", "prediction"]].itertuples(index=False):
+            drawn.append(parse_smiles(text))
+            legends.append(f"{which}row {row}: measured {label:.2f}, predicted {prediction:.2f}")
+        while len(drawn) % columns:  # the next label begins a line
+            drawn.append(None)
+            legends.append("")
+    drawer = rdMolDraw2D.MolDraw2DCairo(300 * columns, 250 * (len(drawn) // columns), 300, 250)
+    drawer.drawOptions().legendFontSize = 18 if len(panels) == 1 else 14
+    drawer.DrawMolecules(drawn, legends=legends)
     drawer.FinishDrawing()
     temporary = Path(path).with_suffix(".part.png")
     temporary.write_bytes(drawer.GetDrawingText())

@@ -1,6 +1,14 @@
-# Sourced by the chains of runs: `run FOLDER SCRIPT FLAGS…` runs a script into a folder. Nothing is done if the same
-# command, with the same models and files, has finished there; an interrupted run continues; another one is replaced.
-# Needs PYTHON and OUT; the command and the log stand beside the folder.
+# Sourced by the chains of runs, which have set MODEL and OUT. Sets PYTHON and RATE where the user has not: the rate of
+# MoLFormer-XL is that of its authors, the other one was found on validation for the embedded checkpoint.
+[ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
+case $MODEL in
+*MoLFormer-XL*) RATE=${RATE:-3e-5} ;;
+*) RATE=${RATE:-3e-4} ;;
+esac
+
+# `run FOLDER SCRIPT FLAGS…` runs a script into a folder. Nothing is done if the same command, with the same models and
+# files, has finished there; an interrupted run continues; another one is replaced. The command and the log stand beside
+# the folder.
 run() {
     target=$1
     shift

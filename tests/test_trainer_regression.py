@@ -13,6 +13,7 @@ from trainer_regression import (
     RegressionTrainer,
     augment,
     build_tokenizer,
+    check_split,
     load_model,
     load_tokenizer,
     summarize_predictions,
@@ -231,3 +232,18 @@ def test_predictions_are_summarized_over_members_and_forms():
     assert spreads["augment_sd"] == pytest.approx(np.array([[3 / 2**0.5]]))  # of 1.5 and 4.5
     mean, spreads = summarize_predictions([np.array([[[1.0, 5.0]], [[2.0, 6.0]]])])
     assert mean.tolist() == [[1.0, 5.0], [2.0, 6.0]] and spreads == {}
+
+
+def test_unknown_metric_for_the_best_model_is_refused_before_training(tiny_checkpoint, molecules, tmp_path):
+    for name in ("mae", "eval_spearman", "loss"):
+        make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model=name))
+    with pytest.raises(InputError, match="accuracy is unknown. Choose one of loss, mse, rmse"):
+        make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model="accuracy"))
+
+
+def test_run_of_a_model_of_another_shape_is_not_resumed(tiny_checkpoint):
+    config = MolformerConfig.from_pretrained(tiny_checkpoint)
+    check_split(config, None, None, tiny_checkpoint)
+    config.num_hidden_layers += 1
+    with pytest.raises(InputError, match="num_hidden_layers=2, but this run's has 3"):
+        check_split(config, None, None, tiny_checkpoint)

@@ -19,10 +19,17 @@ import run_mlm
 import run_peft
 import run_regression
 import utils_report
-from arguments import InputError, parse_arguments
+from arguments import EMBEDDED_DATA, InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import build_tokenizer
-from utils_report import files_to_push, metrics_table, plot_losses, plot_parity
+from utils_report import (
+    draw_worst_molecules,
+    files_to_push,
+    metrics_table,
+    plot_losses,
+    plot_parity,
+    plot_residuals,
+)
 
 
 @pytest.mark.parametrize("scale", [1, 10_000], ids=["logD", "labels in the hundreds"])
@@ -48,18 +55,36 @@ def colored(path):
     """Share of the pixels of a PNG that are neither white, black nor gray."""
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert min(image.size) > 300
+        assert min(image.size) >= 250
         pixels = np.asarray(image.convert("RGB")).astype(int)
     return (np.ptp(pixels, axis=2) > 40).mean()
 
 
+def some_molecules(count):
+    """Test molecules with labels, and predictions that are off by noise."""
+    table = pd.read_csv(EMBEDDED_DATA, nrows=count).rename(columns={"SMILES": "text"})
+    noise = np.random.default_rng(0).normal(size=count)
+    return table.assign(row=np.arange(count), prediction=table["label"] + noise)
+
+
 @pytest.mark.parametrize("count", [1, 200])
 def test_the_parity_plot_shows_its_points(tmp_path, count):
-    labels, noise = np.random.default_rng(0).normal(size=(2, count))
-    predictions = labels + noise
-    plot_parity([("logD7.4", predictions, labels)], tmp_path / "parity.png")
+    plot_parity({"logD7.4": some_molecules(count)}, tmp_path / "parity.png")
     assert colored(tmp_path / "parity.png") > 1e-5 * count
     assert [file.name for file in tmp_path.iterdir()] == ["parity.png"]
+
+
+@pytest.mark.parametrize("draw", [plot_residuals, draw_worst_molecules])
+@pytest.mark.parametrize("count", [1, 5, 200])
+def test_residuals_and_worst_molecules_are_drawn_for_each_label(tmp_path, draw, count):
+    panels, shown = {}, []
+    for name in ("first", "second"):
+        panels[name] = some_molecules(count)
+        draw(panels, tmp_path / f"{name}.png")
+        shown.append(Image.open(tmp_path / f"{name}.png").size[1])
+        assert colored(tmp_path / f"{name}.png") > 1e-4
+    assert shown[1] > shown[0]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["first.png", "second.png"]
 
 
 def test_the_loss_plot_shows_both_curves(tmp_path):
