@@ -16,6 +16,7 @@ time (LiSSA), JMLR 18 (2017), https://arxiv.org/abs/1602.03943. Shape letters: B
 parameters, R repeats, N molecules.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -102,7 +103,7 @@ class InfluenceArguments:
         default=None, metadata={"help": "What is added to the curvature. Default: by --relative_damping."}
     )
     relative_damping: float = field(
-        default=0.01, metadata={"help": "Damping as a share of the largest eigenvalue of the curvature."}
+        default=0.03, metadata={"help": "Damping as a share of the largest eigenvalue of the curvature."}
     )
     scale: str = field(
         default="auto",
@@ -168,6 +169,8 @@ class InfluenceArguments:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name} is {value}; give a positive number.")
+        if self.tolerance is not None and self.tolerance >= 1:
+            raise ValueError(f"--tolerance is {self.tolerance}; give a number below 1, the residual of no solution.")
         for name in ("pool_noise", "tail_fraction", "fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; give a number from 0 to 1.")
@@ -265,24 +268,35 @@ def scores_by_gradients(residuals, params, direction):
     """Returns the same from the gradient of every molecule, one after the other: the reference, and slower."""
     leaves = leaves_of(params)
     losses = molecule_losses(residuals, leaves)
-    return torch.stack([flat_gradient(loss, leaves, retain_graph=True) @ direction for loss in losses])
+    return torch.stack([flat_gradient(loss, leaves, retain_graph=len(losses) > 1) @ direction for loss in losses])
 
 
 SCORES = {"jvp": scores_by_jvp, "per_sample_gradient": scores_by_gradients}
 
 
-def largest_eigenvalue(product, vector, steps=20):
-    """Returns the eigenvalue of largest size of a symmetric matrix, by power iteration from a vector (P,).
+def extreme_eigenvalues(product, vector, steps=20):
+    """Returns about the smallest and the largest eigenvalue of a symmetric matrix, by Lanczos from a vector (P,).
+
+    Both ends settle first (Lanczos 1950, https://doi.org/10.6028/jres.045.026); three vectors are in memory. Rounding
+    lets eigenvalues come twice, which moves no end.
 
     Args:
         product (`Callable`): maps a vector (P,) to the matrix times it.
     """
-    eigenvalue = 0.0
+    vector = vector / vector.norm()
+    before, beta, diagonal, beside = torch.zeros_like(vector), 0.0, [], []
     for _ in range(steps):
-        vector = vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)
-        image = product(vector)
-        eigenvalue, vector = float(image @ vector), image
-    return eigenvalue
+        image = product(vector) - beta * before
+        diagonal.append(float(image @ vector))
+        image = image - diagonal[-1] * vector
+        beta = float(image.norm())
+        beside.append(beta)
+        if beta <= 10 * torch.finfo(vector.dtype).eps * max(map(abs, diagonal)):
+            break  # what has been seen is an invariant subspace
+        before, vector = vector, image / beta
+    tridiagonal = np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1)
+    values = np.linalg.eigvalsh(tridiagonal)
+    return float(values[0]), float(values[-1])
 
 
 @dataclass
@@ -343,38 +357,50 @@ def lissa_inverse_hvp(
     return torch.stack(state.answers)
 
 
-def conjugate_gradient_inverse_hvp(hvp, vector, *, damping, tolerance, max_steps, on_step=None):
+@dataclass
+class CgState:
+    """Where conjugate gradients stand: the answer so far, its residual, the next direction, each (P,)."""
+
+    answer: torch.Tensor
+    residual: torch.Tensor
+    direction: torch.Tensor
+    step: int = 0
+
+
+def conjugate_gradient_inverse_hvp(hvp, vector, *, damping, tolerance, max_steps, state=None, on_step=None):
     """Solves (C + damping * I) x = vector by conjugate gradients (Hestenes and Stiefel 1952), from x = 0.
 
     Args:
         hvp (`Callable`): maps a vector (P,) to C times it, always with the same symmetric C.
         tolerance (`float`): stops when |vector - (C + damping I) x| is below `tolerance` times |vector|.
-        on_step (`Callable`, *optional*): called with step and relative residual after every step.
+        state (`CgState`, *optional*): where an earlier call was stopped.
+        on_step (`Callable`, *optional*): called with the state after every step.
     Returns:
         `torch.Tensor` of shape (P,).
     Raises:
         FloatingPointError: if C + damping * I is met with a direction in which it is not positive.
     """
-    answer, residual = torch.zeros_like(vector), vector
-    direction, square = vector, float(vector @ vector)
-    target = tolerance * math.sqrt(square)
-    for step in range(1, max_steps + 1):
-        if math.sqrt(square) <= target:
-            break
+    if state is None:
+        state = CgState(torch.zeros_like(vector), vector, vector)
+    target, square = (tolerance * float(vector.norm())) ** 2, float(state.residual @ state.residual)
+    while state.step < max_steps and square > target:
+        direction = state.direction
         image = hvp(direction) + damping * direction
         curvature = float(direction @ image)
         if not curvature > 0:
             raise FloatingPointError(
-                f"Conjugate gradients met curvature {curvature / float(direction @ direction):.2e} at step {step}: "
-                f"the matrix with damping={damping:.4g} is not positive. Raise --damping, or use --curvature ggn."
+                f"Conjugate gradients met curvature {curvature / float(direction @ direction):.2e} at step "
+                f"{state.step + 1}: the matrix with damping={damping:.4g} is not positive. Raise --damping, or use "
+                "--curvature ggn."
             )
-        answer = answer + (square / curvature) * direction
-        residual = residual - (square / curvature) * image
-        square, before = float(residual @ residual), square
-        direction = residual + (square / before) * direction
+        state.answer = state.answer + (square / curvature) * direction
+        state.residual = state.residual - (square / curvature) * image
+        square, before = float(state.residual @ state.residual), square
+        state.direction = state.residual + (square / before) * direction
+        state.step += 1
         if on_step is not None:
-            on_step(step, math.sqrt(square / float(vector @ vector)))
-    return answer
+            on_step(state)
+    return state.answer
 
 
 # ------------------------------------------------------------------------------- a model on molecules, in N processes
@@ -429,6 +455,13 @@ class MoleculeProblem:
 
         return residuals
 
+    def keep_states(self, molecules):
+        """Computes once what the head reads of molecules, so that no later batch depends on what came before it."""
+        if self.states is not None:
+            order = np.argsort(molecules["length"].to_numpy(), kind="stable")
+            for start in range(0, len(order), self.chunk_size):
+                self.pooled_states(molecules.iloc[order[start : start + self.chunk_size]])
+
     @torch.no_grad()
     def pooled_states(self, molecules):
         """Returns what the head reads of each molecule, shape (B, C), kept for the next call while there is room."""
@@ -440,12 +473,13 @@ class MoleculeProblem:
             self.states |= dict(zip(keys, pooled, strict=True))
         return torch.stack([self.states[key] for key in keys])
 
-    def chunks(self, molecules):
+    def chunks(self, molecules, chunk_size=None):
         """Yields positions and rows of this process's share of the molecules, those of like length together."""
+        chunk_size = chunk_size or self.chunk_size
         order = np.argsort(molecules["length"].to_numpy(), kind="stable")
         share = order[self.process.process_index :: self.process.num_processes]
-        for start in range(0, len(share), self.chunk_size):
-            positions = share[start : start + self.chunk_size]
+        for start in range(0, len(share), chunk_size):
+            positions = share[start : start + chunk_size]
             yield positions, molecules.iloc[positions]
 
     def mean(self, function, molecules, *args):
@@ -466,7 +500,9 @@ class MoleculeProblem:
     def each(self, function, molecules, *args):
         """Returns a number of each molecule, shape (N,): what `function` returns for the batch."""
         total = torch.zeros(len(molecules), device=self.model.device)
-        for positions, rows in self.chunks(molecules):
+        # a gradient of one molecule of many would run back through all of them
+        chunk_size = 1 if function is scores_by_gradients else None
+        for positions, rows in self.chunks(molecules, chunk_size):
             total[torch.as_tensor(positions, device=total.device)] = function(
                 self.residuals(rows), self.params, *args
             ).detach()
@@ -549,33 +585,31 @@ def measure_curvature(problem, fixed, batches, influence_args, show_progress):
     size = sum(tensor.numel() for tensor in problem.params.values())
     start = torch.randn(size, generator=torch.Generator().manual_seed(batches.seed)).to(problem.model.device)
     hessian, lissa = influence_args.curvature == "hessian", influence_args.ihvp == "lissa"
-    with tqdm(total=20 + 50 * lissa + 20 * hessian, desc="Largest eigenvalues", disable=not show_progress) as bar:
+    with tqdm(total=20 + 50 * lissa, desc="Largest eigenvalues", disable=not show_progress) as bar:
 
-        def measure(molecules, steps, shift=0.0):
+        def measure(molecules, steps):
             def product(vector):
                 bar.update()
-                return problem.curvature(molecules, vector) - shift * vector
+                return problem.curvature(molecules, vector)
 
-            return largest_eigenvalue(product, start, steps) + shift
+            return extreme_eigenvalues(product, start, steps)
 
-        values = {"largest_eigenvalue": measure(fixed, 20)}
+        smallest, largest = measure(fixed, 20)
+        values = {"largest_eigenvalue": largest} | ({"smallest_eigenvalue": smallest} if hessian else {})
         if lissa:
-            values["largest_eigenvalue_of_batches"] = [measure(batches.draw(), 10) for _ in range(5)]
-        if hessian:  # of the Hessian minus its largest eigenvalue, the one of largest size is the smallest
-            values["smallest_eigenvalue"] = measure(fixed, 20, shift=abs(values["largest_eigenvalue"]))
-    largest = abs(values["largest_eigenvalue"])
-    damping = influence_args.damping or influence_args.relative_damping * largest
+            values["largest_eigenvalue_of_batches"] = [max(map(abs, measure(batches.draw(), 10))) for _ in range(5)]
+    damping = influence_args.damping or influence_args.relative_damping * max(largest, -smallest)
     if not damping > 0:
         raise InputError("The curvature is zero: none of the chosen parameters changes a prediction. Pass --damping.")
-    if hessian and values["smallest_eigenvalue"] + damping <= 0:
+    if hessian and smallest + damping <= 0:
         logger.warning(
             "The Hessian has eigenvalues down to %.3g, and damping is %.3g: the scores mean little. Pass --damping "
             "%.2g or more, or --curvature ggn.",
-            values["smallest_eigenvalue"], damping, -1.1 * values["smallest_eigenvalue"],
+            smallest, damping, -1.1 * smallest,
         )  # fmt: skip
     values["damping"] = damping
     if lissa:
-        automatic = 1.5 * max(map(abs, values["largest_eigenvalue_of_batches"])) + damping
+        automatic = 1.5 * max(values["largest_eigenvalue_of_batches"]) + damping
         values["scale"] = automatic if influence_args.scale == "auto" else float(influence_args.scale)
     return values
 
@@ -585,41 +619,47 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
 
     Args:
         train (`pandas.DataFrame`): molecules whose mean loss has the curvature C.
-        state_file (`Path`, *optional*): where an interrupted LiSSA run is kept, and continued from.
+        state_file (`Path`, *optional*): where an interrupted solution is kept, and continued from.
     Raises:
         InputError: if LiSSA diverges, or conjugate gradients meet negative curvature.
     """
     report = {"ihvp": influence_args.ihvp, "curvature": influence_args.curvature, "parameters": len(gradient)}
     if influence_args.ihvp == "identity":
         return gradient[None], report
+    problem.keep_states(train)
     batches = RandomBatches(problem, train, influence_args.hessian_batch_size, seed)
     fixed = train.sample(min(FIXED_MOLECULES, len(train)), random_state=seed)
-    report |= measure_curvature(problem, fixed, batches, influence_args, show_progress)
+    file = StateFile(state_file, settings_key(problem, train, influence_args, seed), gradient)
+    gradient = file.gradient
+    if "measured" not in file.values:
+        measured = measure_curvature(problem, fixed, batches, influence_args, show_progress)
+        file.save({}, measured=measured, position=batches.position, trace=[])
+    report |= file.values["measured"]
+    batches.position, damping = file.values["position"], report["damping"]
 
-    def residual(answer):
-        left = problem.curvature(fixed, answer) + report["damping"] * answer - gradient
+    def residual(answer, molecules):
+        left = problem.curvature(molecules, answer) + damping * answer - gradient
         return float(left.norm() / gradient.norm())
 
     try:
         if influence_args.ihvp == "cg":
-            answers, trace = run_conjugate_gradients(
-                lambda vector: problem.curvature(train, vector),
-                gradient,
-                report["damping"],
-                influence_args,
-                show_progress,
+            answers = solve_by_conjugate_gradients(
+                lambda vector: problem.curvature(train, vector), gradient, damping, influence_args, file, show_progress
             )
-            report["residual"] = trace[-1]["residual"] if trace else 0.0
         else:
             report |= {"implicit_damping": report["scale"] / max(influence_args.recursion_depth, 1)}
             report |= {name: getattr(influence_args, name) for name in LISSA_SETTINGS}
-            answers, trace = run_lissa(batches, gradient, report, residual, state_file, show_progress)
-            report["residual"] = residual(answers.mean(dim=0))
+            answers = solve_by_lissa(
+                batches, gradient, report, lambda answer: residual(answer, fixed), file, show_progress
+            )
     except FloatingPointError as error:
-        raise InputError(str(error)) from error
-    report["trace"] = trace
-    solved = report["residual"] <= influence_args.tolerance
-    report["converged"] = solved and report.get("smallest_eigenvalue", 0.0) + report["damping"] > 0
+        more = " Or use --curvature ggn." if influence_args.curvature == "hessian" else ""
+        raise InputError(f"{error}{more if influence_args.ihvp == 'lissa' else ''}") from error
+    report |= {"residual": residual(answers.mean(dim=0), train), "tolerance": influence_args.tolerance}
+    report["trace"] = file.values["trace"]
+    # conjugate gradients stop by a residual that they carry along, which in float32 is not quite the true one
+    solved = report["residual"] <= influence_args.tolerance * (2 if influence_args.ihvp == "cg" else 1)
+    report["converged"] = solved and report.get("smallest_eigenvalue", 0.0) + damping > 0
     if not solved:
         logger.warning(
             "Not converged: the relative residual is %.3g, --tolerance %.3g. Raise --recursion_depth or --damping%s.",
@@ -630,15 +670,27 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
     return answers, report
 
 
-def run_conjugate_gradients(product, gradient, damping, influence_args, show_progress):
-    """Returns the solution, shape (1, P), and residuals by step; `product` is that of all training molecules."""
-    trace = []
-    with tqdm(total=influence_args.recursion_depth, desc="Conjugate gradients", disable=not show_progress) as bar:
+def solve_by_conjugate_gradients(product, gradient, damping, influence_args, file, show_progress):
+    """Returns the solution, shape (1, P).
 
-        def on_step(step, relative):
-            trace.append({"step": step, "residual": relative})
+    Args:
+        product (`Callable`): maps a vector (P,) to the curvature of all training molecules times it.
+        file (`StateFile`): continued from, and written every fifth step.
+    """
+    vectors, trace = file.vectors, file.values["trace"]
+    names = ("answer", "residual", "direction")
+    state = CgState(*(vectors[name] for name in names), file.values["step"]) if vectors else None
+    done = file.values["step"] if vectors else 0
+    with tqdm(
+        total=influence_args.recursion_depth, initial=done, desc="Conjugate gradients", disable=not show_progress
+    ) as bar:
+
+        def on_step(state):
+            trace.append({"step": state.step, "residual": float(state.residual.norm() / gradient.norm())})
             bar.update()
-            bar.set_postfix(residual=f"{relative:.1e}")
+            bar.set_postfix(residual=f"{trace[-1]['residual']:.1e}")
+            if state.step % 5 == 0:
+                file.save({name: getattr(state, name) for name in names}, step=state.step, trace=trace)
 
         answer = conjugate_gradient_inverse_hvp(
             product,
@@ -646,41 +698,42 @@ def run_conjugate_gradients(product, gradient, damping, influence_args, show_pro
             damping=damping,
             tolerance=influence_args.tolerance,
             max_steps=influence_args.recursion_depth,
+            state=state,
             on_step=on_step,
         )
-    return answer[None], trace
+    return answer[None]
 
 
-def run_lissa(batches, gradient, settings, residual, state_file, show_progress):
-    """Returns the solutions of all repeats, shape (R, P), and norm and residual at ten points of each.
+def solve_by_lissa(batches, gradient, settings, residual, file, show_progress):
+    """Returns the solutions of all repeats, shape (R, P).
 
     Args:
         settings (`dict`): `damping`, `scale` and `LISSA_SETTINGS` by name.
-        residual (`Callable`): maps a solution to its relative residual.
-        state_file (`Path`, *optional*): continued from if it is of the same settings, and written ten times a repeat.
+        residual (`Callable`): maps a solution to its relative residual; asked five times a repeat.
+        file (`StateFile`): continued from, and written as often.
     """
     depth, repeats, scale = settings["recursion_depth"], settings["num_repeats"], settings["scale"]
-    known = {
-        name: settings[name] for name in ("curvature", "damping", "scale", *LISSA_SETTINGS) if name != "num_repeats"
-    }
-    known |= {"seed": batches.seed, "parameters": list(batches.problem.params)}
-    known |= {"molecules": list(zip(batches.molecules["text"], batches.molecules["label"], strict=True))}
-    key = hashlib.sha256(json.dumps(known).encode() + gradient.cpu().numpy().tobytes()).hexdigest()
-    state, trace = load_state(state_file, key, gradient)
-    done = len(state.answers) * depth + state.step
-    batches.position += done
+    trace, state = file.values["trace"], None
+    if file.vectors:
+        answers = [file.vectors[f"answer_{number}"] for number in range(len(file.vectors) - 2)]
+        state = LissaState(file.vectors["iterate"], file.vectors["tail"], file.values["step"], answers)
+        done = len(answers) * depth + state.step
+        batches.position += done
+    else:
+        done = 0
     with tqdm(total=repeats * depth, initial=done, desc="LiSSA", disable=not show_progress) as bar:
 
         def on_step(state):
             bar.update()
-            if state.step % max(1, depth // 10) == 0:
+            if state.step % max(1, depth // 5) == 0:
                 answer = state.iterate / scale
                 trace.append({"repeat": len(state.answers), "step": state.step, "norm": float(answer.norm())})
                 trace[-1]["residual"] = residual(answer)
                 bar.set_postfix(norm=f"{trace[-1]['norm']:.2e}", residual=f"{trace[-1]['residual']:.2f}")
-                save_state(state_file, key, state, trace)
+                vectors = {f"answer_{number}": answer for number, answer in enumerate(state.answers)}
+                file.save({"iterate": state.iterate, "tail": state.tail, **vectors}, step=state.step, trace=trace)
 
-        answers = lissa_inverse_hvp(
+        return lissa_inverse_hvp(
             batches,
             gradient,
             damping=settings["damping"],
@@ -690,38 +743,50 @@ def run_lissa(batches, gradient, settings, residual, state_file, show_progress):
             tail_fraction=settings["tail_fraction"],
             state=state,
             on_step=on_step,
-        )[:repeats]
-    save_state(state_file, key, state, trace)
-    return answers, trace
+        )
 
 
-def save_state(path, key, state, trace):
-    """Writes where a LiSSA run stands, whole or not at all; only the first process does."""
-    if path is None or not PartialState().is_main_process:
-        return
-    tensors = {"iterate": state.iterate, "tail": state.tail}
-    tensors |= {f"answer_{number}": answer for number, answer in enumerate(state.answers)}
-    metadata = {"key": key, "step": str(state.step), "trace": json.dumps(trace)}
-    part = Path(path).with_suffix(".part")
-    save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, part, metadata)
-    os.replace(part, path)
+def settings_key(problem, train, influence_args, seed):
+    """Returns a hash of what a solution depends on beside the gradient: settings, parameters, molecules, labels."""
+    names = ("ihvp", "curvature", "damping", "relative_damping", "scale", "tolerance", *LISSA_SETTINGS)
+    settings = [seed, list(problem.params), *(getattr(influence_args, name) for name in names)]
+    molecules = list(zip(train["text"], train["label"], strict=True))
+    return hashlib.sha256(json.dumps([settings, molecules]).encode()).hexdigest()
 
 
-def load_state(path, key, gradient):
-    """Returns the state that `save_state` wrote with the same key and its trace, or those of a new run."""
-    new = LissaState(gradient, torch.zeros_like(gradient)), []
-    if path is None or not Path(path).exists():
-        return new
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        if metadata.get("key") != key:
-            logger.warning("%s is of a run with other settings; LiSSA starts anew", path)
-            return new
-        tensors = {name: file.get_tensor(name).to(gradient.device) for name in file.keys()}  # noqa: SIM118
-    answers = [tensors[f"answer_{number}"] for number in range(len(tensors) - 2)]
-    state = LissaState(tensors["iterate"], tensors["tail"], int(metadata["step"]), answers)
-    logger.info("Going on with LiSSA at step %d of repeat %d", state.step, len(answers) + 1)
-    return state, json.loads(metadata["trace"])
+class StateFile:
+    """What an interrupted solution goes on from: the gradient, `vectors` by name, and `values` as JSON has them.
+
+    A file of other settings, or of a gradient that differs by more than another number of threads explains, is left
+    aside. Without a `path` nothing is kept.
+    """
+
+    def __init__(self, path, key, gradient):
+        self.path, self.key, self.gradient, self.vectors, self.values = path, key, gradient, {}, {}
+        if path is None or not Path(path).exists():
+            return
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            # clones lie aligned in memory as new tensors do, and sums over them have the same bits
+            vectors = {name: file.get_tensor(name).clone().to(gradient.device) for name in file.keys()}  # noqa: SIM118
+        found = vectors.pop("gradient")
+        close = found.shape == gradient.shape and (found - gradient).norm() <= 1e-3 * gradient.norm()
+        if metadata["key"] != key or not close:
+            logger.warning("%s is of a run with other settings; the solution starts anew", path)
+            return
+        self.gradient, self.vectors, self.values = found, vectors, json.loads(metadata["values"])
+        logger.info("Going on from %s", path)
+
+    def save(self, vectors, **values):
+        """Writes vectors and values, whole or not at all; only the first process does."""
+        self.values |= values
+        if self.path is None or not PartialState().is_main_process:
+            return
+        # copies: two of them may be one tensor, which the format refuses
+        tensors = {name: tensor.cpu().clone() for name, tensor in {"gradient": self.gradient, **vectors}.items()}
+        part = Path(self.path).with_suffix(".part")
+        save_file(tensors, part, {"key": self.key, "values": json.dumps(self.values)})
+        os.replace(part, self.path)
 
 
 def score_molecules(problem, external, solutions, gradient, influence_args):
@@ -774,35 +839,48 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     from trainer_regression import peak_memory
     from utils_influence import detection, select_molecules
 
-    started = time.monotonic()
-    torch.backends.cuda.matmul.allow_tf32 = False
+    started, seed = time.monotonic(), training_args.seed
     gradient = problem.gradient(parts[influence_args.score_split])
-    if not float(gradient.norm()) > 0:
+    if not 0 < float(gradient.norm()) < math.inf:
         raise InputError("The gradient of the target loss is zero or not finite: no score can be computed.")
     state_file = Path(training_args.output_dir) / "influence_state.safetensors"
     show_progress = training_args.should_log and not training_args.disable_tqdm
     solutions, solved = inverse_curvature(
-        problem, parts["train"], gradient, influence_args, training_args.seed, state_file, show_progress
+        problem, parts["train"], gradient, influence_args, seed, state_file, show_progress
     )
     table, agreement = score_molecules(problem, external, solutions, gradient, influence_args)
     table["selected"] = select_molecules(table, influence_args)
     report = {
         "sign": SIGN,
+        "training_molecules": len(parts["train"]),
+        "label_std": problem.model.config.label_std,
         "score_split": influence_args.score_split,
         "leakage": influence_args.score_split == "test",
         "influence_params": influence_args.influence_params,
+        "score_mode": influence_args.score_mode,
+        "seed": seed,
         **solved,
         **agreement,
         **detection(table),
         "molecules": len(table),
         "selected": int(table["selected"].sum()),
         "seconds": time.monotonic() - started,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak_memory(),  # of the process so far, with a fine-tuning that it did
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     if report["leakage"]:
         logger.warning("Molecules were chosen by the loss of the test molecules: the test numbers below leak.")
     return table, report
+
+
+@contextlib.contextmanager
+def full_float32():
+    """Has GPUs multiply float32 in float32, as the mathematics needs it, until the block ends."""
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Comparison:
@@ -904,7 +982,8 @@ def main(model_args, data_args, influence_args, training_args):
     model.to(training_args.device)
     chunk_size = training_args.per_device_eval_batch_size
     problem = MoleculeProblem(model, tokenizer, names, chunk_size, influence_args.curvature)
-    table, report = compute_scores(problem, parts, external, influence_args, training_args)
+    with full_float32():
+        table, report = compute_scores(problem, parts, external, influence_args, training_args)
     report |= {"split_hash": digest, "excluded": len(excluded)}
     if training_args.should_save:
         write_influence(output_dir, parts, table, excluded, report)
@@ -921,7 +1000,7 @@ def main(model_args, data_args, influence_args, training_args):
     if training_args.should_save:
         if "selected" in results:
             plot_selection(results, output_dir / "influence_selection.png", data_args.label_name)
-            print(results_table(results))
+            print(results_table(results, report["leakage"]))
             print(losses_table(results["selected"]["eval_losses"]))
         write_json({"influence": report, "results": results}, output_dir / "all_results.json")
         validation = f"--validation_file {output_dir / 'validation.csv'} " if "validation" in parts else ""
@@ -931,8 +1010,8 @@ def main(model_args, data_args, influence_args, training_args):
             f"--test_file {output_dir / 'test.csv'} --output_dir outputs/merged"
         )
         (output_dir / "influence_state.safetensors").unlink(missing_ok=True)
-    model_folder = output_dir / "finetune-selected"
-    finish_run(training_args, "influence", [("", model_folder), ("", output_dir)])
+    models = [("", output_dir / "finetune-selected")] if "selected" in results else []
+    finish_run(training_args, "influence", [*models, ("", output_dir)])
 
 
 def pretrained_arguments(model_args, influence_args, model):
@@ -954,6 +1033,7 @@ def pretrained_arguments(model_args, influence_args, model):
             f"{model_args.model_name_or_path} is fine-tuned, and not from models/molformer-mini: {', '.join(sizes)} "
             "differ. Pass --pretrained_model with the checkpoint that the selection is to be fine-tuned from."
         )
+    logger.info("Models are fine-tuned again from %s; --pretrained_model names another start", source)
     return pretrained_args
 
 

@@ -144,8 +144,8 @@ def write_scores(output_dir, table, excluded):
     names += ("corrupted",)
     scores = table[[name for name in names if name in table]].assign(excluded="")
     left_out = excluded.rename(columns={"reason": "excluded"}).assign(selected=False)
-    columns = ["row", "smiles", "selected", "excluded"]
-    scores = pd.concat([scores, left_out.reindex(columns=columns)], ignore_index=True)
+    scores = pd.concat([scores, left_out], ignore_index=True)
+    scores["rank"] = scores["rank"].astype("Int64")  # those that were left out have none
     write_csv(scores.rename(columns={"smiles": "SMILES"}), output_dir / "influence_scores.csv")
 
 
@@ -228,9 +228,10 @@ def plot_selection(results, path, label_name):
     save_figure(figure, path)
 
 
-def results_table(results):
-    """Returns a text table of the fine-tuned models, one line each."""
-    lines = [f"{'added':<14} {'molecules':>9} {'validation MSE':>15} {'test MSE':>10} {'MAE':>8} {'R²':>8}"]
+def results_table(results, leakage=False):
+    """Returns a text table of the fine-tuned models, one line each; `leakage` says that the test set has chosen."""
+    lines = ["Chosen by the loss of the test molecules: their numbers are optimistic."] if leakage else []
+    lines += [f"{'added':<14} {'molecules':>9} {'validation MSE':>15} {'test MSE':>10} {'MAE':>8} {'R²':>8}"]
     for name, values in results.items():
         numbers = [values.get(key) for key in ("validation_mse", "test_mse", "test_mae", "test_r2")]
         texts = [f"{number:.4f}" if number is not None else "" for number in numbers]

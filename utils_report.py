@@ -316,6 +316,8 @@ def results_section(run):
         for name, row in results.get("results", {}).items():
             texts = [f"{row[f'test_{key}']:.4f}" if f"test_{key}" in row else "" for key in ("mse", "mae", "r2")]
             lines.append(f"| {name} | {row['added']} | {' | '.join(texts)} |")
+        if results.get("influence", {}).get("leakage"):
+            lines += ["", "Molecules were chosen by the loss of the test set, so its numbers are optimistic."]
         return "\n".join(lines)
     rows = []
     for end in run.ends:

@@ -26,14 +26,15 @@ from modeling_molformer_reg import MolformerForRegression
 from run_influence import (
     PRODUCTS,
     SCORES,
+    CgState,
     InfluenceArguments,
     LissaState,
     MoleculeProblem,
     choose_parameters,
     conjugate_gradient_inverse_hvp,
+    extreme_eigenvalues,
     flatten,
     inverse_curvature,
-    largest_eigenvalue,
     lissa_inverse_hvp,
     loss_gradient,
     molecule_losses,
@@ -130,11 +131,22 @@ def test_scores_equal_the_gradients_of_single_molecules(network, mode):
     assert torch.allclose(scores, gradients @ direction, rtol=0, atol=EXACT)
 
 
-def test_power_iteration_finds_the_largest_eigenvalue(matrix):
+def test_lanczos_finds_both_ends_of_the_spectrum(matrix):
     matrix, vector = matrix
-    assert largest_eigenvalue(lambda v: matrix @ v, vector, 50) == pytest.approx(2.0, abs=1e-9)
-    shifted = largest_eigenvalue(lambda v: matrix @ v - 2.0 * v, vector, 2000) + 2.0
-    assert shifted == pytest.approx(0.01, abs=1e-6)
+    smallest, largest = extreme_eigenvalues(lambda v: matrix @ v, vector, 50)
+    assert (smallest, largest) == (pytest.approx(0.01, abs=1e-9), pytest.approx(2.0, abs=1e-9))
+    assert extreme_eigenvalues(lambda v: 0 * v, vector) == (0.0, 0.0)
+
+
+def test_lanczos_finds_a_negative_eigenvalue_beside_many_small_ones():
+    """As a Hessian has them: 1,990 within 0.01 of zero, one negative, a few large. Twenty steps, as in the script."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat([0.01 * torch.rand(1990, generator=generator), torch.tensor([-0.5, 1.0, 3.0, 9.0])])
+    orthogonal, _ = torch.linalg.qr(torch.randn(1994, 1994, generator=generator))
+    start = torch.randn(1994, generator=generator)
+    smallest, largest = extreme_eigenvalues(lambda v: orthogonal @ (values * (orthogonal.T @ v)), start, 20)
+    assert largest == pytest.approx(9.0, rel=1e-3)
+    assert smallest == pytest.approx(-0.5, rel=1e-2)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 5])
@@ -201,6 +213,18 @@ def test_conjugate_gradients_refuse_a_matrix_that_is_not_positive(matrix):
     matrix, vector = matrix
     with pytest.raises(FloatingPointError, match="Raise --damping"):
         conjugate_gradient_inverse_hvp(lambda v: matrix @ v - v, vector, damping=0.05, tolerance=1e-9, max_steps=20)
+
+
+def test_conjugate_gradients_go_on_where_they_were_stopped(matrix):
+    """Reference: the same run without a stop, bit for bit."""
+    matrix, vector = matrix
+    options = {"damping": 0.05, "tolerance": 1e-9}
+    whole = conjugate_gradient_inverse_hvp(lambda v: matrix @ v, vector, **options, max_steps=6)
+    state = CgState(torch.zeros_like(vector), vector, vector)
+    conjugate_gradient_inverse_hvp(lambda v: matrix @ v, vector, **options, max_steps=3, state=state)
+    assert state.step == 3
+    again = conjugate_gradient_inverse_hvp(lambda v: matrix @ v, vector, **options, max_steps=6, state=state)
+    assert torch.equal(again, whole)
 
 
 def test_lissa_goes_on_where_it_was_stopped(matrix):
@@ -379,35 +403,41 @@ def test_predictions_are_those_of_the_model(embedded):
         assert float(predictions[index]) == pytest.approx(float(model(**encoded).logits), abs=1e-5)
 
 
-def test_an_interrupted_lissa_run_goes_on_from_its_file(tiny, tmp_path):
+@pytest.mark.parametrize("solver", ["lissa", "cg"])
+def test_an_interrupted_solution_goes_on_from_its_file(tiny, tmp_path, solver, monkeypatch):
     """Reference: the run without interruption, bit for bit; other settings start anew."""
+    monkeypatch.setattr(run_influence, "FIXED_MOLECULES", 8)
     _, _, molecules = tiny
     train, target = molecules.iloc[:24], molecules.iloc[24:40]
-    influence_args = InfluenceArguments(recursion_depth=10, num_repeats=2, hessian_batch_size=4)
+    options = {"ihvp": solver, "num_repeats": 2, "hessian_batch_size": 4, "relative_damping": 1e-4}
+    influence_args = InfluenceArguments(recursion_depth=10, tolerance=1e-6, **options)
 
     def run(problem, path, args=influence_args):
         return inverse_curvature(problem, train, problem.gradient(target), args, 0, path, show_progress=False)
 
-    whole, report = run(problem_of(tiny, "head"), None)
-    path, broken = tmp_path / "state.safetensors", problem_of(tiny, "head")
-    product, count = broken.curvature, 0
+    whole, report = run(problem_of(tiny, "last_1"), None)
+    path, broken = tmp_path / "state.safetensors", problem_of(tiny, "last_1")
+    product, count, steps = broken.curvature, 0, {"lissa": (4, 14), "cg": (24, 7)}[solver]
 
     def failing(rows, vector):
         nonlocal count
-        count += len(rows) == 4  # a step of LiSSA or of a batch's largest eigenvalue
-        if count == 5 * 10 + 14:
+        count += path.exists() and len(rows) == steps[0]
+        if count == steps[1]:
             raise KeyboardInterrupt
         return product(rows, vector)
 
     broken.curvature = failing
     with pytest.raises(KeyboardInterrupt):
         run(broken, path)
-    assert path.exists()
-    again, again_report = run(problem_of(tiny, "head"), path)
+    going_on, products = problem_of(tiny, "last_1"), []
+    product = going_on.curvature
+    going_on.curvature = lambda rows, vector: products.append(len(rows)) or product(rows, vector)
+    again, again_report = run(going_on, path)
     assert torch.equal(again, whole)
     assert again_report == report
-    other = InfluenceArguments(recursion_depth=5, num_repeats=2, hessian_batch_size=4)
-    anew, expected = (run(problem_of(tiny, "head"), file, other)[0] for file in (path, None))
+    assert 0 < products.count(steps[0]) < {"lissa": 20, "cg": 10}[solver]  # the first ones were not done again
+    other = InfluenceArguments(recursion_depth=5, **options)
+    anew, expected = (run(problem_of(tiny, "last_1"), file, other)[0] for file in (path, None))
     assert torch.equal(anew, expected)
 
 
@@ -431,23 +461,43 @@ def test_parameters_are_chosen_by_name(embedded):
             choose_parameters(model, wanted)
 
 
-def test_a_hessian_with_negative_directions_is_warned_of(tiny, caplog):
+def test_the_damping_that_is_advised_makes_a_hessian_positive(tiny, caplog):
+    """Reference: eigenvalues of the explicit Hessian of a bias and a LayerNorm, which has negative ones."""
     _, _, molecules = tiny
-    problem = problem_of(tiny, "last_1", curvature="hessian")
+    problem = problem_of(tiny, r"layer\.1\.output\.LayerNorm|classifier", curvature="hessian")
     influence_args = InfluenceArguments(curvature="hessian", damping=1e-6, recursion_depth=1, num_repeats=1)
+    train = molecules.iloc[:16]
     with caplog.at_level("WARNING"):
         _, report = inverse_curvature(
-            problem,
-            molecules.iloc[:16],
-            problem.gradient(molecules.iloc[16:32]),
-            influence_args,
-            0,
-            show_progress=False,
+            problem, train, problem.gradient(molecules.iloc[16:32]), influence_args, 0, show_progress=False
         )
-    assert report["smallest_eigenvalue"] < 0
+    size = sum(tensor.numel() for tensor in problem.params.values())
+    matrix = torch.stack([problem.curvature(train, vector) for vector in torch.eye(size)])
+    values = torch.linalg.eigvalsh((matrix + matrix.T).double() / 2)
+    assert values[0] < 0
+    assert report["smallest_eigenvalue"] == pytest.approx(float(values[0]), rel=0.05)
+    assert report["largest_eigenvalue"] == pytest.approx(float(values[-1]), rel=0.05)
     advised = float(caplog.text.split("Pass --damping ")[1].split()[0])
-    assert advised > -report["smallest_eigenvalue"]
+    assert advised > -values[0]
     assert not report["converged"]
+
+
+@pytest.mark.parametrize("solver", ["lissa", "cg"])
+def test_the_verdict_knows_a_solution_of_all_training_molecules(embedded, monkeypatch, solver):
+    """The residual is that of all training molecules, not of the few that it is watched on."""
+    monkeypatch.setattr(run_influence, "FIXED_MOLECULES", 8)
+    _, _, molecules = embedded
+    problem, train, target = problem_of(embedded, "head"), molecules.iloc[:64], molecules.iloc[64:]
+    gradient = problem.gradient(target)
+    options = {"lissa": {"hessian_batch_size": 32}, "cg": {"recursion_depth": 100, "tolerance": 1e-3}}[solver]
+    influence_args = InfluenceArguments(ihvp=solver, **options)
+    solutions, report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)
+    solution = solutions.mean(dim=0)
+    left = problem.curvature(train, solution) + report["damping"] * solution - gradient
+    assert report["residual"] == pytest.approx(float(left.norm() / gradient.norm()), rel=1e-5)
+    assert report["converged"]
+    if solver == "lissa":  # the eight that were watched have another solution
+        assert report["trace"][-1]["residual"] > 2 * report["residual"]
 
 
 # ------------------------------------------------------------------------------------------------------ the script
@@ -527,13 +577,15 @@ def test_the_table_is_consistent(finished_run, small_table):
 def test_the_report_says_how_the_scores_were_computed(finished_run):
     report = json.loads((finished_run / "influence.json").read_text())
     assert "positive" in report["sign"] and report["score_split"] == "validation" and not report["leakage"]
-    assert report["damping"] == pytest.approx(0.01 * report["largest_eigenvalue"])
+    assert report["damping"] == pytest.approx(0.03 * report["largest_eigenvalue"])
     assert report["scale"] == pytest.approx(1.5 * max(report["largest_eigenvalue_of_batches"]) + report["damping"])
     assert report["implicit_damping"] == pytest.approx(report["scale"] / 20)
-    assert len(report["trace"]) == 20 and all(entry["residual"] > 0 for entry in report["trace"])
+    assert len(report["trace"]) == 10 and all(entry["residual"] > 0 for entry in report["trace"])
     assert -1 <= report["agreement_of_ranks"] <= 1 and 0 <= report["auc_influence"] <= 1
     config = json.loads((finished_run / "finetune-none" / "config.json").read_text())
-    assert report["split_hash"] == config["split_hash"]
+    assert report["split_hash"] == config["split_hash"] and report["label_std"] == config["label_std"]
+    splits = json.loads((finished_run / "splits.json").read_text())
+    assert report["training_molecules"] == len(splits["train"])
 
 
 def test_scores_foretell_the_loss_after_a_step(finished_run, small_table, tmp_path, scoring):
@@ -642,6 +694,8 @@ def test_a_killed_run_goes_on_to_the_same_result(flags, finished_run, tmp_path):
     assert results.keys() == {"none", "selected", "all", "random"}
     for name, values in results.items():
         assert values["test_mse"] == pytest.approx(expected[name]["test_mse"], rel=1e-5), name
+    scores = [pd.read_csv(path / "influence_scores.csv")["score"] for path in (folder, finished_run)]
+    assert np.allclose(*scores, rtol=1e-4, atol=1e-6)
 
 
 def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
@@ -730,6 +784,7 @@ def test_the_test_set_as_target_is_called_leakage(scoring, tmp_path, caplog):
         ({"recursion_depth": -1}, "--recursion_depth is -1"),
         ({"controls": ["none", "luck"]}, "--controls luck is unknown. Choose from none, all"),
         ({"tolerance": math.nan}, "--tolerance is nan"),
+        ({"tolerance": 1.0, "ihvp": "cg"}, "--tolerance is 1.0; give a number below 1"),
     ],
 )
 def test_arguments_are_checked(values, message):
