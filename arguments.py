@@ -549,9 +549,7 @@ def _is_complete(folder):
 def clear_run(output_dir):
     """Removes what an earlier run left in `output_dir`, and nothing else. Called when all input was checked."""
     output_dir = Path(output_dir)
-    for folder in output_dir.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", folder.name):
-            shutil.rmtree(folder)
+    remove_checkpoints(output_dir)
     for path in [*_run_pieces(output_dir), output_dir / "merged", output_dir / "to_push"]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -561,13 +559,23 @@ def clear_run(output_dir):
         (output_dir / name).unlink(missing_ok=True)
 
 
-def begin_writing(training_args, checkpoint, source=None):
+def remove_checkpoints(output_dir):
+    """Removes the folders `checkpoint-N` of a run."""
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            shutil.rmtree(folder)
+
+
+def begin_writing(training_args, checkpoint, source=None, replace=None):
     """Prepares the output folder when all input was checked: an old run goes, and the new one is marked unfinished.
 
+    Args:
+        replace (`bool`, *optional*): whether an old run goes; by default if the new one trains and does not resume.
     Raises:
         InputError: if the old run's checkpoints would go, and the model comes from one of them (`source`).
     """
-    replace = checkpoint is None and training_args.do_train
+    if replace is None:
+        replace = checkpoint is None and training_args.do_train
     folder = Path(training_args.output_dir).resolve()
     if replace and source is not None and folder in (Path(source).resolve(), *Path(source).resolve().parents):
         raise InputError(f"--output_dir {training_args.output_dir} would replace {source}. Give another --output_dir.")

@@ -417,13 +417,19 @@ class MoleculeProblem:
         names (`list[str]`): parameters that the loss is a function of; the others are constants.
         chunk_size (`int`): molecules that are computed at once; does not change an answer.
         curvature (`str`): `"ggn"` or `"hessian"`.
+
+    Attributes:
+        keeps_states (`bool`): whether the states below a loss of the head alone are computed once and kept.
     """
+
+    keeps_states = True
 
     def __init__(self, model, tokenizer, names, chunk_size, curvature):
         self.model = model.eval().requires_grad_(False)
         self.params = {name: tensor.detach() for name, tensor in model.named_parameters() if name in set(names)}
         # below a loss that is a function of the head alone, the states are constants, and need computing once
-        self.states = {} if all(name.startswith("classifier.") for name in self.params) else None
+        head_only = all(name.startswith("classifier.") for name in self.params)
+        self.states = {} if head_only and self.keeps_states else None
         self.collator = DataCollatorWithPadding(tokenizer)
         self.chunk_size = chunk_size
         self.curvature_product = PRODUCTS[curvature]
@@ -808,13 +814,13 @@ def score_molecules(problem, external, solutions, gradient, influence_args):
     if len(repeats) > 1:
         table["score_sd"] = repeats.std(axis=0, ddof=1)
     table["gradient_dot"] = problem.each(function, external, gradient).cpu().numpy()
-    table["rank"] = table["score"].rank(ascending=False, method="first").astype(int)
     broken = ~np.isfinite(table[["prediction", "loss", "score", "gradient_dot"]]).all(axis=1)
     if broken.any():
         raise InputError(
             f"The scores of {broken.sum()} molecules are not finite, first at row {table['row'][broken].iloc[0]}: the "
             "checkpoint is broken, or LiSSA diverged. Use another checkpoint, or raise --damping."
         )
+    table["rank"] = table["score"].rank(ascending=False, method="first").astype(int)
     agreement = {
         "agreement_of_solutions": mean_agreement(torch.corrcoef(solutions).cpu().numpy()),
         "agreement_of_ranks": mean_agreement(pd.DataFrame(repeats.T).corr("spearman").to_numpy()),
@@ -968,7 +974,7 @@ def main(model_args, data_args, influence_args, training_args):
     if training_args.do_train and not model.head_is_new:
         start_args = pretrained_arguments(model_args, influence_args, model)
         check_split(load_config(start_args), digest, data_args)
-    begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
+    begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped, replace=checkpoint is None)
     if training_args.should_save:
         known = {"pool": external, "corrupted": external[external["corrupted"]]} if "corrupted" in external else {}
         write_splits(output_dir, {**parts, **known}, digest, data_args)

@@ -36,6 +36,7 @@ from arguments import (
     is_finished,
     last_complete_checkpoint,
     member_folders,
+    remove_checkpoints,
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import (
@@ -62,6 +63,11 @@ UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, pickle.Unpickl
 # `cached_file` then answers `None` for a file that is not there
 QUIET = {name: False for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")}
 QUIET["_raise_exceptions_for_gated_repo"] = False
+# what the result of a training depends on
+TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate num_train_epochs max_steps weight_decay optim
+    per_device_train_batch_size gradient_accumulation_steps world_size train_sampling_strategy lr_scheduler_type
+    warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon bf16 fp16 tf32 eval_strategy eval_steps
+    metric_for_best_model load_best_model_at_end""".split()
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LEARNING_RATES = {"default": 3e-4, "paper": 1e-4}  # the default was found on validation, see the README
 
@@ -704,15 +710,7 @@ def evaluate_regression(trainer):
 
 def _settings_key(model_args, data_args, training_args, parts, digest):
     """Returns a hash of what a fine-tuning depends on: start, molecules, labels and training settings."""
-    names = ("seed", "learning_rate", "head_learning_rate", "num_train_epochs", "max_steps", "weight_decay", "optim")
-    names += (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "bf16",
-    )
-    settings = {name: str(getattr(training_args, name)) for name in names} | {"digest": digest}
+    settings = {name: str(getattr(training_args, name)) for name in TRAINING_SETTINGS} | {"digest": digest}
     settings |= {"start": model_args.model_name_or_path, **model_args.config_overrides()}
     settings |= {"augment": data_args.augment_smiles, "form": data_args.smiles_form}
     labels = {name: sorted(zip(part["text"], part["label"], strict=True)) for name, part in parts.items()}
@@ -750,6 +748,8 @@ def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, di
     trainer.save_metrics("predict", metrics)
     trainer.accelerator.wait_for_everyone()  # the others read what the first process has written
     end_writing(stage_args)
+    if stage_args.should_save:  # a finished stage is not resumed, and they are several times as large as the model
+        remove_checkpoints(folder)
     return json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
 
 
@@ -771,9 +771,9 @@ def summarize_predictions(members):
     return predictions.mean(axis=(0, 2)), spreads
 
 
-def begin_run(training_args, checkpoint, source, dropped):
+def begin_run(training_args, checkpoint, source, dropped, **options):
     """Prepares the output folder as `begin_writing` does, and lists there the molecules that were dropped."""
-    begin_writing(training_args, checkpoint, source)
+    begin_writing(training_args, checkpoint, source, **options)
     if len(dropped) and training_args.should_save:
         write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
 

@@ -325,7 +325,7 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
         message = describe_unusable(bad["reason"], bad["row"], bad["smiles"], len(molecules), source)
         if data_args.invalid_smiles == "error":
             raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
-        logger.warning("%s Dropped; dropped_molecules.csv in the output folder lists them.", message)
+        logger.warning("%s Dropped; a file in the output folder lists them.", message)
         molecules = molecules[molecules["reason"].isna()]
     if not len(molecules):
         raise InputError(f"No molecule of {source} can be used.")

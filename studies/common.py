@@ -82,10 +82,17 @@ def study_parser(description, folder, output):
 
 
 def run_all(run, cells, jobs):
-    """Returns `run(cell, threads)` of all cells, `jobs` at a time, which share the cores."""
+    """Returns `run(cell, threads)` of all cells, `jobs` at a time, which share the cores; without those that fail."""
     threads = max(1, os.cpu_count() // jobs)
+
+    def attempt(cell):
+        try:
+            return run(cell, threads)
+        except subprocess.CalledProcessError as error:
+            print(f"Failed, and left out of the table: {as_text(error.cmd[1:])}. Its log stands beside its folder.")
+
     with ThreadPoolExecutor(jobs) as executor:
-        return list(executor.map(lambda cell: run(cell, threads), cells))
+        return [result for result in executor.map(attempt, cells) if result is not None]
 
 
 def write_report(path, values, jobs=None, unit="logD7.4"):

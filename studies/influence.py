@@ -17,8 +17,9 @@ import numpy as np
 from common import as_text, interval, run_all, run_script, study_parser, with_interval, write_report
 
 
-CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
-MOST = 3  # seeds of the controls after the third
+CONTROLS = ("none", "all", "random")
+MORE_CONTROLS = ("bottom", "smallest_loss", "gradient_dot")
+SEEDS_OF_MORE = 3  # seeds that have these too, and the variant that leaks
 NAMES = {
     "selected": "top-k by influence",
     "none": "none",
@@ -35,7 +36,8 @@ def run(cell, args, threads):
     """Runs one cell (pool, split, seed, variant), unless it is finished, and returns its results."""
     pool, split, seed, leaks = cell
     folder = args.folder / "-".join((pool, split, str(seed), *(["leakage"] if leaks else [])))
-    controls = ["none"] if leaks else CONTROLS[: None if seed in args.seeds[:MOST] else 3]
+    controls = (*CONTROLS, *(MORE_CONTROLS if seed in args.seeds[:SEEDS_OF_MORE] else ()))
+    controls = ["none"] if leaks else controls
     command = ["run_influence.py", "--split", split, "--seed", str(seed)]
     command += ["--controls", *controls, *shlex.split(args.extra)]
     command += ["--external_file", str(Path(args.external_file).resolve())] if pool == "external" else []
@@ -112,14 +114,15 @@ def plot(rows, path):
     from matplotlib.figure import Figure
 
     groups = sorted({(row["pool"], row["split"]) for row in rows})
+    names = [name for name in NAMES if any(r["name"] == name and "selected_minus_this" in r for r in rows)][::-1]
     figure = Figure(figsize=(4.5 * len(groups), 3.2), layout="constrained")
     for axes, group in zip(np.atleast_1d(figure.subplots(1, len(groups), sharey=True)), groups, strict=True):
-        shown = [r for r in rows if (r["pool"], r["split"]) == group and "selected_minus_this" in r][::-1]
-        for height, row in enumerate(shown):
-            mean, half = row["selected_minus_this"]
-            axes.errorbar(mean, height, xerr=half, fmt="o", color="tab:blue", capsize=3)
+        for row in rows:
+            if (row["pool"], row["split"]) == group and row["name"] in names:
+                mean, half = row["selected_minus_this"]
+                axes.errorbar(mean, names.index(row["name"]), xerr=half, fmt="o", color="tab:blue", capsize=3)
         axes.axvline(0, color="0.5", linewidth=1)
-        axes.set_yticks(range(len(shown)), [NAMES[row["name"]] for row in shown])
+        axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
         axes.set_title(f"{group[0]} pool, {group[1]} split", fontsize=10)
         axes.set_xlabel("test MSE: top-k by influence minus this")
     figure.savefig(path, dpi=150)
@@ -134,7 +137,8 @@ def main():
     args = parser.parse_args()
     pools = ["corrupted", *(["external"] if args.external_file else [])]
     cells = [(pool, split, seed, False) for seed in args.seeds for pool in pools for split in args.splits]
-    cells += [(pool, "random", seed, True) for seed in args.seeds[:MOST] for pool in pools if "random" in args.splits]
+    if "random" in args.splits:
+        cells += [(pool, "random", seed, True) for seed in args.seeds[:SEEDS_OF_MORE] for pool in pools]
     runs = run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs)
     rows, detected = summarize(runs), detection_rows(runs)
     write_report(args.output, {"selection": rows, "detection": detected, "runs": runs}, args.jobs)

@@ -7,7 +7,8 @@ on random halves of the training molecules, and correlates their validation and 
 of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186). The scores are of
 run_influence.py for the model that was trained on all: by LiSSA, by conjugate gradients and without the inverse
 curvature; once with all of these parameters, and once with those of the head alone. Writes results/influence_lds.json:
-rank correlations with bootstrap intervals over the halves.
+rank correlations with bootstrap intervals over the halves; and influence_lds.md, their means over the seeds. Finished
+seeds are not repeated.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, interval, write_report
+from common import ROOT, interval, with_interval, write_report
 from scipy import stats
 
 
@@ -34,7 +35,7 @@ from run_influence import (  # noqa: E402
     scores_by_jvp,
 )
 from trainer_regression import load_tokenizer, select_parts  # noqa: E402
-from utils_molecules import load_molecules  # noqa: E402
+from utils_molecules import load_molecules, read_json, write_json  # noqa: E402
 
 
 BATCH, EPOCHS, RATE = 32, 7, 3e-4
@@ -56,9 +57,7 @@ def pad_states(molecules):
 class UpperProblem(MoleculeProblem):
     """The last layer and the head on states that were computed before."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.states = None
+    keeps_states = False
 
     def batch(self, molecules):
         return pad_states(molecules)
@@ -164,6 +163,15 @@ def study_seed(seed, args):
     return rows, measured
 
 
+def to_markdown(summary):
+    """Returns the table of the README."""
+    lines = ["| parameters | loss of | solver | linear datamodeling score |", "| --- | --- | --- | ---: |"]
+    for row in summary:
+        score = with_interval((row["lds"], row["half_width"]))
+        lines.append(f"| {row['params']} | {row['target']} | {row['solver']} | {score} |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "models" / "molformer-mini"), help="pre-trained checkpoint")
@@ -171,19 +179,30 @@ def main():
     parser.add_argument("--subsets", type=int, default=60, help="halves of the training molecules a seed")
     parser.add_argument("--trainings", type=int, default=2, help="trainings of each half, of which the mean is taken")
     parser.add_argument("--molecules", type=int, default=1500, help="most molecules of each part")
+    parser.add_argument("--folder", type=Path, default=ROOT / "work" / "lds", help="where finished seeds are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "influence_lds.json")
     args = parser.parse_args()
     rows, losses = [], {}
     for seed in args.seeds:
-        of_seed, losses[seed] = study_seed(seed, args)
-        rows += of_seed
+        settings = [args.model, args.subsets, args.trainings, args.molecules]
+        file = args.folder / f"seed-{seed}.json"
+        kept = read_json(file)
+        if kept.get("settings") != settings:
+            of_seed, measured = study_seed(seed, args)
+            kept = {"settings": settings, "rows": of_seed, "losses": measured}
+            args.folder.mkdir(parents=True, exist_ok=True)
+            write_json(kept, file)
+        rows += kept["rows"]
+        losses[seed] = kept["losses"]
     keys = dict.fromkeys((row["params"], row["target"], row["solver"]) for row in rows)
     summary = []
     for params, target, solver in keys:
         here = [r["lds"] for r in rows if (r["params"], r["target"], r["solver"]) == (params, target, solver)]
         mean, half = interval(here)
         summary.append({"params": params, "target": target, "solver": solver, "lds": mean, "half_width": half})
-    write_report(args.output, {"summary": summary, "seeds": rows, "losses": losses})
+    write_report(args.output, {"summary": summary, "seeds": rows, "losses": losses}, unit="rank correlation")
+    args.output.with_suffix(".md").write_text(to_markdown(summary))
+    print(to_markdown(summary))
 
 
 if __name__ == "__main__":

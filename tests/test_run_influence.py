@@ -38,6 +38,7 @@ from run_influence import (
     lissa_inverse_hvp,
     loss_gradient,
     molecule_losses,
+    score_molecules,
     unflatten,
 )
 from trainer_regression import build_tokenizer
@@ -482,6 +483,27 @@ def test_the_damping_that_is_advised_makes_a_hessian_positive(tiny, caplog):
     assert not report["converged"]
 
 
+def test_scores_that_are_not_finite_are_refused(tiny):
+    _, _, molecules = tiny
+    problem = problem_of(tiny, "head")
+    gradient = problem.gradient(molecules.iloc[:8])
+    broken = torch.full_like(gradient, math.inf)[None]
+    with pytest.raises(InputError, match="The scores of 4 molecules are not finite, first at row 8"):
+        score_molecules(problem, molecules.iloc[8:12], broken, gradient, InfluenceArguments())
+
+
+def test_damping_may_be_given_and_parameters_must_matter(tiny):
+    _, _, molecules = tiny
+    problem, train = problem_of(tiny, "head"), molecules.iloc[:16]
+    gradient = problem.gradient(train)
+    influence_args = InfluenceArguments(damping=0.25, num_repeats=1, recursion_depth=5)
+    report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)[1]
+    assert report["damping"] == 0.25 and report["scale"] > 0.25
+    problem.curvature = lambda rows, vector: 0 * vector
+    with pytest.raises(InputError, match="The curvature is zero"):
+        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0, show_progress=False)
+
+
 @pytest.mark.parametrize("solver", ["lissa", "cg"])
 def test_the_verdict_knows_a_solution_of_all_training_molecules(embedded, monkeypatch, solver):
     """The residual is that of all training molecules, not of the few that it is watched on."""
@@ -650,6 +672,21 @@ def test_two_processes_give_the_scores_of_one(scoring, tmp_path, run_script):
     assert (one["rank"] == two["rank"]).all()
 
 
+@pytest.mark.slow
+def test_two_processes_fine_tune_score_and_fine_tune_again(flags, finished_run, tmp_path, run_script):
+    """Reference: one process with the same molecules a step; trainings differ by the order of sums and by dropout."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    both = ("--use_cpu", "--per_device_train_batch_size", "8", "--output_dir", tmp_path / "two")
+    result = run_script("run_influence.py", *flags, *both, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads((path / "all_results.json").read_text()) for path in (finished_run, tmp_path / "two"))
+    assert two["results"].keys() == {"none", "selected", "all", "random"}
+    for name, values in two["results"].items():
+        assert values["added"] == one["results"][name]["added"]
+        assert values["test_mse"] == pytest.approx(one["results"][name]["test_mse"], rel=0.1)
+    assert len(pd.read_csv(tmp_path / "two" / "influence_scores.csv")) == 31
+
+
 def test_modes_and_solvers_agree(scoring, tmp_path):
     """jvp and single gradients; conjugate gradients and a long LiSSA run on the whole training set."""
     whole = ("--hessian_batch_size", "1000", "--num_repeats", "1", "--influence_params", "head")
@@ -739,12 +776,23 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
         (("--influence_params", "nowhere"), "matches no parameter"),
         (("--scale", "1e-3"), r"LiSSA diverged: norm .* at step \d+ of 20 with scale=0.001.*Raise --scale"),
         (("--split_seed", "7"), "The checkpoint was trained with another split"),
+        (("--protocol", "paper"), "--protocol paper has no validation molecules"),
+        (("--external_file", "nowhere.csv"), "There is no file nowhere.csv"),
+        (("--ihvp", "cg", "--curvature", "hessian", "--damping", "1e-9"), "is not positive. Raise --damping"),
     ],
 )
 def test_bad_input_is_named(scoring, tmp_path, extra, message):
     with pytest.raises(InputError, match=message):
         call_main(*scoring, *extra, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out" / "influence_scores.csv").exists()
+
+
+def test_several_labels_are_refused(flags, small_table, tmp_path):
+    table = pd.read_csv(small_table)
+    table.assign(other=table["label"]).to_csv(tmp_path / "two.csv", index=False)
+    with pytest.raises(InputError, match="An influence score is of one label"):
+        call_main(*flags, "--train_file", tmp_path / "two.csv", "--label_column", "label", "other",
+                  "--output_dir", tmp_path / "out")  # fmt: skip
 
 
 def test_a_checkpoint_that_knows_the_pool_is_refused(tiny_checkpoint, small_table, tmp_path, run_script):

@@ -8,13 +8,19 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 from arguments import InputError, parse_arguments
+from modeling_molformer_reg import MolformerForRegression
+from trainer_regression import build_tokenizer
 
 
 sys.path.insert(0, str(ROOT / "studies"))
 
+import common  # noqa: E402
+import influence  # noqa: E402
+import influence_lds  # noqa: E402
 import paper_tables  # noqa: E402
 import peers  # noqa: E402
 import ship_checkpoint  # noqa: E402
@@ -213,3 +219,59 @@ def test_the_quick_form_of_the_paper_ends_in_its_tables(tmp_path):
     before = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/all_results.json")}
     subprocess.run([str(ROOT / "reproduce_paper.sh"), "--quick"], env=environment, check=True, timeout=120)
     assert before == {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/all_results.json")}
+
+
+def influence_run(seed, errors, split="random", pool="corrupted", leakage=False):
+    aucs = {"auc_influence": 0.8, "auc_gradient_dot": 0.6, "auc_loss": 0.9}
+    results = {name: {"test_mse": error} for name, error in errors.items()}
+    return {
+        "pool": pool, "split": split, "seed": seed, "leakage": leakage,
+        "results": results, "influence": aucs if pool == "corrupted" else {},
+    }  # fmt: skip
+
+
+def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
+    runs = [influence_run(seed, {"selected": 0.4 + seed / 100, "random": 0.5 + seed / 50}) for seed in (0, 1, 2)]
+    runs += [influence_run(0, {"selected": 0.1, "none": 0.5}, leakage=True)]
+    runs += [influence_run(0, {"selected": 0.6}, pool="external", split="scaffold")]
+    rows = {(row["pool"], row["name"]): row for row in influence.summarize(runs)}
+    assert rows["corrupted", "selected"]["test_mse"] == pytest.approx({0: 0.4, 1: 0.41, 2: 0.42})
+    assert rows["corrupted", "leakage"]["test_mse"] == {0: 0.1}
+    assert ("corrupted", "none") not in rows  # that of the leaking run is not mixed in
+    mean, half = rows["corrupted", "random"]["selected_minus_this"]
+    assert mean == pytest.approx(-0.11) and half == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-3)
+    detected = influence.detection_rows(runs)
+    means = {row["score"]: row["mean"] for row in detected[:3]}
+    assert means == pytest.approx({"influence": 0.8, "gradient_dot": 0.6, "loss": 0.9})
+    text = influence.to_markdown(list(rows.values()), detected)
+    assert "| corrupted | random | random-k | 3 | 0.520 ± 0.050 | -0.110 ± 0.025 |" in text
+    influence.plot(list(rows.values()), tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_the_upper_part_answers_as_the_whole_model(tiny_checkpoint):
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint).eval()
+    molecules = pd.DataFrame({"input_ids": tokenizer(["CCO", "c1ccccc1N", "C"])["input_ids"]})
+    molecules["length"] = molecules["input_ids"].map(len)
+    states = influence_lds.add_states(model, tokenizer, molecules)
+    answers = influence_lds.upper_part(model).eval()(**influence_lds.pad_states(states)).logits
+    batch = tokenizer.pad({"input_ids": molecules["input_ids"].tolist()}, return_tensors="pt")
+    assert torch.allclose(answers, model(**batch).logits, atol=1e-5)
+
+
+def test_the_datamodeling_score_is_a_rank_correlation_with_its_interval():
+    measured = np.random.default_rng(0).normal(size=60)
+    assert influence_lds.correlation(measured**3, measured)["lds"] == pytest.approx(1.0)
+    noisy = influence_lds.correlation(measured + np.random.default_rng(1).normal(size=60), measured)
+    assert noisy["low"] < noisy["lds"] < noisy["high"] < 1
+
+
+def test_a_cell_that_fails_is_left_out_of_a_study(capsys):
+    def run(cell, threads):
+        subprocess.run([sys.executable, "-c", f"raise SystemExit({cell})"], check=True)
+        return cell
+
+    assert common.run_all(run, [0, 3, 0], jobs=2) == [0, 0]
+    assert "Failed, and left out" in capsys.readouterr().out
