@@ -40,6 +40,7 @@ influence-study: $(READY)
 	$(BIN)/python studies/influence_lds.py
 
 peft: $(READY)
+	$(BIN)/python studies/peft_comparison.py --tune
 	$(BIN)/python studies/peft_comparison.py
 
 bench: $(READY)

@@ -166,12 +166,13 @@ class DataTrainingArguments:
             "help": "What plots and card call the label, with its unit. Default: logD7.4, or the column's name."
         },
     )
-    smiles_form: str = field(
-        default="canonical",
+    smiles_form: str | None = field(
+        default=None,
         metadata={
             "choices": ["canonical", "isomeric", "raw"],
             "help": "RDKit-canonical without stereo (as MoLFormer was pre-trained), canonical with it, or as given "
-            "(a corpus is then parsed only for descriptors, atoms and random SMILES).",
+            "(a corpus is then parsed only for descriptors, atoms and random SMILES). Default: that of a fine-tuned "
+            "checkpoint, else canonical.",
         },
     )
     invalid_smiles: str = field(

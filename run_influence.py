@@ -935,12 +935,14 @@ def main(model_args, data_args, influence_args, training_args):
     from trainer_regression import (
         begin_run,
         check_split,
+        find_base,
         load_config,
         load_model,
         load_tokenizer,
         prepare_head,
         select_parts,
         set_learning_rate,
+        settle_smiles_form,
         write_splits,
     )
     from utils_influence import load_external, losses_table, plot_selection, results_table, take_pool, write_influence
@@ -949,6 +951,7 @@ def main(model_args, data_args, influence_args, training_args):
 
     # Data
     tokenizer = load_tokenizer(model_args)
+    settle_smiles_form(load_config(model_args), data_args)
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
     if "label" not in molecules:
         raise InputError("An influence score is of one label. Pass one --label_column.")
@@ -965,7 +968,9 @@ def main(model_args, data_args, influence_args, training_args):
     set_learning_rate(training_args, data_args)
 
     # Model: a fine-tuned one, or the pre-trained one from which it is made
-    model = load_model(MolformerForRegression, model_args, tokenizer, num_labels=1)
+    found = find_base(model_args.model_name_or_path, model_args)
+    sparse = found is not None and found["method"].lower() == "shira"  # its tensors have no forward-mode product
+    model = load_model(MolformerForRegression, model_args, tokenizer, merge=sparse, num_labels=1)
     check_split(model.config, digest, data_args)
     if model.head_is_new and not training_args.do_train:
         prepare_head(model, parts["train"], digest, data_args, training_args)  # says that there is no head

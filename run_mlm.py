@@ -86,7 +86,15 @@ def main(model_args, data_args, mlm_args, training_args):
     checkpoint = setup_run(training_args, data_args)
 
     from modeling_molformer_reg import MolformerForMaskedLM
-    from trainer_regression import MolformerTrainer, begin_run, check_split, load_config, load_model, load_tokenizer
+    from trainer_regression import (
+        MolformerTrainer,
+        begin_run,
+        check_split,
+        load_config,
+        load_model,
+        load_tokenizer,
+        settle_smiles_form,
+    )
     from utils_mlm import (
         PretrainingCollator,
         PretrainingMetrics,
@@ -99,7 +107,9 @@ def main(model_args, data_args, mlm_args, training_args):
 
     # Data, tokenizer and model
     tokenizer = load_tokenizer(model_args)
-    heads = choose_heads(load_config(model_args), mlm_args.parts)
+    config = load_config(model_args)
+    settle_smiles_form(config, data_args)
+    heads = choose_heads(config, mlm_args.parts)
     chosen = {name: value for name, value in heads.items() if value}
     model = load_model(MolformerForMaskedLM, model_args, tokenizer, **chosen)
     check_heads(model, mlm_args.parts, training_args.do_train)

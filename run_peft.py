@@ -7,7 +7,7 @@
 Data, split, head, protocol and outputs are those of run_regression.py. Writes to --output_dir what was trained and
 nothing else (an adapter of PEFT, or the trained parameters beside the name of their base), all_results.json with the
 numbers of trainable parameters, time, memory and size, predictions.csv, splits.json and plots. The folder serves as
---model_name_or_path of every script.
+--model_name_or_path of every script, and is merged into its base where it is trained on.
 
 Ben Zaken et al., BitFit, 2021, https://arxiv.org/abs/2106.10199. Liu et al., (IA)³, 2022,
 https://arxiv.org/abs/2205.05638. Hu et al., LoRA, 2021, https://arxiv.org/abs/2106.09685.
@@ -43,14 +43,24 @@ ALL_LINEAR = LAYER + r"(attention\.self\.(query|key|value)|(attention\.output|in
 
 @dataclass
 class Method:
-    """Defaults of a method: peak learning rate, rank (`None` where it has none), and which modules it adapts."""
+    """Defaults of a method, and what it has.
+
+    Args:
+        rank (`int`, *optional*): `None` where there is none.
+        targets (`str`, *optional*): pattern for the modules that it adapts.
+        alpha (`int`, *optional*): scaling as a multiple of the rank, `None` where there is none.
+        dropout (`bool`): whether there is a dropout before the adapters.
+    """
 
     learning_rate: float
     rank: int | None = None
     targets: str | None = None
     summary: str = ""
+    alpha: int | None = None
+    dropout: bool = False
 
 
+# Ranks give each low-rank method less than 2 % of the embedded checkpoint's parameters.
 METHODS = {
     "full": Method(3e-4, summary="all parameters, the line to beat"),
     "head": Method(3e-3, summary="the regression head alone"),
@@ -60,15 +70,15 @@ METHODS = {
         "factors for keys, values and the inner state of the feed-forward layer",
     ),
     "ln_tuning": Method(3e-3, None, r".*LayerNorm", "weight and bias of every LayerNorm"),
-    "lora": Method(2e-3, 8, ALL_LINEAR, "low-rank updates of every linear layer"),
-    "rslora": Method(1e-3, 8, ALL_LINEAR, "LoRA scaled by 1 / sqrt(rank)"),
-    "dora": Method(2e-3, 8, ALL_LINEAR, "LoRA of directions, with a magnitude for each output"),
-    "pissa": Method(1e-3, 8, ALL_LINEAR, "LoRA that starts from the largest singular vectors"),
-    "vera": Method(1e-2, 256, ALL_LINEAR, "scalings of shared random projections"),
-    "oft": Method(1e-3, 32, ALL_LINEAR, "rotations of the inputs, in blocks of `rank`"),
-    "miss": Method(1e-3, 8, ALL_LINEAR, "one shared shard of each weight matrix"),
-    "hira": Method(2e-3, 8, ALL_LINEAR, "low-rank factors that multiply the weights, element by element"),
-    "shira": Method(1e-3, 8, ALL_LINEAR, "a random sparse part of the weights, as many as LoRA would have"),
+    "lora": Method(2e-3, 4, ALL_LINEAR, "low-rank updates of every linear layer", alpha=2, dropout=True),
+    "rslora": Method(1e-3, 4, ALL_LINEAR, "LoRA scaled by 1 / sqrt(rank)", alpha=2, dropout=True),
+    "dora": Method(2e-3, 4, ALL_LINEAR, "LoRA of directions, with a magnitude for each output", alpha=2, dropout=True),
+    "pissa": Method(1e-3, 4, ALL_LINEAR, "LoRA that starts from the largest singular vectors", alpha=1, dropout=True),
+    "vera": Method(1e-2, 256, ALL_LINEAR, "scalings of shared random projections", dropout=True),
+    "oft": Method(1e-3, 16, ALL_LINEAR, "rotations of the inputs, in blocks of `rank`", dropout=True),
+    "miss": Method(1e-3, 8, ALL_LINEAR, "one shared shard of each weight matrix", dropout=True),
+    "hira": Method(2e-3, 4, ALL_LINEAR, "low-rank factors that multiply the weights element by element", dropout=True),
+    "shira": Method(1e-3, 4, ALL_LINEAR, "a random sparse part of the weights, as many as LoRA would have"),
 }  # fmt: skip
 PLAIN_METHODS = ("full", "head", "bitfit")  # parameters of the model itself; all others are tuners of PEFT
 
@@ -87,7 +97,10 @@ class PeftArguments:
         default=None, metadata={"help": "Rank; of oft the block size. Default: the method's, see the README."}
     )
     peft_alpha: float | None = field(
-        default=None, metadata={"help": "Scaling of LoRA and its kin, divided by the rank. Default: twice the rank."}
+        default=None,
+        metadata={
+            "help": "Scaling of LoRA and its kin, divided by the rank. Default: twice the rank, of pissa the rank."
+        },
     )
     peft_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, where there is one."})
     target_modules: list[str] | None = field(
@@ -119,13 +132,14 @@ class PeftArguments:
             raise ValueError(f"--peft_rank is {self.peft_rank}; give a number from {smallest} up.")
         if self.peft_alpha is not None and not self.peft_alpha > 0:
             raise ValueError(f"--peft_alpha is {self.peft_alpha}; give a positive number.")
-        if self.peft_alpha is not None and self.peft_method not in ("lora", "rslora", "dora", "pissa"):
+        if self.peft_alpha is not None and method.alpha is None:
             raise ValueError(f"--peft_method {self.peft_method} has no alpha. Leave --peft_alpha out.")
-        if self.peft_dropout and self.peft_method in ("full", "head", "bitfit", "ia3", "ln_tuning", "shira"):
+        if self.peft_dropout and not method.dropout:
             raise ValueError(f"--peft_method {self.peft_method} has no dropout. Leave --peft_dropout out.")
         if not 0 <= self.peft_dropout < 1:
             raise ValueError(f"--peft_dropout is {self.peft_dropout}; give a number from 0 up to, not including, 1.")
         self.peft_rank = self.peft_rank or method.rank
+        self.peft_alpha = self.peft_alpha or (self.peft_rank * method.alpha if method.alpha else None)
 
 
 ARGUMENTS = (ModelArguments, DataTrainingArguments, PeftArguments, TrainingArguments)
@@ -142,21 +156,22 @@ def find_targets(model, peft_args):
     kind = nn.LayerNorm if peft_args.peft_method == "ln_tuning" else nn.Linear
     modules = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     modules = {name: module for name, module in modules.items() if not name.startswith("classifier")}
-    if peft_args.target_modules is None:
-        patterns = [wanted]
-    elif len(peft_args.target_modules) == 1:
-        patterns = [rf"(.*\.)?({peft_args.target_modules[0]})"]
+    targets = peft_args.target_modules
+    if targets is None:
+        patterns = {wanted: wanted}
+    elif len(targets) == 1:
+        patterns = {targets[0]: rf"(.*\.)?({targets[0]})"}
     else:
-        patterns = [rf"(.*\.)?{re.escape(target)}" for target in peft_args.target_modules]
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets}
     found = []
-    for pattern in patterns:
+    for target, pattern in patterns.items():
         try:
             matched = [name for name in modules if re.fullmatch(pattern, name)]
         except re.error as error:
-            raise InputError(f"--target_modules {pattern!r} is no regular expression: {error}.") from error
+            raise InputError(f"--target_modules {target!r} is no regular expression: {error}.") from error
         if not matched:
             ends = sorted({re.sub(r".*layer\.\d+\.", "", name) for name in modules})
-            raise InputError(f"--target_modules {pattern!r} matches no module. There are: {', '.join(ends)}.")
+            raise InputError(f"--target_modules {target!r} matches no module. There are: {', '.join(ends)}.")
         found += matched
     check_shapes({name: modules[name] for name in found}, peft_args)
     return sorted(set(found))
@@ -165,13 +180,15 @@ def find_targets(model, peft_args):
 def check_shapes(modules, peft_args):
     """Raises `InputError` if a rank is larger than a layer, or a layer cannot be cut into the blocks of a method."""
     method, rank = peft_args.peft_method, peft_args.peft_rank
+    if rank is None:
+        return
     for name, module in modules.items():
-        if rank is None:
-            return
-        smallest = min(module.weight.shape)
-        if method not in ("vera", "oft") and rank > smallest:
+        most = min(module.weight.shape)
+        if method == "shira":  # trains rank times (inputs + outputs) of the weights
+            most = module.weight.numel() // sum(module.weight.shape)
+        if method not in ("vera", "oft") and rank > most:
             raise InputError(
-                f"--peft_rank {rank} is larger than {name}, {tuple(module.weight.shape)}. Give at most {smallest}."
+                f"--peft_rank {rank} is too large for {name}, {tuple(module.weight.shape)}. Give at most {most}."
             )
         if method == "oft" and module.in_features % rank:
             fits = [size for size in range(2, 129) if module.in_features % size == 0]
@@ -181,28 +198,29 @@ def check_shapes(modules, peft_args):
             )
 
 
-def peft_config(peft_args, targets):
-    """Returns the configuration of PEFT's tuner for a method (`peft.PeftConfig`)."""
+def peft_config(peft_args, targets, seed):
+    """Returns the configuration of PEFT's tuner for a method; `seed` draws what is random in it."""
     import peft
 
     method, rank = peft_args.peft_method, peft_args.peft_rank
     common = {"task_type": "SEQ_CLS", "target_modules": targets, "modules_to_save": ["classifier"]}
-    lora = {"r": rank, "lora_alpha": peft_args.peft_alpha or 2 * (rank or 0), "lora_dropout": peft_args.peft_dropout}
+    lora = {"r": rank, "lora_alpha": peft_args.peft_alpha, "lora_dropout": peft_args.peft_dropout}
     inner = [name for name in targets if re.search(r"layer\.\d+\.output\.dense$", name)]
     makers = {
         "lora": lambda: peft.LoraConfig(**common, **lora),
         "rslora": lambda: peft.LoraConfig(**common, **lora, use_rslora=True),
         "dora": lambda: peft.LoraConfig(**common, **lora, use_dora=True),
-        "pissa": lambda: peft.LoraConfig(**common, **{**lora, "lora_alpha": peft_args.peft_alpha or rank},
-                                         init_lora_weights="pissa"),
+        "pissa": lambda: peft.LoraConfig(**common, **lora, init_lora_weights="pissa"),
         "ia3": lambda: peft.IA3Config(**common, feedforward_modules=inner),
         "ln_tuning": lambda: peft.LNTuningConfig(**common),
-        "vera": lambda: peft.VeraConfig(**common, r=rank, vera_dropout=peft_args.peft_dropout, d_initial=0.1),
+        # its projections are drawn again from their seed wherever it is loaded
+        "vera": lambda: peft.VeraConfig(**common, r=rank, vera_dropout=peft_args.peft_dropout, d_initial=0.1,
+                                        projection_prng_key=seed, save_projection=False),
         "oft": lambda: peft.OFTConfig(**common, oft_block_size=rank, module_dropout=peft_args.peft_dropout,
                                       use_cayley_neumann=False),
         "miss": lambda: peft.MissConfig(**common, r=rank, miss_dropout=peft_args.peft_dropout),
         "hira": lambda: peft.HiraConfig(**common, r=rank, hira_dropout=peft_args.peft_dropout),
-        "shira": lambda: peft.ShiraConfig(**common, r=rank),
+        "shira": lambda: peft.ShiraConfig(**common, r=rank, random_seed=seed),
     }  # fmt: skip
     return makers[method]()
 
@@ -213,9 +231,11 @@ def trained_names(model, method):
     return [name for name, _ in model.named_parameters() if name.startswith("classifier.") or encoder[method](name)]
 
 
-def adapt(model, peft_args):
+def adapt(model, peft_args, seed=0, revision=None):
     """Returns the model in which only what the method trains requires gradients, adapters added.
 
+    Args:
+        revision (`str`, *optional*): that of the base on the Hub, which the adapter is to name.
     Raises:
         InputError: as `find_targets` does.
     """
@@ -228,9 +248,9 @@ def adapt(model, peft_args):
     import peft
 
     targets = find_targets(model, peft_args)
-    config = peft_config(peft_args, targets)
+    config = peft_config(peft_args, targets, seed)
     try:
-        return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config, revision=revision)
     except ValueError as error:  # a condition of the tuner's own on shapes
         raise InputError(
             f"--peft_method {method} cannot be applied: {error} Choose another rank or method."
@@ -264,6 +284,20 @@ def check_base_name(model_args, peft_args, training_args):
             f"The base of the adapter, {model_args.model_name_or_path}, is a local folder, which nobody else could "
             "load it with. Push the base and name it with --base_hub_name USER/NAME, or pass --merge_adapter."
         )
+
+
+def check_resumed(training_args):
+    """Raises `InputError` if the interrupted run in the output folder trained other parameters than this one."""
+    from utils_molecules import read_json
+
+    before = read_json(Path(training_args.output_dir) / ARGUMENTS_FILE)
+    for name in ("peft_method", "peft_rank", "peft_alpha", "target_modules"):
+        old, new = before.get(name), training_args.run_values.get(name)
+        if before and old != new:
+            raise InputError(
+                f"The run in {training_args.output_dir} has --{name} {old or 'by default'}, this one "
+                f"{new or 'by default'}. Resume with the flags that it began with, or give another --output_dir."
+            )
 
 
 def write_merged(model, tokenizer, output_dir):
@@ -306,19 +340,26 @@ def measure(trainer):
     folder = Path(trainer.args.output_dir)
     weights = folder.glob("*.safetensors")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    final, stds = losses[-1] if losses else None, trainer.model.config.label_std
+    in_units = final * stds[0] ** 2 if losses and len(stds) == 1 else None
     return {
         "trainable_parameters": total,
         "trainable_parameters_without_head": total - head,
         "base_parameters": base_parameters,
         "trainable_percent": 100 * total / base_parameters,
-        "final_train_loss": losses[-1] if losses else None,
+        "final_train_loss": final,
+        "final_train_mse": in_units,  # the same in the squared unit of the label
         "checkpoint_bytes": sum(path.stat().st_size for path in weights),
         "peak_memory_bytes": peak_memory(),
     }
 
 
 def main(model_args, data_args, peft_args, training_args):
+    if data_args.only_test_file and not (training_args.do_train or training_args.do_eval):
+        raise InputError("New molecules are predicted by run_regression.py --do_predict, which takes adapters too.")
     checkpoint = setup_run(training_args, data_args)
+    if checkpoint is not None:
+        check_resumed(training_args)
 
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import (
@@ -326,12 +367,14 @@ def main(model_args, data_args, peft_args, training_args):
         build_trainer,
         check_split,
         evaluate_regression,
+        hub_revision,
         load_config,
         load_model,
         load_tokenizer,
         merge_adapter,
         order_labels,
         select_parts,
+        settle_smiles_form,
         train_regression,
         write_reports,
     )
@@ -339,9 +382,9 @@ def main(model_args, data_args, peft_args, training_args):
     from utils_report import finish_run
 
     # Data
-    tokenizer = load_tokenizer(model_args)
+    tokenizer, config = load_tokenizer(model_args), load_config(model_args)
+    settle_smiles_form(config, data_args)
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
-    config = load_config(model_args)
     parts = select_parts(order_labels(molecules, config, training_args), data_args)
 
     # Model and trainer
@@ -352,6 +395,7 @@ def main(model_args, data_args, peft_args, training_args):
     if training_args.learning_rate is None and data_args.protocol == "default":
         training_args.learning_rate = METHODS[peft_args.peft_method].learning_rate
     check_split(config, digest, data_args, checkpoint)
+    revision = hub_revision(model_args)
     trainer = build_trainer(
         model_args,
         data_args,
@@ -359,10 +403,10 @@ def main(model_args, data_args, peft_args, training_args):
         tokenizer,
         parts,
         digest,
-        adapt=lambda model: adapt(model, peft_args) if training_args.do_train else model,
+        adapt=lambda model: adapt(model, peft_args, training_args.seed, revision) if training_args.do_train else model,
     )
     if peft_args.peft_method in PLAIN_METHODS and peft_args.peft_method != "full":
-        trainer.partial_method = peft_args.peft_method
+        trainer.partial_method, trainer.base_revision = peft_args.peft_method, revision
     begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
 
     # Train

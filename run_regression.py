@@ -138,7 +138,7 @@ def predict_new(model_args, data_args, regression_args, training_args):
     setup_run(training_args, None if to_output else data_args)
 
     from modeling_molformer_reg import MolformerForRegression
-    from trainer_regression import load_model, load_tokenizer, prepare_head
+    from trainer_regression import load_model, load_tokenizer, prepare_head, settle_smiles_form
     from utils_molecules import update_results
     from utils_predict import predict_file, summary_line
 
@@ -146,6 +146,7 @@ def predict_new(model_args, data_args, regression_args, training_args):
     tokenizer = load_tokenizer(plan[0][0])
     models = [load_model(MolformerForRegression, member_args, tokenizer) for member_args, _, _ in plan]
     prepare_head(models[0], None, None, data_args, training_args)  # refuses one that has learned nothing
+    settle_smiles_form(models[0].config, data_args)
     output_dir = Path(training_args.output_dir)
     if not to_output:
         begin_writing(training_args, None)
@@ -176,6 +177,7 @@ def main(model_args, data_args, regression_args, training_args):
         load_tokenizer,
         order_labels,
         select_parts,
+        settle_smiles_form,
         train_regression,
         training_set,
         write_reports,
@@ -185,9 +187,10 @@ def main(model_args, data_args, regression_args, training_args):
 
     # Data
     plan = plan_members(model_args, training_args, regression_args.num_seeds, checkpoint)
-    tokenizer = load_tokenizer(plan[0][0])
+    tokenizer, config = load_tokenizer(plan[0][0]), load_config(plan[0][0])
+    settle_smiles_form(config, data_args)
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
-    molecules = order_labels(molecules, load_config(plan[0][0]), training_args)
+    molecules = order_labels(molecules, config, training_args)
     parts = select_parts(molecules, data_args)
     held_out, names = held_out_name(parts), label_names(molecules)
     train_set = training_set(parts["train"], tokenizer, data_args, training_args)

@@ -48,6 +48,7 @@ from utils_molecules import (
     label_metrics,
     label_names,
     labels_of,
+    read_json,
     regression_metrics,
     to_text,
     update_results,
@@ -152,11 +153,23 @@ def load_config(model_args):
         raise InputError(_not_loaded("configuration", source, error)) from error
 
 
+def settle_smiles_form(config, data_args):
+    """Fills in the form of the SMILES where the user named none: the fine-tuned checkpoint's, else canonical."""
+    data_args.smiles_form = data_args.smiles_form or getattr(config, "smiles_form", None) or "canonical"
+
+
+def hub_revision(model_args):
+    """Returns the revision of a Hub model that is not its newest one; `None` for that one, and for a local folder."""
+    local = model_args.model_name_or_path is None or Path(model_args.model_name_or_path).exists()
+    return None if local or model_args.model_revision == "main" else model_args.model_revision
+
+
 def find_base(source, model_args):
     """Returns how a checkpoint of adapters, or of some parameters, names its method and base; `None` for a plain one.
 
     Returns:
-        `dict` with `method`, `base` and `partial`: whether it holds some of the model's own parameters.
+        `dict` with `method`, `base`, `revision` (of the base) and `partial`: whether it holds some of the model's own
+        parameters.
     """
     hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
     for name, base in ((PARTIAL_FILE, "base"), ("adapter_config.json", "base_model_name_or_path")):
@@ -164,7 +177,8 @@ def find_base(source, model_args):
         if path is not None:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             method = values.get("method") or values.get("peft_type")
-            return {"method": method, "base": values.get(base), "partial": name == PARTIAL_FILE}
+            found = {"method": method, "base": values.get(base), "revision": values.get("revision") or "main"}
+            return found | {"partial": name == PARTIAL_FILE}
     return None
 
 
@@ -186,24 +200,31 @@ def find_members(model_args):
 
 
 def portable_path(source):
-    """Returns a checkpoint's name as an adapter keeps it: relative to this project where the checkpoint is in it."""
-    path = Path(source)
-    return path.resolve().relative_to(ROOT).as_posix() if path.exists() and ROOT in path.resolve().parents else source
+    """Returns a checkpoint's name as an adapter keeps it: of a folder the path, relative to this project if in it."""
+    if not Path(source).exists():
+        return source
+    path = Path(source).resolve()
+    return path.relative_to(ROOT).as_posix() if ROOT in path.parents else str(path)
 
 
 def _load_adapted(model_class, source, found, hub, values, merge):
-    """Returns the base of a checkpoint of adapters, or of some parameters, with these in it or merged into it."""
-    if model_class is not MolformerForRegression:
-        raise InputError(
-            f"{source} holds a regression adapter ({found['method']}). Merge it first, with run_peft.py --do_eval "
-            "--merge_adapter, and pass the folder merged."
-        )
+    """Returns the base of a checkpoint of adapters, or of some parameters, with these in it or merged into it.
+
+    The encoder of another model than that for regression is the adapted one, its heads are the base's.
+    """
     base = found["base"]
-    if base is not None and not Path(base).exists() and (ROOT / base).exists():
+    if base is not None and (ROOT / base).exists():
         base = str(ROOT / base)
+    base_hub = {"cache_dir": hub["cache_dir"], "revision": found["revision"], "dtype": torch.float32}
+    if model_class is not MolformerForRegression:
+        adapted = _load_adapted(MolformerForRegression, source, found, hub, {}, merge=True)
+        model = model_class.from_pretrained(base, **base_hub, **values)
+        model.molformer.load_state_dict(adapted.molformer.state_dict())
+        model.config.split_hash = getattr(adapted.config, "split_hash", None)
+        return model
     config = MolformerConfig.from_pretrained(source, **hub, **values)
     try:
-        model = model_class.from_pretrained(base, config=config, dtype=torch.float32, cache_dir=hub["cache_dir"])
+        model = model_class.from_pretrained(base, config=config, **base_hub)
     except (*UNLOADABLE, TypeError) as error:
         raise InputError(
             f"The base of {source} cannot be loaded. {_not_loaded('model', str(base), error)} Or correct its name in "
@@ -380,6 +401,7 @@ class MolformerTrainer(Trainer):
     """
 
     partial_method = None
+    base_revision = None
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -440,10 +462,14 @@ class MolformerTrainer(Trainer):
         if not self.args.should_save:
             return
         if self.partial_method is not None:
-            values = {"method": self.partial_method, "base": self.model.name_or_path, "parameters": sorted(trained)}
+            values = {"method": self.partial_method, "base": portable_path(self.model.name_or_path)}
+            values |= {"revision": self.base_revision, "parameters": sorted(trained)}
             write_json(values, folder / PARTIAL_FILE)
         elif hasattr(self.model, "peft_config"):  # with the scale of the labels, pooling and head
             self.model.get_base_model().config.save_pretrained(folder)
+            values = read_json(folder / "adapter_config.json")
+            values["base_model_name_or_path"] = portable_path(values["base_model_name_or_path"])
+            write_json(values, folder / "adapter_config.json")
 
 
 class RegressionTrainer(MolformerTrainer):
@@ -642,8 +668,9 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     )
     prepare_head(model, parts["train"], digest, data_args, training_args)
     if adapt is not None:
-        if model_args.model_name_or_path is not None:
-            model.name_or_path = portable_path(model_args.model_name_or_path)
+        source = model_args.model_name_or_path
+        if source is not None and Path(source).exists():  # PEFT asks the Hub for what it takes for no folder
+            model.name_or_path = str(Path(source).resolve())
         model = adapt(model)
     return RegressionTrainer(
         model=model,

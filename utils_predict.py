@@ -335,8 +335,8 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
         clash = sorted(taken & set(columns))[0]
         raise InputError(f"{source} has a column {clash!r}, which the predictions would replace. Rename it.")
     labels = find_measured(columns, data_args, names, source)
-    form, num_forms = getattr(config, "smiles_form", None) or data_args.smiles_form, regression_args.predict_augment
-    arguments = (tokenizer, form, data_args.max_length, num_forms, training_args.seed)
+    num_forms = regression_args.predict_augment
+    arguments = (tokenizer, data_args.smiles_form, data_args.max_length, num_forms, training_args.seed)
     predictor = Predictor(models, tokenizer, training_args)
     main, exported = training_args.should_save, regression_args.export_embeddings
     embeddings = EmbeddingWriter(exported) if main and exported else None

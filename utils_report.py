@@ -205,6 +205,11 @@ class Run:
         return self.model_folder is not None and (self.model_folder / name).exists()
 
     @property
+    def holds_adapter(self):
+        """Whether the base's weights lie elsewhere."""
+        return self.exists("adapter_config.json") or self.exists("trained_parameters.json")
+
+    @property
     def embedded_data(self):
         return not self.values.get("dataset_name") and self.values.get("train_file") in (None, EMBEDDED_DATA)
 
@@ -227,6 +232,8 @@ class Run:
         source = self.values.get("model_name_or_path")
         if self.kind == "influence":
             source = self.values.get("pretrained_model") or source
+        if self.holds_adapter:
+            source = self.values.get("base_hub_name") or source
         if source is None:
             return None if self.values.get("config_name") else "models/molformer-mini"
         path = Path(source)
@@ -234,6 +241,10 @@ class Run:
             return source
         inside = ROOT in path.resolve().parents
         return path.resolve().relative_to(ROOT).as_posix() if inside else path.name
+
+    @property
+    def base_is_on_hub(self):
+        return bool(self.base) and "/" in self.base and not (ROOT / self.base).exists()
 
     @property
     def ends(self):
@@ -280,12 +291,11 @@ def card_data(run):
         for key in METRICS
         if f"{part}_{key}{end}" in run.results
     ]
-    from_hub = run.base and "/" in run.base and not (ROOT / run.base).exists()
     return ModelCardData(
         license=known,
         library_name="peft" if run.exists("adapter_config.json") else "transformers",
         pipeline_tag="fill-mask" if run.kind == "mlm" else "text-classification",
-        base_model=run.base if from_hub else None,
+        base_model=run.base if run.base_is_on_hub else None,
         datasets=[hub_data] if hub_data else None,
         metrics=None if run.kind == "mlm" else ["mse", "mae", "r_squared"],
         tags=["chemistry", "molformer", "smiles", *([] if run.kind == "mlm" else ["regression"])],
@@ -299,8 +309,11 @@ def introduction(run):
     start = f"fine-tuned from `{run.base}`" if run.base else "trained from random weights"
     if run.kind == "mlm":
         return f"A MoLFormer that learned SMILES ({run.values.get('objective', 'mlm')}), {start}, on {run.data}."
-    method = f" with {run.values.get('peft_method', 'lora')}" if run.kind == "peft" else ""
-    return f"MoLFormer, {start}{method}, predicts {run.label} from SMILES, in the unit of the label."
+    method = f" with {run.results['peft_method']}" if "peft_method" in run.results else ""
+    text = f"MoLFormer, {start}{method}, predicts {run.label} from SMILES, in the unit of the label."
+    if run.holds_adapter and run.base and not run.base_is_on_hub:
+        text += f" Its base, `{run.base}`, is a local folder."
+    return text
 
 
 def results_section(run):
@@ -347,11 +360,12 @@ def usage_section(run):
     if run.kind == "mlm":
         command = f"python run_regression.py --model_name_or_path {run.name}"
     scripts = f"```bash\n{command}\n```"
-    if run.exists("adapter_config.json") or run.exists("trained_parameters.json"):
-        return (
+    if run.holds_adapter:
+        text = (
             "## Use\n\nHere is what was trained, and the name of its base. With the MoLFormer fine-tuning scripts, "
             f"which find the base:\n\n{scripts}"
         )
+        return text + (USE_OF_ADAPTER.format(name=run.name) if run.exists("adapter_config.json") else "")
     auto = "AutoModelForMaskedLM" if run.kind == "mlm" else "AutoModelForSequenceClassification"
     member = run.model_folder.name if run.model_folder.name.startswith("member-") else None
     where = f'"{run.name}"' + (f', subfolder="{member}"' if member else "")
@@ -400,6 +414,20 @@ def training_section(run):
     return "\n".join(lines)
 
 
+USE_OF_ADAPTER = """
+
+In your own code, beside `modeling_molformer_reg.py` of these scripts:
+
+```python
+import modeling_molformer_reg
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+config = AutoConfig.from_pretrained("{name}")
+base = PeftConfig.from_pretrained("{name}").base_model_name_or_path
+model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+model = PeftModel.from_pretrained(model, "{name}").eval()
+```"""
 LIMITS = """## Intended use and limits
 
 For ranking and prioritizing molecules like those it was trained on, by people who can judge the answer. The error of a

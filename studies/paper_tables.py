@@ -65,7 +65,7 @@ def rows_of(runs):
             rows.append(row(found, "2", f"epoch {epoch + 1}", ("loss",), paper))
     for name, paper in peft_comparison.PAPER.items():
         if name in runs:
-            rows.append(row(runs[name], "appendix", name, ("test_mse", "final_train_loss"), paper))
+            rows.append(row(runs[name], "appendix", name, ("test_mse", "final_train_mse"), paper))
     return rows
 
 

@@ -44,7 +44,8 @@ TRIALS = {
     "atoms": ("chembl", 64, ["--objective", "atoms"]),
     "mlm+mtr+atoms, wider": ("chembl", 64, ALL_MASKED),
 }
-# hidden size, layers, heads, intermediate size: about the time of the embedded checkpoint's 256, 6, 8, 768
+# hidden size, layers, heads, intermediate size; the first is that of all trials but those named, in about equal time
+REFERENCE_SHAPE = (256, 6, 8, 768)
 SHAPES = {"deeper, narrower": (192, 10, 6, 576), "shallower, wider": (320, 4, 10, 960)}
 SHAPES["mlm+mtr+atoms, wider"] = SHAPES["shallower, wider"]
 SHAPE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -69,7 +70,7 @@ def run(name, args, threads):
     """Runs one trial, unless it is finished, and returns its row."""
     corpus, batch, flags = TRIALS[name]
     folder, pretrain, tunings = commands(name, args)
-    shape = dict(zip(SHAPE_FIELDS, SHAPES.get(name, ()), strict=False))
+    shape = dict(zip(SHAPE_FIELDS, SHAPES.get(name, REFERENCE_SHAPE), strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((ROOT / "configs" / "molformer-mini.json").read_text()) | shape
     (folder / "config.json").write_text(json.dumps(config))

@@ -70,7 +70,7 @@ def test_the_defaults_are_the_embedded_model_and_data():
     assert model_args.config_name is None and model_args.model_revision == "main"
     assert model_args.config_overrides() == {}
     assert data_args.train_file == EMBEDDED_DATA == str(ROOT / "data" / "lipophilicity.csv")
-    assert (data_args.split, data_args.protocol, data_args.smiles_form) == ("random", "default", "canonical")
+    assert (data_args.split, data_args.protocol, data_args.smiles_form) == ("random", "default", None)
     assert (data_args.test_fraction, data_args.validation_fraction) == (0.2, 0.1)
     assert (data_args.max_length, data_args.invalid_smiles) == (256, "error")
     assert not data_args.overwrite_output_dir and not data_args.ignore_split_mismatch

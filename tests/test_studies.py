@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
-from trainer_regression import build_tokenizer
+from trainer_regression import LEARNING_RATES, build_tokenizer
 
 
 sys.path.insert(0, str(ROOT / "studies"))
@@ -23,6 +23,7 @@ import influence  # noqa: E402
 import influence_lds  # noqa: E402
 import paper_tables  # noqa: E402
 import peers  # noqa: E402
+import peft_comparison  # noqa: E402
 import ship_checkpoint  # noqa: E402
 import table1  # noqa: E402
 
@@ -173,7 +174,7 @@ def test_the_papers_tables_stand_beside_ours(tmp_path):
     """Reference: intervals worked by hand (Student's t of two values: 12.706 times the standard error)."""
     for seed, mse in enumerate((0.4, 0.5)):
         finished(tmp_path, f"regression-{seed}", {"test_mse": mse, "test_mae": 0.5, "test_r2": 0.7})
-        finished(tmp_path, f"lora-{seed}", {"test_mse": mse, "final_train_loss": 0.1})
+        finished(tmp_path, f"lora-{seed}", {"test_mse": mse, "final_train_mse": 0.1})
         selected = {"eval_losses": [0.9, mse]}
         finished(tmp_path, f"influence-{seed}", {"results": {"none": {}, "selected": selected}})
     finished(tmp_path, "bitfit-0", {"test_mse": 9.0})
@@ -275,3 +276,52 @@ def test_a_cell_that_fails_is_left_out_of_a_study(capsys):
 
     assert common.run_all(run, [0, 3, 0], jobs=2) == [0, 0]
     assert "Failed, and left out" in capsys.readouterr().out
+
+
+def peft_run(method, seed, test_mse, name=None, split="random", trained=100, **values):
+    numbers = dict.fromkeys(peft_comparison.NUMBERS, 1.0) | {"base_parameters": 10_000, "test_mse": test_mse}
+    numbers |= {"trainable_parameters_without_head": trained, "eval_mse": test_mse, **values}
+    return {"method": method, "name": name or method, "split": split, "seed": seed, **numbers}
+
+
+def test_the_winner_trains_few_parameters_and_is_chosen_on_validation():
+    runs = [peft_run("full", 0, 0.1, trained=9000), peft_run("head", 0, 0.1, trained=0)]
+    runs += [peft_run("lora", 0, 0.2, trained=300), peft_run("ia3", 0, 0.5, eval_mse=0.3)]
+    runs += [peft_run("bitfit", 0, 0.4), peft_run("bitfit", 0, 0.01, name="paper-bitfit")]
+    runs += [peft_run("vera", 0, 0.01, split="scaffold"), peft_run("vera", 9, 0.01)]
+    assert peft_comparison.winner_of(runs, [0]) == "ia3"
+    with pytest.raises(SystemExit, match="None of the methods"):
+        peft_comparison.winner_of(runs[:3], [0])
+
+
+def test_methods_are_compared_with_full_fine_tuning_of_the_same_seed():
+    runs = [peft_run("full", 0, 0.4), peft_run("full", 1, 0.5), peft_run("lora", 0, 0.42), peft_run("lora", 1, 0.55)]
+    runs += [peft_run("lora", 0, 0.8, name="paper-lora"), peft_run("lora", 0, 0.6, split="scaffold")]
+    rows = {(row["name"], row["split"]): row for row in peft_comparison.summarize(runs)}
+    lora = rows["lora", "random"]
+    assert lora["of_full"] == pytest.approx((0.42 / 0.4 + 0.55 / 0.5) / 2)
+    assert lora["minus_full"] == pytest.approx(0.035) and lora["paper_test_mse"] == 0.7456
+    assert "of_full" not in rows["full", "random"] and rows["lora", "scaffold"]["paper_test_mse"] is None
+    text = peft_comparison.to_markdown(list(rows.values()))
+    assert "| lora, rate 1e-4 | random | 1 | 0.800 |" in text and "0.7456, 0.778" in text
+
+
+def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
+    errors = {1e-4: (0.5, 0.5), 3e-4: (0.3, 0.5), 9e-4: (0.45, 0.4)}
+    runs = [
+        peft_run("full", seed, 0.0, name=f"tune-full-{rate:g}", eval_mse=values[seed])
+        for rate, values in errors.items()
+        for seed in (0, 1)
+    ]
+    tuned = peft_comparison.best_rates(runs)
+    assert tuned == {"full": {"learning_rate": 3e-4, "validation_mse": pytest.approx(0.4), "at_edge": False}}
+
+
+def test_every_method_is_tuned_with_as_many_rates():
+    assert peft_comparison.RATES.keys() == peft_comparison.METHODS.keys()
+    assert {len(rates) for rates in peft_comparison.RATES.values()} == {3}
+    assert peft_comparison.METHODS["full"].learning_rate == LEARNING_RATES["default"]
+    report = ROOT / "results" / "peft_tuning.json"
+    if report.exists():  # then the defaults are what was found
+        for method, found in json.loads(report.read_text())["tuned"].items():
+            assert peft_comparison.METHODS[method].learning_rate == found["learning_rate"], method
