@@ -283,6 +283,12 @@ class TrainingArguments(transformers.TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Whether every step sends the random features from the first process."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether every step looks for parameters that got no gradient."}
+    )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the model of the best evaluation."})
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -441,6 +447,8 @@ def setup_run(training_args, data_args=None, in_pieces=False):
             f"WORLD_SIZE is {launched}, but this process trains alone: {launched} separate trainings would write one "
             "folder. On CPU add --use_cpu to the script's flags; otherwise start the script without a launcher."
         )
+    if training_args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        raise InputError("FSDP needs GPUs. On CPUs launch with configs/accelerate/ddp.yaml.")
     logger.info(
         "Device %s, processes %d, bf16 %s, output folder %s",
         training_args.device,

@@ -1,14 +1,14 @@
 """Times and memory of what the scripts do, side by side in one run, on the lengths of the real molecules.
 
-    python bench.py                        # tables on the screen, results/bench.json and .md; ten minutes on two cores
+    python bench.py                        # tables on the screen, results/bench.json, .md and .png
     python bench.py --sizes mini --rounds 3
     python bench.py --corpus               # also reads a corpus of a million SMILES
 
-All cases are built first and then timed in turn, round after round in a new order; a number is the median of the
-rounds. Beside our steps: the published way to run the model (molecules in random order, padded, float32, one QR a
+All cases of a size are built first and then timed in turn, round after round in a new order; a number is the median of
+the rounds. Beside our steps: the published way to run the model (molecules in random order, padded, float32, one QR a
 layer at each forward), BERT and ModernBERT of the same width and depth from transformers, and the matrix products of
 the same real tokens alone, which nothing can beat. Weights are random, learning rates 0. Peak memory is that of a
-process of its own.
+process of its own, with about half a gigabyte of libraries (the case "nothing").
 """
 
 import argparse
@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -37,22 +39,31 @@ from transformers import (  # noqa: E402
     ModernBertForSequenceClassification,
 )
 
+from arguments import TrainingArguments, keep_freed_memory  # noqa: E402
 from modeling_molformer_reg import (  # noqa: E402
     MolformerConfig,
     MolformerForMaskedLM,
     MolformerForRegression,
     draw_random_features,
 )
-from trainer_regression import LengthGroupedBatchSampler  # noqa: E402
+from run_influence import (  # noqa: E402
+    ggn_vector_product,
+    hessian_vector_product,
+    scores_by_gradients,
+    scores_by_jvp,
+)
+from run_peft import METHODS, PeftArguments, adapt  # noqa: E402
+from trainer_regression import LengthGroupedBatchSampler, build_tokenizer, peak_memory  # noqa: E402
+from utils_molecules import canonicalize, read_table  # noqa: E402
+from utils_predict import Predictor  # noqa: E402
 
 
 SIZES = {
     "mini": json.loads((ROOT / "models" / "molformer-mini" / "config.json").read_text()),
     "xl": {},  # the defaults of MolformerConfig
 }
-BATCH, BATCHES = 16, {"mini": 8, "xl": 4}
+BATCHES = {"mini": 8, "xl": 4}  # that are timed together
 LENGTHS = (32, 64, 128, 256, 512, 1024)
-METHODS = ("full", "head", "bitfit", "ia3", "lora", "dora", "vera", "oft", "miss", "hira", "shira")
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
@@ -61,39 +72,47 @@ DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.de
 
 def real_lengths():
     """Returns the numbers of tokens of the embedded molecules."""
-    from trainer_regression import build_tokenizer
-    from utils_molecules import canonicalize, read_table
-
     smiles = read_table(ROOT / "data" / "lipophilicity.csv")["smiles"]
     ids = build_tokenizer()([canonicalize(text, "canonical") for text in smiles])["input_ids"]
     return [len(row) for row in ids]
 
 
-def make_batch(lengths, labels=True):
-    """Returns a padded batch of random tokens with the given lengths."""
+def make_batch(lengths):
+    """Returns a padded batch of random tokens with the given lengths, and labels."""
     ids = torch.full((len(lengths), max(lengths)), 2)
     for row, length in enumerate(lengths):
         ids[row, :length] = torch.randint(3, 2000, (length,))
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if labels:
-        batch["labels"] = torch.randn(len(lengths), 1)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.randn(len(lengths), 1)}
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
-def choose_batches(lengths, count, grouped):
-    """Returns `count` lists of `BATCH` lengths of the data set: as the trainer groups them, or in random order.
+def choose_batches(lengths, count, size, kind):
+    """Returns `count` lists of `size` lengths: batches of the data set that have its mean length and share of padding.
 
-    The grouped ones are taken at equal distances from those of an epoch, sorted by length; speeds are compared in real
-    tokens, of which both kinds have about as many.
+    Of a thousand random choices it is the one that comes nearest to the whole epoch.
+
+    Args:
+        kind (`str`): `"grouped"` as the trainer does, `"shuffled"` (random order), or `"sorted"` as predictions are.
     """
-    if grouped:
-        rows = list(LengthGroupedBatchSampler(BATCH, lengths, seed=0))
-        epoch = [[lengths[row] for row in rows[start : start + BATCH]] for start in range(0, len(rows), BATCH)][:-1]
-        epoch.sort(key=sum)
-        return [epoch[(2 * number + 1) * len(epoch) // (2 * count)] for number in range(count)]
-    order = random.Random(0).sample(lengths, count * BATCH)
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    if kind == "grouped":
+        order = [lengths[row] for row in LengthGroupedBatchSampler(size, lengths, seed=0)]
+    elif kind == "shuffled":
+        order = random.Random(0).sample(lengths, len(lengths))
+    else:
+        order = sorted(lengths, reverse=True)
+    epoch = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    share, mean = real_share(epoch), statistics.fmean(map(sum, epoch))
+
+    def distance(batches):
+        return abs(real_share(batches) - share) + abs(statistics.fmean(map(sum, batches)) / mean - 1)
+
+    return min((random.Random(seed).sample(epoch, count) for seed in range(1000)), key=distance)
+
+
+def real_share(batches):
+    """Returns which share of the tokens of padded batches is no padding."""
+    return sum(map(sum, batches)) / sum(max(rows) * len(rows) for rows in batches)
 
 
 # --------------------------------------------------------------------------------------------------------------- cases
@@ -108,23 +127,29 @@ def build(model_class, size, **changes):
 
 
 def shape_of(size):
-    """Returns width, depth and heads of our model as BERT and ModernBERT call them, for one number a molecule."""
+    """Returns width, depth and heads of our model as BERT and ModernBERT call them, and its configuration."""
     config = MolformerConfig(**SIZES[size])
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     shape = {name: getattr(config, name) for name in names}
-    return {**shape, "num_labels": 1, "problem_type": "regression", "max_position_embeddings": 2048}
+    return {**shape, "num_labels": 1, "problem_type": "regression", "max_position_embeddings": 2048}, config
 
 
 @cache
 def bert(size):
-    config = BertConfig(**shape_of(size), pad_token_id=2, attn_implementation="sdpa")
+    """BERT with the dropout of our layers and, as ours, none in the attention."""
+    shape, ours = shape_of(size)
+    dropout = {"hidden_dropout_prob": ours.hidden_dropout_prob, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**shape, **dropout, pad_token_id=2, attn_implementation="sdpa")
     return BertForSequenceClassification(config).to(DEVICE)
 
 
 @cache
 def modern_bert(size):
+    """ModernBERT, likewise; its feed-forward layer is gated, so it has one product more."""
+    shape, ours = shape_of(size)
     tokens = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1, "cls_token_id": 0, "sep_token_id": 1}
-    config = ModernBertConfig(**shape_of(size), **tokens, attn_implementation="sdpa")
+    dropout = {"mlp_dropout": ours.hidden_dropout_prob, "embedding_dropout": ours.embedding_dropout_prob}
+    config = ModernBertConfig(**shape, **tokens, **dropout, attn_implementation="sdpa")
     return ModernBertForSequenceClassification(config).to(DEVICE)
 
 
@@ -174,54 +199,63 @@ def eval_step(model, batches, bf16=False, before=None):
 
 
 def products(size, batches, bf16, training):
-    """Returns a function that does the matrix products of the real tokens of all batches, and nothing else."""
+    """Returns a function that does the matrix products of the real tokens of all batches, and nothing else.
+
+    Nothing is allocated, and all layers take the same inputs and weights, which thus stay in the caches: it is a
+    little faster than any model can be. The products of keys with values and of queries with these are done as one
+    tall product in place of one for each molecule and head.
+    """
     config, dtype = MolformerConfig(**SIZES[size]), torch.bfloat16 if bf16 else torch.float32
     width, inner, features = config.hidden_size, config.intermediate_size, config.num_random_features
     heads = config.num_attention_heads
     work = []
     for lengths in batches:
         tokens = sum(lengths)
-        shapes = 4 * [(tokens, width, width)] + [(tokens, width, inner), (tokens, inner, width)]
-        shapes += 4 * [(tokens * heads, width // heads, features)]  # two maps, keys with values, queries with those
-        for rows, inputs, outputs in shapes:
-            x, w, y = (
-                torch.randn(shape, device=DEVICE, dtype=dtype)
-                for shape in ((rows, inputs), (inputs, outputs), (rows, outputs))
-            )
-            work.append((x, w, y))
+        linear = 4 * [(tokens, width, width)] + [(tokens, width, inner), (tokens, inner, width)]
+        attention = 4 * [(tokens * heads, width // heads, features)]
+        # the first two are the feature maps, whose weights are not trained
+        for number, (rows, inputs, outputs) in enumerate([*attention, *linear]):
+            shapes = {"x": (rows, inputs), "w": (inputs, outputs), "y": (rows, outputs)}
+            tensors = {name: torch.randn(shape, device=DEVICE, dtype=dtype) for name, shape in shapes.items()}
+            outs = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+            work.append((tensors, outs, number >= 2))
 
+    @torch.no_grad()
     def step():
-        with torch.no_grad():
-            for _ in range(config.num_hidden_layers):
-                for x, w, y in work:
-                    x @ w
-                    if training:
-                        y @ w.T
-                        x.T @ y
+        for _ in range(config.num_hidden_layers):
+            for tensors, outs, trained in work:
+                torch.mm(tensors["x"], tensors["w"], out=outs["y"])
+                if training:
+                    torch.mm(tensors["y"], tensors["w"].T, out=outs["x"])
+                if training and trained:
+                    torch.mm(tensors["x"].T, tensors["y"], out=outs["w"])
 
     return step
 
 
 def masked_batch(batch):
-    labels = torch.where(torch.rand(batch["input_ids"].shape) < 0.15, batch["input_ids"].cpu(), -100).to(DEVICE)
+    """Returns a batch for masked language modeling, 15 % of its tokens labeled."""
+    chosen = (torch.rand(batch["input_ids"].shape, device=DEVICE) < 0.15) & batch["attention_mask"].bool()
+    labels = torch.where(chosen, batch["input_ids"], -100)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
-def predict_step(model, encoded, bf16):
-    """Returns a function that predicts molecules from their tokens, as run_regression.py predicts a file."""
-    from arguments import TrainingArguments
-    from trainer_regression import build_tokenizer
-    from utils_predict import Predictor
-
+def predict_step(model, batches, bf16):
+    """Returns a function that predicts molecules, as run_regression.py predicts a file."""
     arguments = TrainingArguments(output_dir=tempfile.gettempdir(), bf16=bf16)
+    arguments.per_device_eval_batch_size = len(batches[0])
     predictor = Predictor([model], build_tokenizer(), arguments)
-    return lambda: predictor.predict(encoded)
+    encoded = [[3] * length for rows in batches for length in rows]
+
+    def step():
+        model.eval()  # another case may have trained it since
+        predictor.predict(encoded)
+
+    return step
 
 
-def influence_step(size, rows, name):
+def influence_step(size, lengths, name):
     """Returns a function that computes what `name` says for one batch, all parameters, float32."""
-    from run_influence import ggn_vector_product, hessian_vector_product, scores_by_gradients, scores_by_jvp
-
     model = build(MolformerForRegression, size, redraw_features=False, pooling="mean").eval().requires_grad_(False)
     params = {key: tensor.detach() for key, tensor in model.named_parameters()}
     vector = torch.randn(sum(tensor.numel() for tensor in params.values()), device=DEVICE)
@@ -231,14 +265,20 @@ def influence_step(size, rows, name):
         labels = batch.pop("labels")
         return lambda params: torch.func.functional_call(model, params, kwargs=batch).logits - labels
 
-    whole, singles = residuals_of(rows), [residuals_of([length]) for length in rows]
-    return {
+    whole, singles = residuals_of(lengths), [residuals_of([length]) for length in lengths]
+    steps = {
         "influence scores, jvp": lambda: scores_by_jvp(whole, params, vector),
         "influence scores, gradient of each": lambda: [scores_by_gradients(one, params, vector) for one in singles],
         "GGN product of a batch": lambda: ggn_vector_product(whole, params, vector),
         "Hessian product of a batch": lambda: hessian_vector_product(whole, params, vector),
         "double backward of each": lambda: [hessian_vector_product(one, params, vector) for one in singles],
-    }[name]
+    }
+
+    def step():
+        model.eval()
+        steps[name]()
+
+    return step
 
 
 INFLUENCE = ("influence scores, jvp", "influence scores, gradient of each", "GGN product of a batch",
@@ -246,61 +286,66 @@ INFLUENCE = ("influence scores, jvp", "influence scores, gradient of each", "GGN
 
 
 def peft_model(size, method):
-    from run_peft import PeftArguments, adapt
-
     model = build.__wrapped__(MolformerForRegression, size, redraw_features=False)  # one of its own: it is changed
     return adapt(model, PeftArguments(peft_method=method)).to(DEVICE)
 
 
+@dataclass
 class Case:
-    """Something that is timed: `build` makes the function; molecules and real tokens of one call; what bounds it."""
+    """Something that is timed.
 
-    def __init__(self, build, batches, bound=None):
-        self.build, self.bound = build, bound
-        self.molecules, self.tokens = sum(map(len, batches)), sum(map(sum, batches))
+    Args:
+        build (`Callable`): makes the function that is timed.
+        batches (`list[list[int]]`): lengths of the molecules that one call of it takes.
+        bound (`str`, *optional*): name of the case that no implementation can beat.
+    """
+
+    build: Callable
+    batches: list
+    bound: str | None = None
+
+    @property
+    def molecules(self):
+        return sum(map(len, self.batches))
+
+    @property
+    def tokens(self):
+        return sum(map(sum, self.batches))
 
 
-def cases_of(size, lengths, methods):
+def cases_of(size, lengths, methods, batch_size):
     """Returns every `Case` by its name."""
-    grouped, shuffled = (choose_batches(lengths, BATCHES[size], kind) for kind in (True, False))
+    count = BATCHES[size]
+    grouped, shuffled = (choose_batches(lengths, count, batch_size, kind) for kind in ("grouped", "shuffled"))
+    predicted = choose_batches(lengths, count // 2, 64, "sorted")
     regression = partial(build, MolformerForRegression, size)
-    flat = [[3] * length for rows in shuffled for length in rows]
-    cases = {}
+    cases = {"nothing": Case(lambda: lambda: None, [])}
 
-    def add(name, make, batches, bound=None):
+    def add(name, step, model, batches=grouped, bound=None, prepare=lambda batch: batch, **options):
+        def make():
+            return step(model(), [prepare(make_batch(lengths)) for lengths in batches], **options)
+
         cases[name] = Case(make, batches, bound)
 
-    def tensors(batches):
-        return [make_batch(rows) for rows in batches]
-
     for kind, bf16 in (("fp32", False), ("bf16", True)):
-        for what, training in (("training", True), ("evaluation", False)):
+        for what, step in (("training", train_step), ("evaluation", eval_step)):
             bound = f"products alone, {what}, {kind}"
-            add(bound, partial(products, size, grouped, bf16, training), grouped)
-            step = train_step if training else eval_step
-            add(
-                f"{what}, {kind}",
-                lambda step=step, bf16=bf16: step(regression(), tensors(grouped), bf16),
-                grouped,
-                bound,
-            )
+            cases[bound] = Case(partial(products, size, grouped, bf16, what == "training"), grouped)
+            add(f"{what}, {kind}", step, regression, bound=bound, bf16=bf16)
             for name, peer in PEERS.items():
-                make = partial(lambda step, bf16, peer: step(peer(size), tensors(grouped), bf16), step, bf16, peer)
-                add(f"{what}, {kind}, {name}", make, grouped)
-        add(f"prediction, {kind}", partial(lambda bf16: predict_step(regression(), flat, bf16), bf16), shuffled)
+                add(f"{what}, {kind}, {name}", step, partial(peer, size), bf16=bf16)
+        add(f"masked language modeling, {kind}", train_step, partial(build, MolformerForMaskedLM, size),
+            prepare=masked_batch, bf16=bf16)  # fmt: skip
+        make = partial(lambda bf16: predict_step(regression(), predicted, bf16), bf16)
+        cases[f"prediction, {kind}"] = Case(make, predicted, f"products alone, evaluation, {kind}")
     frozen = partial(regression, redraw_features=False)
     for what, step in (("training", train_step), ("evaluation", eval_step)):
-        make = partial(lambda step: step(frozen(), tensors(shuffled), before=redraw_as_published), step)
-        add(f"{what}, the published way", make, shuffled)
-    add("masked language modeling, bf16",
-        lambda: train_step(build(MolformerForMaskedLM, size), [masked_batch(b) for b in tensors(grouped)], True),
-        grouped)  # fmt: skip
+        add(f"{what}, the published way", step, frozen, batches=shuffled, before=redraw_as_published)
     for method in methods:
-        make = partial(lambda method: train_step(peft_model(size, method), tensors(grouped)), method)
-        add(f"{method}, training, fp32", make, grouped)
+        add(f"{method}, training, fp32", train_step, partial(peft_model, size, method))
     middle = grouped[len(grouped) // 2]
     for name in INFLUENCE:
-        add(name, partial(influence_step, size, middle, name), [middle])
+        cases[name] = Case(partial(influence_step, size, middle, name), [middle])
     return cases
 
 
@@ -343,12 +388,14 @@ def time_cases(cases, rounds):
 
 
 def rows_of(size, cases, seconds, memory=None):
-    """Returns a row for each case: median seconds, molecules and tokens a second, share of the products' bound."""
+    """Returns a row for each case: median seconds, molecules and real tokens a second, share of its bound."""
     speed = {name: case.tokens / statistics.median(seconds[name]) for name, case in cases.items()}
     rows = []
     for name, case in cases.items():
         row = {"size": size, "case": name, "seconds": statistics.median(seconds[name]), "all_seconds": seconds[name]}
         row |= {"tokens_per_second": speed[name], "molecules_per_second": case.molecules / row["seconds"]}
+        if case.batches:
+            row["share_of_real_tokens"] = real_share(case.batches)
         if case.bound is not None:
             row["share_of_bound"] = speed[name] / speed[case.bound]
         if memory and name in memory:
@@ -358,38 +405,40 @@ def rows_of(size, cases, seconds, memory=None):
 
 
 def ratios(rows):
-    """Returns how many times faster a case is than what it is measured by, by name."""
-    speed = {(row["size"], row["case"]): row["tokens_per_second"] for row in rows}
+    """Returns how many times faster a case is than what it is measured by, and how its memory compares."""
+    found = {(row["size"], row["case"]): row for row in rows}
     pairs = []
     for step in ("training", "evaluation"):
         for kind in ("fp32", "bf16"):
             pairs.append((f"{step}, {kind}", f"{step}, the published way"))
-            pairs += [(f"{step}, {kind}", f"{step}, {kind}, {peer}") for peer in ("BERT (SDPA)", "ModernBERT")]
+            pairs += [(f"{step}, {kind}", f"{step}, {kind}, {peer}") for peer in PEERS]
+    pairs += [(f"prediction, {kind}", "evaluation, the published way") for kind in ("fp32", "bf16")]
     pairs.append(("influence scores, jvp", "influence scores, gradient of each"))
-    pairs += [
-        ("prediction, fp32", "evaluation, the published way"),
-        ("prediction, bf16", "evaluation, the published way"),
-    ]
     pairs += [(f"{kind} product of a batch", "double backward of each") for kind in ("GGN", "Hessian")]
-    return [
-        {"size": size, "case": first, "against": second, "ratio": speed[size, first] / speed[size, second]}
-        for size in dict.fromkeys(row["size"] for row in rows)
-        for first, second in pairs
-        if (size, first) in speed and (size, second) in speed
-    ]
+    pairs += [(f"{method}, training, fp32", "full, training, fp32") for method in METHODS if method != "full"]
+    rows = []
+    for size in dict.fromkeys(size for size, _ in found):
+        for first, second in pairs:
+            if (size, first) in found and (size, second) in found:
+                one, other = found[size, first], found[size, second]
+                row = {"size": size, "case": first, "against": second}
+                row["ratio"] = one["tokens_per_second"] / other["tokens_per_second"]
+                if "peak_memory_bytes" in one and "peak_memory_bytes" in other:
+                    row["memory"] = one["peak_memory_bytes"] / other["peak_memory_bytes"]
+                rows.append(row)
+    return rows
 
 
-def peak_of(size, name):
+def peak_of(size, name, batch_size, lengths_file):
     """Returns the peak memory of a case in a process of its own, in bytes."""
-    command = [sys.executable, __file__, "--sizes", size, "--one", name]
+    command = [sys.executable, __file__, "--sizes", size, "--batch_size", str(batch_size)]
+    command += ["--one", name, "--lengths_file", str(lengths_file)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def run_one(size, name):
+def run_one(size, name, batch_size, lengths_file):
     """Runs one case alone, twice, and prints the peak memory of this process."""
-    from trainer_regression import peak_memory
-
-    step = cases_of(size, real_lengths(), METHODS)[name].build()
+    step = cases_of(size, json.loads(Path(lengths_file).read_text()), METHODS, batch_size)[name].build()
     for _ in range(2):
         step()
     print(peak_memory())
@@ -410,8 +459,50 @@ def start_up(rounds=5):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def compilation(size, lengths, batch_size, rounds):
+    """Returns what torch.compile takes and gives: seconds until the steps are compiled, and those of a step."""
+    batches = [make_batch(rows) for rows in choose_batches(lengths, BATCHES[size], batch_size, "grouped")]
+    model = build.__wrapped__(MolformerForRegression, size, redraw_features=False)
+    compiled = torch.compile(model, dynamic=True)
+    start = time.perf_counter()
+    steps = {"plain": train_step(model, batches), "compiled": train_step(compiled, batches)}
+    steps["compiled"]()
+    values, seconds = {"compile_seconds": time.perf_counter() - start}, {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            synchronize()
+            seconds[name].append((time.perf_counter() - start) / len(batches))
+    values |= {f"{name}_step_seconds": statistics.median(found) for name, found in seconds.items()}
+    gain = values["plain_step_seconds"] - values["compiled_step_seconds"]
+    return values | {"pays_after_steps": values["compile_seconds"] / gain if gain > 0 else None}
+
+
+def processes():
+    """Returns molecules a second of run_regression.py in one process of one core, of two, and in two of one each."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    forms = {"1 process, 1 thread": ([], 1, 16), "1 process, 2 threads": ([], 2, 16),
+             "2 processes, 1 thread each": (launcher, 1, 8)}  # fmt: skip
+    speeds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, (launch, threads, batch)) in enumerate(forms.items()):
+            out = Path(folder) / str(number)
+            flags = ["--do_train", "--max_steps", "60", "--eval_strategy", "no", "--save_strategy", "no"]
+            flags += ["--load_best_model_at_end", "false", "--per_device_train_batch_size", str(batch), "--use_cpu"]
+            subprocess.run(
+                [sys.executable, *launch, str(ROOT / "run_regression.py"), *flags, "--output_dir", str(out)],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=True, capture_output=True,
+            )  # fmt: skip
+            speeds[name] = json.loads((out / "train_results.json").read_text())["train_samples_per_second"]
+    return speeds
+
+
 def read_corpus(count=1_000_000):
-    """Returns seconds and peak memory of canonicalizing and encoding a corpus of `count` SMILES in processes."""
+    """Returns seconds and peak memory of canonicalizing and encoding a corpus of `count` SMILES in processes.
+
+    The memory is that of the largest process.
+    """
     lines = (ROOT / "data" / "lipophilicity.csv").read_text().splitlines()[1:]
     smiles = [line.split(",")[0] for line in lines]
     with tempfile.TemporaryDirectory() as folder:
@@ -420,12 +511,12 @@ def read_corpus(count=1_000_000):
         code = (
             "import resource, time\n"
             "from utils_mlm import *; from arguments import *; from run_mlm import MlmArguments\n"
-            "from trainer_regression import build_tokenizer\n"
-            f"data = DataTrainingArguments(train_file={str(path)!r})\n"
+            "from trainer_regression import build_tokenizer, peak_memory\n"
+            f"data = DataTrainingArguments(train_file={str(path)!r}, smiles_form='canonical')\n"
             f"start = time.time(); corpus = read_corpus(data.train_file, data, {folder!r})\n"
             "encode_corpus(corpus, build_tokenizer(), data, MlmArguments(), data.train_file)\n"
-            "who = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
-            "print(time.time() - start, max(who) * 1024)"
+            "workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024\n"
+            "print(time.time() - start, max(peak_memory(), workers))"
         )
         environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
         ran = subprocess.run(
@@ -442,26 +533,60 @@ def to_markdown(report):
     """Returns the tables of the README."""
     lines = []
     for size in dict.fromkeys(row["size"] for row in report["rows"]):
-        lines += [f"### {size}", "", "| case | molecules/s | tokens/s | share of the products | peak memory |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: |"]
-        for row in (row for row in report["rows"] if row["size"] == size):
-            share = f"{100 * row['share_of_bound']:.0f} %" if "share_of_bound" in row else ""
-            memory = f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in row else ""
-            numbers = f"{row['molecules_per_second']:,.1f} | {row['tokens_per_second']:,.0f}"
-            lines.append(f"| {row['case']} | {numbers} | {share} | {memory} |")
-        lines += ["", "| case | against | times faster |", "| --- | --- | ---: |"]
-        lines += [
-            f"| {r['case']} | {r['against']} | {r['ratio']:.2f} |" for r in report["ratios"] if r["size"] == size
-        ]
-        lines.append("")
-    for name, seconds in report.get("start_up", {}).items():
-        lines.append(f"- {name}: {seconds:.2f} s")
+        lines += [f"### {size}", "", *speed_table(report, size), "", *ratio_table(report, size), ""]
+        lines += [*length_table(report, size), "", *compile_line(report, size)]
+    lines += [f"- run_regression.py, {name}: {speed:.0f} molecules/s" for name, speed in report["processes"].items()]
+    lines += [f"- {name}: {seconds:.2f} s" for name, seconds in report["start_up"].items()]
     if "corpus" in report:
         corpus = report["corpus"]
-        lines.append(
-            f"- corpus of {corpus['molecules']:,} SMILES, canonicalized and encoded: {corpus['seconds']:.0f} s"
-        )
+        seconds, memory = f"{corpus['seconds']:.0f} s", f"{corpus['peak_memory_bytes'] / 1e9:.2f} GB"
+        lines.append(f"- corpus of {corpus['molecules']:,} SMILES, canonicalized and encoded: {seconds}, {memory}")
     return "\n".join(lines) + "\n"
+
+
+def speed_table(report, size):
+    """Returns the lines of the table of all cases."""
+    lines = ["| case | molecules/s | tokens/s | share of the products | peak memory |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for row in (row for row in report["rows"] if row["size"] == size):
+        share = f"{100 * row['share_of_bound']:.0f} %" if "share_of_bound" in row else ""
+        memory = f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in row else ""
+        numbers = f"{row['molecules_per_second']:,.1f} | {row['tokens_per_second']:,.0f}"
+        lines.append(f"| {row['case']} | {numbers} | {share} | {memory} |")
+    return lines
+
+
+def ratio_table(report, size):
+    """Returns the lines of the table of comparisons."""
+    lines = ["| case | against | times faster | memory |", "| --- | --- | ---: | ---: |"]
+    for row in (row for row in report["ratios"] if row["size"] == size):
+        memory = f"{row['memory']:.2f}" if "memory" in row else ""
+        lines.append(f"| {row['case']} | {row['against']} | {row['ratio']:.2f} | {memory} |")
+    return lines
+
+
+def length_table(report, size):
+    """Returns the lines of the table of tokens a second by length."""
+    lines = ["Tokens a second, evaluation in fp32, 2,048 tokens a batch:", ""]
+    lines += [f"| tokens of a molecule | {' | '.join(map(str, LENGTHS))} |", "| --- |" + " ---: |" * len(LENGTHS)]
+    speeds = {row["case"]: row["tokens_per_second"] for row in report["lengths"] if row["size"] == size}
+    for name in dict.fromkeys(case.rsplit(", ", 1)[0] for case in speeds):
+        numbers = (f"{speeds[f'{name}, {length} tokens']:,.0f}" for length in LENGTHS)
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
+    return lines
+
+
+def compile_line(report, size):
+    """Returns a line on torch.compile, if it was measured."""
+    found = report["compilation"].get(size)
+    if found is None:
+        return []
+    steps = f"{found['pays_after_steps']:,.0f} steps" if found["pays_after_steps"] else "no number of steps"
+    seconds = f"{found['compiled_step_seconds']:.3f} s in place of {found['plain_step_seconds']:.3f} s"
+    return [
+        f"torch.compile: {found['compile_seconds']:.0f} s once, a training step {seconds}; pays after {steps}.",
+        "",
+    ]
 
 
 def plot_lengths(rows, path):
@@ -487,32 +612,39 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=16, help="molecules of a training or evaluation batch")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="of run_peft.py")
     parser.add_argument("--corpus", action="store_true", help="also read a corpus of a million SMILES")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench.json")
-    parser.add_argument(
-        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too"
-    )
+    for name, what in (("memory", "measure peak memory"), ("compile", "measure torch.compile"),
+                       ("processes", "measure several processes")):  # fmt: skip
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{what} too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--lengths_file", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    keep_freed_memory()  # as every script does
     if args.one:
-        return run_one(args.sizes[0], args.one)
-    report = {
-        "load": os.getloadavg(),
-        "threads": torch.get_num_threads(),
-        "device": str(DEVICE),
-        "rounds": args.rounds,
-    }
-    lengths, report["rows"], report["lengths"] = real_lengths(), [], []
-    for size in args.sizes:
-        cases = cases_of(size, lengths, args.methods)
-        memory = {name: peak_of(size, name) for name in cases if args.memory and not name.startswith("products")}
-        report["rows"] += rows_of(size, cases, time_cases(cases, args.rounds), memory)
-        cases = length_cases(size)
-        report["lengths"] += rows_of(size, cases, time_cases(cases, args.rounds))
-    report["ratios"], report["start_up"] = ratios(report["rows"]), start_up()
+        return run_one(args.sizes[0], args.one, args.batch_size, args.lengths_file)
+    lengths, started = real_lengths(), time.monotonic()
+    report = {"load_before": os.getloadavg(), "threads": torch.get_num_threads(), "device": str(DEVICE)}
+    report |= {"rounds": args.rounds, "batch_size": args.batch_size, "rows": [], "lengths": [], "compilation": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        lengths_file = Path(folder) / "lengths.json"
+        lengths_file.write_text(json.dumps(lengths))
+        for size in args.sizes:
+            cases = cases_of(size, lengths, args.methods, args.batch_size)
+            measured = [name for name in cases if args.memory and not name.startswith("products")]
+            memory = {name: peak_of(size, name, args.batch_size, lengths_file) for name in measured}
+            report["rows"] += rows_of(size, cases, time_cases(cases, args.rounds), memory)
+            cases = length_cases(size)
+            report["lengths"] += rows_of(size, cases, time_cases(cases, args.rounds))
+            if args.compile:
+                report["compilation"][size] = compilation(size, lengths, args.batch_size, args.rounds)
+    report |= {"ratios": ratios(report["rows"]), "start_up": start_up()}
+    report["processes"] = processes() if args.processes else {}
     if args.corpus:
         report["corpus"] = read_corpus()
+    report |= {"load_after": os.getloadavg(), "bench_seconds": time.monotonic() - started}
     write_report(args.output, report, unit="seconds, bytes")
     args.output.with_suffix(".md").write_text(to_markdown(report))
     plot_lengths(report["lengths"], args.output.with_suffix(".png"))

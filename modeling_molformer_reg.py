@@ -217,7 +217,8 @@ def linear_attention(query, key, value, attention_mask, eps):
     """
     if attention_mask is not None:
         key = key * attention_mask[:, :, None, None].to(key.dtype)
-    query, masked_key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, ·)
+    masked_key, value = key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, ·)
+    query = query.transpose(1, 2).contiguous()  # once, for the two products that take it
     key_value = masked_key.transpose(-1, -2) @ value  # (B, H, F, D)
     key_sum = masked_key.sum(dim=-2).unsqueeze(-1)  # (B, H, F, 1)
     normalizer = (query @ key_sum).clamp(min=eps)  # (B, H, T, 1)
@@ -666,8 +667,8 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         if labels is not None or (descriptors is None and environments is None):
             labeled_states = states
             if labels is not None and self.training:
-                labeled = labels != -100
-                labeled_states, labels = states[labeled], labels[labeled]  # (N, C), (N,)
+                rows = (labels.flatten() != -100).nonzero()[:, 0]  # (N,)
+                labeled_states, labels = states.flatten(0, 1)[rows], labels.flatten()[rows]  # (N, C), (N,)
             logits = self.lm_head(labeled_states)
         if labels is not None:
             precise = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.shape[-1])
@@ -686,11 +687,12 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             self._check_targets("environments", environments, (*shape, len(self.config.environment_buckets or ())))
             expected = (*shape, len(self.config.atom_descriptor_names or ()))
             self._check_targets("atom_descriptors", atom_descriptors, expected)
-            atoms = environments[..., 0] != -100  # (B, T)
-            atom_logits = self.atom_head(states[atoms])  # (N, A)
-            environment_logits = self.atom_head.environments(states[atoms])
-            losses.append(self.atom_head.loss(atom_logits, atom_descriptors[atoms]))
-            losses.append(self.atom_head.environment_loss(environment_logits, environments[atoms]))
+            rows = (environments[..., 0].flatten() != -100).nonzero()[:, 0]  # (N,), of the atoms
+            atom_states = states.flatten(0, 1)[rows]  # (N, C)
+            atom_logits = self.atom_head(atom_states)  # (N, A)
+            environment_logits = self.atom_head.environments(atom_states)
+            losses.append(self.atom_head.loss(atom_logits, atom_descriptors.flatten(0, 1)[rows]))
+            losses.append(self.atom_head.environment_loss(environment_logits, environments.flatten(0, 1)[rows]))
         output = MolformerMaskedLMOutput(
             loss=sum(losses) if losses else None,
             logits=logits,
@@ -788,9 +790,9 @@ class MolformerForRegression(MolformerPreTrainedModel):
 
     def label_scale(self, reference):
         """Returns mean and standard deviation of the labels, each (K,), on `reference`'s device and in its dtype."""
-        mean = self.config.label_mean or [0.0] * self.num_labels
-        std = self.config.label_std or [1.0] * self.num_labels
-        return reference.new_tensor(mean), reference.new_tensor(std)
+        scales = (self.config.label_mean or [0.0] * self.num_labels, self.config.label_std or [1.0] * self.num_labels)
+        # filled on the device: a copy from the host would make it wait
+        return tuple(torch.stack([reference.new_full((), value) for value in values]) for values in scales)
 
     def pooled_state(self, outputs):
         """Returns what the head reads of the encoder's outputs, shape (B, C): the state of `<bos>` or the mean."""

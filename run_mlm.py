@@ -30,6 +30,7 @@ from arguments import (
 
 
 DEFAULTS = {"output_dir": "outputs/mlm", "learning_rate": 6e-4, "per_device_eval_batch_size": 128}
+DEFAULTS["ddp_find_unused_parameters"] = True  # an objective may leave a head of the checkpoint unused
 LABELS = {"mlm": ("labels",), "mtr": ("descriptors",), "atoms": ("atom_descriptors", "environments")}
 LOSSES = {
     "mlm": "cross-entropy of masked tokens",

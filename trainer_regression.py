@@ -2,8 +2,8 @@
 
     from trainer_regression import RegressionTrainer, load_model, load_tokenizer
 
-`MolformerTrainer` adds what MoLFormer needs (random features equal on all processes, batches of like length that
-resume exactly, a learning rate for the head); `RegressionTrainer` adds labels in their own unit.
+`MolformerTrainer` adds what MoLFormer needs (random features equal on all processes in evaluation, batches of like
+length that resume exactly, a learning rate for the head); `RegressionTrainer` adds labels in their own unit.
 """
 
 import copy
@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -453,7 +454,9 @@ class MolformerTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.partial_method is not None:
             trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-            state_dict = {name: tensor for name, tensor in self.model.state_dict().items() if name in trained}
+            whole = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in whole.items() if name in trained}
+        restore_class(self.model)
         token, self.args.hub_token = self.args.hub_token, None  # training_args.bin would hold it in plain bytes
         try:
             super()._save(output_dir, state_dict)
@@ -470,6 +473,16 @@ class MolformerTrainer(Trainer):
             values = read_json(folder / "adapter_config.json")
             values["base_model_name_or_path"] = portable_path(values["base_model_name_or_path"])
             write_json(values, folder / "adapter_config.json")
+
+
+def restore_class(model):
+    """Gives a model's class the name of ours again, so that the checkpoint carries our file.
+
+    FSDP puts a class of its own in place, and names it in a file of its own.
+    """
+    ours = [cls for cls in type(model).__mro__ if cls.__module__ == MolformerConfig.__module__]
+    if ours and type(model) is not ours[0]:
+        type(model).__module__, type(model).__name__ = ours[0].__module__, ours[0].__name__
 
 
 class RegressionTrainer(MolformerTrainer):
@@ -685,9 +698,12 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
 
 
 def peak_memory():
-    """Returns the most memory that this process has held so far, in bytes: of the GPU if there is one."""
-    if torch.cuda.is_available():
+    """Returns the most memory that this process has held so far, in bytes: of the GPU if it has used one."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts on Linux what the parent held when it started this process
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -12,7 +12,6 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -247,9 +246,10 @@ class Predictor:
     """
 
     def __init__(self, models, tokenizer, training_args):
-        precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "no"
-        self.accelerator = Accelerator(cpu=training_args.use_cpu, mixed_precision=precision)
-        self.models = [model.to(self.accelerator.device).eval() for model in models]
+        self.state = PartialState(cpu=training_args.use_cpu)
+        self.device = self.state.device
+        self.dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+        self.models = [model.to(self.device).eval() for model in models]
         self.tokenizer = tokenizer
         self.batch_size = training_args.per_device_eval_batch_size
 
@@ -262,13 +262,20 @@ class Predictor:
         order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
         batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
         mine = []
-        # every process takes each N-th batch, so that all have long and short ones
-        for rows in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-            batch = self.tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, return_tensors="pt")
-            mine.append((rows, *self.predict_batch(batch.to(self.accelerator.device), with_states)))
-            if bar is not None:
-                bar.update(len(rows) * self.accelerator.num_processes)
-        done = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        # one block for all batches: the weights are then cast once
+        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            # every process takes each N-th batch, so that all have long and short ones
+            for rows in batches[self.state.process_index :: self.state.num_processes]:
+                batch = self.tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, return_tensors="pt")
+                mine.append((rows, *self.predict_batch(batch.to(self.device), with_states)))
+                if bar is not None:
+                    bar.update(len(rows) * self.state.num_processes)
+        # a GPU is waited for here, not after each batch
+        mine = [
+            (rows, values.double().cpu().numpy(), None if pooled is None else pooled.float().cpu().numpy())
+            for rows, values, pooled in mine
+        ]
+        done = gather_object(mine) if self.state.num_processes > 1 else mine
         count, outputs = len(encoded), self.models[0].num_labels
         predictions = np.empty((count, len(self.models), outputs))  # every row is filled below
         states = np.empty((count, self.models[0].config.hidden_size), dtype=np.float32) if with_states else None
@@ -278,16 +285,10 @@ class Predictor:
                 states[rows] = pooled
         return predictions, states
 
-    @torch.inference_mode()
     def predict_batch(self, batch, with_states):
-        values, state = [], None
-        with self.accelerator.autocast() if self.accelerator.mixed_precision != "no" else nullcontext():
-            for number, model in enumerate(self.models):
-                predictions, pooled = model.predict_with_states(**batch)
-                values.append(predictions.double().cpu())
-                if number == 0 and with_states:
-                    state = pooled.float().cpu().numpy()
-        return torch.stack(values, dim=1).numpy(), state
+        """Returns predictions of all models, shape (B, members, K), and the first one's pooled states, or `None`."""
+        answers = [model.predict_with_states(**batch) for model in self.models]
+        return torch.stack([values for values, _ in answers], dim=1), answers[0][1] if with_states else None
 
 
 def find_measured(columns, data_args, names, source):

@@ -4,23 +4,83 @@ python -m pytest tests/test_bench.py -m "slow or not slow"
 """
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+from modeling_molformer_reg import MolformerConfig, MolformerForRegression
+from trainer_regression import peak_memory
 
 
-def test_batches_have_the_lengths_of_the_data():
-    """Both kinds have about the mean length of the data; the grouped ones have less padding."""
-    lengths = bench.real_lengths()
-    mean = sum(lengths) / len(lengths)
-    padding = []
-    for grouped in (True, False):
-        batches = bench.choose_batches(lengths, 8, grouped)
-        assert [len(rows) for rows in batches] == [bench.BATCH] * 8
-        assert sum(map(sum, batches)) / (8 * bench.BATCH) == pytest.approx(mean, rel=0.1)
-        padding.append(1 - sum(map(sum, batches)) / sum(max(rows) * len(rows) for rows in batches))
-    assert padding[0] < 0.1 < padding[1]
+@pytest.fixture(scope="module")
+def lengths():
+    return bench.real_lengths()
+
+
+@pytest.mark.parametrize("count", bench.BATCHES.values())
+@pytest.mark.parametrize("kind", ["grouped", "shuffled", "sorted"])
+def test_batches_have_the_lengths_and_the_padding_of_the_data(lengths, kind, count):
+    """Reference: the whole epoch."""
+    batches, epoch = (bench.choose_batches(lengths, number, 16, kind) for number in (count, len(lengths) // 16))
+    assert [len(rows) for rows in batches] == [16] * count
+    assert bench.real_share(batches) == pytest.approx(bench.real_share(epoch), abs=0.01)
+    assert sum(map(sum, batches)) / (16 * count) == pytest.approx(sum(lengths) / len(lengths), rel=0.02)
+    assert (bench.real_share(epoch) > 0.9) == (kind != "shuffled")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_bound_does_the_products_of_the_model_on_real_tokens(monkeypatch, training):
+    """Reference: PyTorch's count for a model on molecules without padding."""
+    small = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
+    monkeypatch.setitem(bench.SIZES, "small", small | {"redraw_features": False})
+    model = MolformerForRegression(MolformerConfig(**bench.SIZES["small"])).requires_grad_(True)
+    batch = bench.make_batch([30] * 16)
+
+    def count(step):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        return counter.get_total_flops()
+
+    step = (lambda: model(**batch).loss.backward()) if training else (lambda: model(**batch))
+    if not training:
+        model.requires_grad_(False)
+    bound = count(bench.products("small", [[30] * 16], False, training))
+    assert bound == pytest.approx(count(step), rel=0.03)
+    assert count(bench.products("small", [[30] * 15 + [60]], False, training)) > bound  # real tokens count
+    assert bound == count(bench.products("small", [[20] * 8 + [40] * 8], False, training))  # padding does not
+
+
+def test_prediction_is_not_timed_in_training_mode(monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "small", {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1})
+    model = bench.build(MolformerForRegression, "small")
+    step = bench.predict_step(model, [[10, 12]], False)
+    bench.train_step(model, [bench.make_batch([10, 12])])()
+    assert model.training
+    step()
+    assert not model.training
+
+
+def test_the_published_way_takes_one_qr_a_layer(monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "small", {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3})
+    model = bench.build(MolformerForRegression, "small", redraw_features=False)
+    qr, calls = torch.linalg.qr, []
+    monkeypatch.setattr(torch.linalg, "qr", lambda *args: calls.append(1) or qr(*args))
+    bench.eval_step(model, [bench.make_batch([10, 12])] * 2, before=bench.redraw_as_published)()
+    assert len(calls) == 2 * 3
+
+
+def test_peak_memory_is_that_of_the_process_itself():
+    """Not what the parent held when it started the child, as getrusage has it on Linux."""
+    block = torch.ones(300_000_000)  # 1.2 GB
+    code = "from trainer_regression import peak_memory; print(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 1e8 < int(child.stdout) < 1e9 < peak_memory()
+    del block
 
 
 def test_shares_and_ratios_are_of_real_tokens():
