@@ -285,17 +285,9 @@ def test_run_killed_in_mid_training_resumes_to_the_same_metrics(finished_run, ti
 def test_two_processes_evaluate_the_whole_test_set_and_come_close_to_one(
     finished_run, tiny_checkpoint, small_table, tmp_path, run_script
 ):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
+    """By the command that configs/accelerate/ddp.yaml gives."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml"), "--num_processes", "2"]
     flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "two")
     done = run_script(
         "run_regression.py", *flags, *QUICK, "--per_device_train_batch_size", 8, "--use_cpu", launcher=launcher
@@ -314,6 +306,61 @@ def test_two_processes_evaluate_the_whole_test_set_and_come_close_to_one(
     for row in range(0, 160, 9):  # rows that either process predicted: both hold the weights that were saved
         encoded = tokenizer(canonicalize(table["SMILES"][row], "canonical"), return_tensors="pt")
         assert float(model(**encoded).logits) == pytest.approx(table["prediction"][row], abs=1e-4)
+
+
+SHARDED = """
+import sys
+import torch
+from torch.distributed import barrier, destroy_process_group, get_rank, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from modeling_molformer_reg import MolformerForRegression
+from trainer_regression import restore_class
+
+init_process_group("gloo")
+mesh, rank = init_device_mesh("cpu", (2,)), get_rank()
+load = lambda: MolformerForRegression.from_pretrained(sys.argv[1], redraw_features=False).eval()
+torch.manual_seed(0)
+plain = load()
+torch.manual_seed(0)  # the head is new
+sharded = load()
+for layer in sharded.molformer.encoder.layer:  # what fsdp.yaml wraps
+    fully_shard(layer, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+ids, labels = torch.randint(3, 100, (4, 12)), torch.randn(4)
+mine = slice(2 * rank, 2 * rank + 2)
+for model, rows in ((plain, slice(None)), (sharded, mine)):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(input_ids=ids[rows], labels=labels[rows]).loss.backward()
+    optimizer.step()
+whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in sharded.state_dict().items()}
+assert all(torch.allclose(whole[name], tensor, atol=1e-5) for name, tensor in plain.state_dict().items())
+restore_class(sharded)
+if rank == 0:
+    sharded.save_pretrained(sys.argv[2], state_dict=whole)
+barrier()
+destroy_process_group()
+"""
+
+
+def test_a_sharded_model_trains_as_a_whole_one_and_carries_our_file(tiny_checkpoint, tmp_path, run_script):
+    """FSDP as configs/accelerate/fsdp.yaml has it, by torch's own call: Accelerate offers it for GPUs alone."""
+    (tmp_path / "step.py").write_text(SHARDED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = run_script(
+        tmp_path / "step.py", tiny_checkpoint, tmp_path / "saved", launcher=launcher, PYTHONPATH=str(ROOT)
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    name = "modeling_molformer_reg.MolformerForRegression"
+    assert config["auto_map"]["AutoModelForSequenceClassification"] == name
+    assert (tmp_path / "saved" / "modeling_molformer_reg.py").exists()
+
+
+def test_fsdp_without_gpus_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP needs GPUs"):
+        call_main("--model_name_or_path", tiny_checkpoint, "--use_cpu", "--output_dir", tmp_path / "x")
 
 
 def test_ensemble_reports_mean_and_spread_of_its_members_and_serves_as_a_model(
