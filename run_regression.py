@@ -215,7 +215,7 @@ def main(model_args, data_args, regression_args, training_args):
             evaluate_regression(trainer)
 
         # Predict
-        if training_args.do_predict or len(plan) > 1:
+        if training_args.do_predict or len(plan) > 1 or regression_args.predict_augment:
             metrics = {}
             for name, part in parts.items() if training_args.do_predict else [(held_out, parts[held_out])]:
                 predicted = trainer.predict_molecules(
@@ -224,7 +224,7 @@ def main(model_args, data_args, regression_args, training_args):
                 predictions[name].append(predicted)
                 values = label_metrics(predicted.mean(axis=1), labels_of(part), names)
                 metrics |= {f"{name}_{key}": value for key, value in values.items()}
-            if len(plan) > 1 and own_folder:
+            if own_folder and (len(plan) > 1 or not training_args.do_predict):
                 trainer.save_metrics("predict", metrics)
         if member_args is not training_args:
             end_writing(member_args)

@@ -24,6 +24,7 @@ import influence_lds  # noqa: E402
 import paper_tables  # noqa: E402
 import peers  # noqa: E402
 import peft_comparison  # noqa: E402
+import recipes  # noqa: E402
 import ship_checkpoint  # noqa: E402
 import table1  # noqa: E402
 
@@ -325,3 +326,16 @@ def test_every_method_is_tuned_with_as_many_rates():
     if report.exists():  # then the defaults are what was found
         for method, found in json.loads(report.read_text())["tuned"].items():
             assert peft_comparison.METHODS[method].learning_rate == found["learning_rate"], method
+
+
+def test_recipes_are_compared_with_the_reference_of_the_same_seed():
+    errors = {"reference": (0.40, 0.50), "bf16": (0.41, 0.51), "15 epochs": (0.35, 0.47)}
+    runs = [
+        {"name": name, "seed": seed, "validation_mse": value, "minutes": 2.0, "command": "python x.py"}
+        for name, values in errors.items()
+        for seed, value in enumerate(values)
+    ]
+    rows = recipes.summarize(runs)
+    assert [row["name"] for row in rows] == ["15 epochs", "reference", "bf16"]
+    assert rows[0]["minus_reference"][0] == pytest.approx(-0.04) and "minus_reference" not in rows[1]
+    assert "| bf16 | 2 | 0.460 | +0.010 ± 0.000 | 2.0 |" in recipes.to_markdown(rows)

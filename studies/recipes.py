@@ -1,0 +1,104 @@
+"""Which fine-tuning of the embedded checkpoint is best, on validation: rates, epochs, random SMILES, adaptation.
+
+    python studies/recipes.py --jobs 2                    # hours; finished runs are not repeated
+    python studies/recipes.py --recipes reference "15 epochs" --seeds 0 1
+
+Every recipe trains run_regression.py on the same splits and seeds, with 20 % of the training side held out; the test
+set is not read. Writes results/recipes.json (.md): flags, validation MSE of every seed, and the paired difference to
+the reference with its 95 % interval of Student's t distribution.
+"""
+
+import shlex
+import statistics
+
+from common import as_text, interval, run_all, run_script, study_parser, with_interval, write_report
+
+
+START = "models/molformer-mini"
+RECIPES = {
+    "reference": [],
+    # each differs from the reference in one thing
+    "bf16": ["--bf16"],
+    "rate 1.5e-4": ["--learning_rate", "1.5e-4"],
+    "rate 6e-4": ["--learning_rate", "6e-4"],
+    "head rate 3e-3": ["--head_learning_rate", "3e-3"],
+    "15 epochs": ["--num_train_epochs", "15"],
+    "state of <bos>": ["--pooling", "cls"],
+    "published head": ["--regression_head", "molformer"],
+    "redrawn features": ["--redraw_features", "true"],
+    "dropout 0.1": ["--hidden_dropout_prob", "0.1", "--embedding_dropout_prob", "0.1"],
+    "batch 32": ["--per_device_train_batch_size", "32"],
+    "weight decay 0.01": ["--weight_decay", "0.01"],
+    "1 random SMILES": ["--augment_smiles", "1"],
+    "1 random SMILES, mean of 11": ["--augment_smiles", "1", "--predict_augment", "10"],
+    "3 random SMILES, mean of 11": ["--augment_smiles", "3", "--predict_augment", "10"],
+    "adapted by mlm": ["--start", "mlm"],
+    "adapted by mtr+atoms": ["--start", "mtr+atoms"],
+    "adapted by mlm+mtr+atoms": ["--start", "mlm+mtr+atoms"],
+}
+
+
+def run(cell, args, threads):
+    """Trains one recipe with one seed, unless it is finished, and returns its row."""
+    name, seed = cell
+    flags = [*RECIPES[name], *shlex.split(args.extra)]
+    start, split = START, ["--validation_fraction", "0.2", "--seed", str(seed)]
+    commands = []
+    if flags[:1] == ["--start"]:  # masked language modeling of the training molecules first
+        objective, flags = flags[1], flags[2:]
+        start = args.folder / f"adapted-{objective.replace('+', '-')}-{seed}"
+        commands.append(["run_mlm.py", "--model_name_or_path", START, "--objective", objective, *split])
+        run_script(commands[-1], start, threads)
+    commands.append(
+        ["run_regression.py", "--model_name_or_path", str(start), "--do_train", "--do_eval", *split, *flags]
+    )
+    folder = args.folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
+    values = run_script(commands[-1], folder, threads)
+    error = values.get("validation_mse", values["eval_mse"])  # the mean over random SMILES, where there are some
+    print(name, seed, round(error, 4), flush=True)
+    return {"name": name, "seed": seed, "validation_mse": error, "minutes": values["train_runtime"] / 60,
+            "command": " && ".join(map(as_text, commands))}  # fmt: skip
+
+
+def summarize(runs):
+    """Returns a row for each recipe: errors by seed, mean, paired difference to the reference, best first."""
+    errors = {}
+    for row in runs:
+        errors.setdefault(row["name"], {})[row["seed"]] = row["validation_mse"]
+    rows = []
+    for name, values in errors.items():
+        row = {"name": name, "validation_mse": values, "mean": statistics.mean(values.values())}
+        pairs = [value - errors["reference"][seed] for seed, value in values.items() if seed in errors["reference"]]
+        if name != "reference" and pairs:
+            row["minus_reference"] = interval(pairs)
+        row["minutes"] = statistics.mean(r["minutes"] for r in runs if r["name"] == name)
+        row["command"] = next(r["command"] for r in runs if r["name"] == name)
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["mean"])
+
+
+def to_markdown(rows):
+    """Returns the table of the README: one line a recipe."""
+    lines = ["| recipe | seeds | validation MSE | minus reference | minutes |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        paired = with_interval(row["minus_reference"], signed=True) if "minus_reference" in row else ""
+        cells = (row["name"], str(len(row["validation_mse"])), f"{row['mean']:.3f}", paired, f"{row['minutes']:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = study_parser(__doc__, "recipes", "recipes.json")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--extra", default="", help="further flags of run_regression.py for all, as one text")
+    args = parser.parse_args()
+    cells = [(name, seed) for seed in args.seeds for name in dict.fromkeys(["reference", *args.recipes])]
+    rows = summarize(run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs))
+    write_report(args.output, {"rows": rows}, args.jobs)
+    args.output.with_suffix(".md").write_text(to_markdown(rows))
+    print(to_markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
