@@ -9,6 +9,7 @@ output folder.
 import copy
 import ctypes
 import errno
+import importlib.util
 import json
 import logging
 import math
@@ -34,30 +35,21 @@ EMBEDDED_VOCABULARY = str(ROOT / "data" / "molformer_vocab.txt")
 UNFINISHED = "unfinished"  # an empty file that is there while a run is
 # of malloc.h: M_TRIM_THRESHOLD and M_TOP_PAD, bytes kept and bytes taken at once; M_MMAP_MAX, maps of their own
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**27, -4: 0}
-RUN_FILES = tuple(f"{stage}_results.json" for stage in ("all", "train", "eval", "predict"))
-RUN_FILES += ("trainer_state.json", "splits.json", "predictions.csv", "dropped_molecules.csv")
-RUN_FILES += (
-    "arguments.json",
-    "predict_arguments.json",
-    "README.md",
-    "residuals.png",
-    "worst_molecules.png",
-    "parity.png",
-    "loss_curves.png",
-)
-RUN_FILES += ("adapter_config.json", "adapter_model.safetensors", "trained_parameters.json", "model.safetensors")
-RUN_FILES += ("influence_scores.csv", "influence.json", "merged_train.csv", "validation.csv", "test.csv")
-RUN_FILES += ("influence_scores.png", "influence_convergence.png", "influence_selection.png")
+# what a run writes into its folder, beside checkpoints and the folders of RUN_PIECES
+RUN_FILES = """
+    all_results.json train_results.json eval_results.json predict_results.json trainer_state.json
+    arguments.json predict_arguments.json README.md splits.json predictions.csv dropped_molecules.csv
+    residuals.png worst_molecules.png parity.png loss_curves.png
+    model.safetensors adapter_config.json adapter_model.safetensors trained_parameters.json
+    influence_scores.csv influence.json merged_train.csv validation.csv test.csv
+    influence_scores.png influence_convergence.png influence_selection.png
+""".split()
+RUN_PIECES = ("member-*", "finetune-*", "influence_state.safetensors")  # of runs that train several models
 ARGUMENTS_FILE = "arguments.json"
 LOCK_FILE = ".lock"
 LOCKS = {}  # of the folders that this process writes
-NOT_REPEATED = (
-    "push_to_hub",
-    "hub_token",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-)  # of one call, not of a run
-RUN_PIECES = ("member-*", "finetune-*", "influence_state.safetensors")  # of runs that train several models
+# of one call, not of a run
+NOT_REPEATED = ("push_to_hub", "hub_token", "resume_from_checkpoint", "overwrite_output_dir")
 
 logger = logging.getLogger("molformer.arguments")
 
@@ -449,6 +441,9 @@ def setup_run(training_args, data_args=None, in_pieces=False):
         )
     if training_args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise InputError("FSDP needs GPUs. On CPUs launch with configs/accelerate/ddp.yaml.")
+    for name in training_args.report_to:
+        if name in ("tensorboard", "trackio", "wandb", "mlflow") and importlib.util.find_spec(name) is None:
+            raise InputError(f"--report_to {name} needs a package: pip install {name}, or leave the flag out.")
     logger.info(
         "Device %s, processes %d, bf16 %s, output folder %s",
         training_args.device,

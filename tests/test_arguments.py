@@ -4,6 +4,7 @@ python -m pytest tests/test_arguments.py
 """
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import subprocess
@@ -510,6 +511,15 @@ def test_resume_in_an_argument_file_may_be_a_truth_value(tmp_path):
     file.write_text(json.dumps({"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": True}))
     _, data_args, training_args = parse(file)
     assert find_checkpoint(training_args, data_args) == str(newest)
+
+
+def test_a_reporter_that_is_not_installed_is_named(tmp_path):
+    missing = [name for name in ("trackio", "mlflow", "wandb") if importlib.util.find_spec(name) is None]
+    if not missing:
+        pytest.skip("all reporters are installed here")
+    training_args, data_args = arguments_for(tmp_path / "run", report_to=missing[0])
+    with pytest.raises(InputError, match=f"--report_to {missing[0]} needs a package: pip install {missing[0]}"):
+        setup_run(training_args, data_args)
 
 
 def test_resume_takes_the_checkpoint_that_is_named(tmp_path):
