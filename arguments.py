@@ -7,7 +7,6 @@ output folder.
 """
 
 import copy
-import ctypes
 import errno
 import importlib.util
 import json
@@ -33,8 +32,6 @@ EMBEDDED_CHECKPOINT = str(ROOT / "models" / "molformer-mini")
 EMBEDDED_DATA = str(ROOT / "data" / "lipophilicity.csv")
 EMBEDDED_VOCABULARY = str(ROOT / "data" / "molformer_vocab.txt")
 UNFINISHED = "unfinished"  # an empty file that is there while a run is
-# of malloc.h: M_TRIM_THRESHOLD and M_TOP_PAD, bytes kept and bytes taken at once; M_MMAP_MAX, maps of their own
-MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**27, -4: 0}
 # what a run writes into its folder, beside checkpoints and the folders of RUN_PIECES
 RUN_FILES = """
     all_results.json train_results.json eval_results.json predict_results.json trainer_state.json
@@ -455,21 +452,8 @@ def setup_run(training_args, data_args=None, in_pieces=False):
         from utils_report import check_push
 
         check_push(training_args)
-    keep_freed_memory()
     set_seed(training_args.seed)
     return None if data_args is None else find_checkpoint(training_args, data_args, in_pieces)
-
-
-def keep_freed_memory():
-    """Has the C library keep freed memory for the next step; without glibc it does nothing.
-
-    By default glibc gives every large tensor back to the system, and each step waits for the same pages again: a tenth
-    to a third of a training step on CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option, value in MALLOC_OPTIONS.items():
-            mallopt(option, value)
 
 
 def find_checkpoint(training_args, data_args, in_pieces=False):

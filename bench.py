@@ -39,7 +39,7 @@ from transformers import (  # noqa: E402
     ModernBertForSequenceClassification,
 )
 
-from arguments import TrainingArguments, keep_freed_memory  # noqa: E402
+from arguments import TrainingArguments  # noqa: E402
 from modeling_molformer_reg import (  # noqa: E402
     MolformerConfig,
     MolformerForMaskedLM,
@@ -622,7 +622,6 @@ def main():
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--lengths_file", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    keep_freed_memory()  # as every script does
     if args.one:
         return run_one(args.sizes[0], args.one, args.batch_size, args.lengths_file)
     lengths, started = real_lengths(), time.monotonic()
