@@ -473,7 +473,9 @@ class MolformerModel(MolformerPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
         head_size = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = rotary_tables(position_ids, head_size, hidden_states.dtype)
+        kind = hidden_states.device.type  # under autocast queries and keys have its type, and so should the tables
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+        cos, sin = rotary_tables(position_ids, head_size, dtype)
         redraw = self.training and self.config.redraw_features
         weights = self.redraw_random_features() if redraw else [None] * len(self.encoder.layer)
 

@@ -513,6 +513,9 @@ def test_bfloat16_agrees_with_float32(cls):
     expected = torch.float32 if cls is MolformerForRegression else torch.bfloat16  # predictions keep their digits
     assert output.dtype == expected
     assert_near(output, answer(model, *batch), TOLERANCE[torch.bfloat16])
+    with torch.autocast("cpu", torch.bfloat16):  # as --bf16 has it, the weights in float32
+        output = answer(model, *batch)
+    assert_near(output.float(), answer(model, *batch), TOLERANCE[torch.bfloat16] / 2)
 
 
 @pytest.mark.parametrize("cls", [MolformerForMaskedLM, MolformerForRegression])
