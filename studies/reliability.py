@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -129,93 +130,135 @@ def full_disk(folder):
     return rows
 
 
-def fuzz(inputs, seed):
-    """Feeds generated tables to the readers and generated SMILES to the checks; returns counts and what failed.
+ODD_SMILES = (
+    """C1CC [Xe] c1ccccc [2H]C CC.O é \u202eCC " C,C \x00 N#N * [*]C ((((( [] %10 [nH] C%99CC%99 [C@@H] F/C=C/F
+    # = -1 NaN None 1e400""".split()
+    + ["", " ", "C" * 500]
+)
+LABELS = ("1.5", "-2", "", "x", "inf", "1e3", "0")
 
-    What is wrong must end in an `InputError`; what is read must have as many rows as were written, in their order.
-    """
-    from arguments import DataTrainingArguments, InputError
-    from trainer_regression import build_tokenizer
-    from utils_molecules import check_smiles, prepare_molecules, read_table
 
-    generator, tokenizer = random.Random(seed), build_tokenizer()
-    good = pd.read_csv(ROOT / "data" / "lipophilicity.csv")["SMILES"].tolist()
-    odd = [
-        "",
-        " ",
-        "C1CC",
-        "[Xe]",
-        "C" * 500,
-        "c1ccccc",
-        "[2H]C",
-        "CC.O",
-        "é",
-        "\u202eCC",
-        '"',
-        "C,C",
-        "\x00",
-        "N#N",
-        "*",
-        "[*]C",
-    ]
-    odd += ["(((((", "[]", "%10", "[nH]", "C%99CC%99", "[C@@H]", "F/C=C/F", "#", "=", "-1", "NaN", "None", "1e400"]
+class Generator:
+    """Makes SMILES and tables, many of them broken, as a function of a seed."""
 
-    def smiles():
-        text = generator.choice(good if generator.random() < 0.6 else odd)
-        if generator.random() < 0.3 and text:  # a change somewhere
-            place = generator.randrange(len(text))
-            text = text[:place] + chr(generator.choice([*range(32, 127), 0, 233, 0x4E2D, 0x1F600])) + text[place + 1 :]
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.good = pd.read_csv(ROOT / "data" / "lipophilicity.csv")["SMILES"].tolist()
+
+    def smiles(self):
+        """Returns a molecule of the data or an odd text, sometimes with another character somewhere."""
+        text = self.random.choice(self.good if self.random.random() < 0.6 else ODD_SMILES)
+        if self.random.random() < 0.3 and text:
+            place = self.random.randrange(len(text))
+            other = chr(self.random.choice([*range(32, 127), 0, 233, 0x4E2D, 0x1F600]))
+            text = text[:place] + other + text[place + 1 :]
         return text
 
+    def write_table(self, path):
+        """Writes a table of a few rows, and returns it; `None` if its bytes were changed, taken out or cut."""
+        labels = LABELS[: self.random.choice([2, 7])]
+        rows = [(self.smiles(), self.random.choice(labels)) for _ in range(self.random.randrange(6))]
+        frame = pd.DataFrame(rows, columns=["SMILES", "label"])
+        content = frame.to_csv(index=False, sep=self.random.choice([",", "\t", ";"])).encode()
+        for _ in range(self.random.choice([0, 0, 0, 1, 3])):
+            if content:
+                place = self.random.randrange(len(content))
+                rest = content[place + 1 :]
+                other = bytes([self.random.randrange(256)])
+                content = content[:place] + self.random.choice([b"", other + rest, rest])
+                frame = None
+        path.write_bytes(content)
+        return frame
+
+
+def fuzz(inputs, seed):
+    """Feeds generated tables to training's readers and to the prediction, and generated SMILES to the checks.
+
+    What is wrong must end in an `InputError`; what is read must have as many rows as were written, in their order.
+
+    Returns:
+        counts, and what failed.
+    """
+    from arguments import InputError
+
+    generator, trials = Generator(seed), (read_as_training, predict_as_new, check_texts)
     counts, failures, hangs = {"read": 0, "refused": 0}, [], 0
-    data_args = DataTrainingArguments(invalid_smiles="drop")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.csv"
         for _ in range(inputs):
-            rows = [(smiles(), generator.choice(["1.5", "-2", "", "x", "inf", "1e3", "0"][: generator.choice([2, 7])]))
-                    for _ in range(generator.randrange(0, 6))]  # fmt: skip
-            frame = pd.DataFrame(rows, columns=["SMILES", "label"])
-            content = frame.to_csv(index=False, sep=generator.choice([",", "\t", ";"])).encode()
-            for _ in range(generator.choice([0, 0, 0, 1, 3])):  # bytes changed, taken out, cut
-                if content:
-                    place = generator.randrange(len(content))
-                    content = generator.choice([
-                        content[:place], content[:place] + bytes([generator.randrange(256)]) + content[place + 1 :],
-                        content[:place] + content[place + 1 :],
-                    ])  # fmt: skip
-                    frame = None
-            path.write_bytes(content)
-            begun = time.monotonic()
-            try:
-                table = read_table(path)
-                if frame is not None and table["smiles"].tolist() != [text.strip() for text in frame["SMILES"]]:
-                    failures.append({"input": content.decode(errors="replace")[:200], "what": "rows changed"})
-                prepared, dropped = prepare_molecules(table, tokenizer, data_args, str(path))
-                together = sorted([*prepared["row"], *dropped["row"]])
-                if together != list(range(len(table))) or list(prepared["row"]) != sorted(prepared["row"]):
-                    failures.append({"input": content.decode(errors="replace")[:200], "what": "order of the rows"})
-                counts["read"] += 1
-            except InputError as error:
-                counts["refused"] += 1
-                if len(str(error)) < 20:
-                    failures.append({"input": content.decode(errors="replace")[:200], "what": str(error)})
-            except Exception as error:  # what no user should see
-                failures.append({"input": repr(content[:200]), "what": f"{type(error).__name__}: {error}"[:200]})
-            hangs += time.monotonic() - begun > 5
-            texts = [smiles() for _ in range(3)]
-            try:
-                found = check_smiles(texts, tokenizer, generator.choice(["canonical", "isomeric", "raw"]), 256)
-                if any(len(column) != 3 for column in found):
-                    failures.append({"input": repr(texts), "what": "number of answers"})
-            except Exception as error:
-                failures.append({"input": repr(texts)[:200], "what": f"{type(error).__name__}: {error}"[:200]})
-    return {
-        "inputs": inputs * 2,
-        **counts,
-        "hangs": hangs,
-        "failures": failures[:20],
-        "passed": not failures and not hangs,
-    }
+            for trial in trials:
+                frame, begun, problem = generator.write_table(path), time.monotonic(), None
+                try:
+                    problem = trial(generator, path, frame)
+                    counts["read"] += 1
+                except InputError as error:
+                    counts["refused"] += 1
+                    problem = f"a message that says little: {error}" if len(str(error)) < 20 else None
+                except Exception as error:  # what no user should see
+                    problem = f"{type(error).__name__}: {error}"[:200]
+                hangs += time.monotonic() - begun > 5
+                if problem is not None:
+                    failures.append({"trial": trial.__name__, "input": repr(path.read_bytes()[:200]), "what": problem})
+    rest = {"hangs": hangs, "failures": failures[:20], "passed": not failures and not hangs}
+    return {"inputs": inputs * len(trials), **counts, **rest}
+
+
+@cache
+def tools():
+    """Returns the tokenizer, and a small model that predicts."""
+    from modeling_molformer_reg import MolformerConfig, MolformerForRegression
+    from trainer_regression import build_tokenizer
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = MolformerForRegression(MolformerConfig(**shape, label_mean=[2.0], label_std=[1.0])).eval()
+    return build_tokenizer(), model
+
+
+def read_as_training(generator, path, frame):
+    """Reads and checks a table as the training does; returns what is wrong with the answer, or `None`."""
+    from arguments import DataTrainingArguments
+    from utils_molecules import prepare_molecules, read_table
+
+    table = read_table(path)
+    if frame is not None and table["smiles"].tolist() != [text.strip() for text in frame["SMILES"]]:
+        return "rows changed"
+    data_args = DataTrainingArguments(invalid_smiles="drop")
+    prepared, dropped = prepare_molecules(table, tools()[0], data_args, str(path))
+    together = sorted([*prepared["row"], *dropped["row"]])
+    in_order = together == list(range(len(table))) and list(prepared["row"]) == sorted(prepared["row"])
+    return None if in_order else "order of the rows"
+
+
+def predict_as_new(generator, path, frame):
+    """Predicts a table as new molecules; returns what is wrong with the answer, or `None`."""
+    from arguments import DataTrainingArguments, TrainingArguments
+    from run_regression import RegressionArguments
+    from utils_predict import STATUS, predict_file
+
+    tokenizer, model = tools()
+    data_args = DataTrainingArguments(test_file=str(path), smiles_form=generator.random.choice(["canonical", "raw"]))
+    regression_args = RegressionArguments(predict_augment=generator.random.choice([0, 2]))
+    training_args = TrainingArguments(output_dir=str(path.parent), disable_tqdm=True)
+    output = path.with_name("predictions.csv")
+    report = predict_file([model], tokenizer, data_args, regression_args, training_args, output)
+    answers = pd.read_csv(output, dtype={"SMILES": str}, keep_default_na=False)
+    if len(answers) != report["predict_samples"]:
+        return "number of the rows"
+    if frame is not None and answers["SMILES"].tolist() != frame["SMILES"].tolist():
+        return "rows changed"
+    if not set(answers["status"]) <= {"ok", *STATUS.values()}:
+        return "unknown status"
+    answered = answers["prediction"].astype(str) != ""
+    return None if (answered == (answers["status"] == "ok")).all() else "a prediction without its status"
+
+
+def check_texts(generator, path, frame):
+    """Checks three SMILES; returns what is wrong with the answer, or `None`."""
+    from utils_molecules import check_smiles
+
+    texts, form = [generator.smiles() for _ in range(3)], generator.random.choice(["canonical", "isomeric", "raw"])
+    found = check_smiles(texts, tools()[0], form, 256)
+    return None if all(len(column) == 3 for column in found) else "number of answers"
 
 
 class RunsCode:
@@ -311,7 +354,7 @@ def main():
     parts = ("kills", "full_disk", "fuzz", "hostile", "second_run")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--kills", type=int, default=20, help="over all four scripts")
-    parser.add_argument("--inputs", type=int, default=10_000, help="generated tables; as many lists of SMILES")
+    parser.add_argument("--inputs", type=int, default=10_000, help="generated inputs of each of three kinds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "reliability.json")
     args = parser.parse_args()
