@@ -421,12 +421,14 @@ In your own code, beside `modeling_molformer_reg.py` of these scripts:
 ```python
 import modeling_molformer_reg
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 config = AutoConfig.from_pretrained("{name}")
 base = PeftConfig.from_pretrained("{name}").base_model_name_or_path
 model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
 model = PeftModel.from_pretrained(model, "{name}").eval()
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+print(model(**tokenizer("CCO", return_tensors="pt")).logits)  # in the unit of the label
 ```"""
 LIMITS = """## Intended use and limits
 

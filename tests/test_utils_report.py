@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from hub_double import HubDouble
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -148,11 +149,11 @@ def check_for_secrets(token, folder, *texts):
     assert not [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
 
 
-def run_card(card, online, tmp_path):
+def run_card(card, online, tmp_path, **environment):
     """Runs the Python block of a card in a fresh process, and returns the number that it prints."""
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     (tmp_path / "fresh.py").write_text(code)
-    fresh = online(tmp_path / "fresh.py", token=None)
+    fresh = online(tmp_path / "fresh.py", token=None, **environment)
     assert fresh.returncode == 0, fresh.stderr
     return float(re.search(r"tensor\(\[\[(.*?)\]\]", fresh.stdout)[1])
 
@@ -259,15 +260,44 @@ def test_files_of_others_in_the_folder_stay_there(tmp_path):
     assert sorted(files_to_push(tmp_path)) == sorted(names)
 
 
-def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(connected, hub, training, tmp_path):
-    flags = [*training, "--push_to_hub", "--hub_model_id", "someone/adapter", "--peft_method", "lora"]
+@pytest.mark.parametrize(
+    ("method", "file", "key"),
+    [("lora", "adapter_config.json", "base_model_name_or_path"), ("bitfit", "trained_parameters.json", "base")],
+)
+def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
+    connected, online, hub, training, tiny_checkpoint, small_table, tmp_path, method, file, key
+):
+    """It comes back by name, base and all, through the scripts, and LoRA through the code of its card."""
+    flags = [*training, "--push_to_hub", "--hub_model_id", "someone/adapter", "--peft_method", method]
     with pytest.raises(InputError, match="--base_hub_name"):
         connected(run_peft, *flags)
     assert not (tmp_path / "run").exists()
     connected(run_peft, *flags, "--base_hub_name", "someone/base")
     files = hub.repositories["someone/adapter"]
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "someone/base"
-    assert "model.safetensors" not in files and "adapter_model.safetensors" in files
+    card = ModelCard(files["README.md"].decode())
+    assert json.loads(files[file])[key] == card.data.base_model == "someone/base"
+    assert f"fine-tuned from `someone/base` with {method}" in card.text and "local folder" not in card.text
+    assert ("adapter_model.safetensors" in files) == (method == "lora")
+
+    hub.repositories["someone/base"] = {path.name: path.read_bytes() for path in Path(tiny_checkpoint).iterdir()}
+    flags = ["--do_predict", "--model_name_or_path", "someone/adapter", "--train_file", small_table]
+    again = online("run_regression.py", *flags, "--output_dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    first, second = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("run", "again"))
+    np.testing.assert_allclose(second["prediction"], first["prediction"], atol=1e-5)
+    if method == "lora":
+        (tmp_path / "one.csv").write_text("SMILES\nCCO\n")
+        flags = ["--do_predict", "--model_name_or_path", tmp_path / "run", "--test_file", tmp_path / "one.csv"]
+        connected(run_regression, *flags, "--output_dir", tmp_path / "one")
+        shown = run_card(card.text, online, tmp_path, PYTHONPATH=str(ROOT))
+        assert shown == pytest.approx(pd.read_csv(tmp_path / "one" / "predictions.csv")["prediction"][0], abs=1e-3)
+
+
+def test_the_card_of_an_adapter_of_a_local_base_says_so(connected, training, tiny_checkpoint, tmp_path):
+    connected(run_peft, *training, "--peft_method", "ia3")
+    card = (tmp_path / "run" / "README.md").read_text()
+    name = Path(tiny_checkpoint).name
+    assert f"fine-tuned from `{name}` with ia3" in card and f"Its base, `{name}`, is a local folder." in card
 
 
 def test_a_merged_adapter_is_pushed_as_a_plain_model(connected, hub, training):
