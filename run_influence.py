@@ -49,12 +49,13 @@ from arguments import (
 )
 
 
-DEFAULTS = {"output_dir": "outputs/influence"}
+# chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding
+DEFAULTS = {"output_dir": "outputs/influence", "per_device_eval_batch_size": 16}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
 SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
 LISSA_SETTINGS = ("recursion_depth", "num_repeats", "tail_fraction", "hessian_batch_size")
 MOST_STATES = 50_000  # pooled states that are kept: 154 MB of MoLFormer-XL
-FIXED_MOLECULES = 256  # on which largest eigenvalue and residual are measured
+FIXED_MOLECULES = 128  # on which largest eigenvalue and residual are measured
 
 logger = logging.getLogger("molformer.influence")
 
@@ -109,8 +110,8 @@ class InfluenceArguments:
         default="auto",
         metadata={"help": "What LiSSA divides the curvature by; auto: 1.5 times the largest eigenvalue of a batch."},
     )
-    recursion_depth: int = field(default=300, metadata={"help": "Steps of one LiSSA run, or most steps of cg."})
-    num_repeats: int = field(default=3, metadata={"help": "LiSSA runs with other batches; scores are their mean."})
+    recursion_depth: int = field(default=200, metadata={"help": "Steps of one LiSSA run, or most steps of cg."})
+    num_repeats: int = field(default=2, metadata={"help": "LiSSA runs with other batches; scores are their mean."})
     tail_fraction: float = field(
         default=0.5, metadata={"help": "Share of the last LiSSA iterates that are averaged; 0 takes the last one."}
     )
@@ -591,7 +592,10 @@ def measure_curvature(problem, fixed, batches, influence_args, show_progress):
     size = sum(tensor.numel() for tensor in problem.params.values())
     start = torch.randn(size, generator=torch.Generator().manual_seed(batches.seed)).to(problem.model.device)
     hessian, lissa = influence_args.curvature == "hessian", influence_args.ihvp == "lissa"
-    with tqdm(total=20 + 50 * lissa, desc="Largest eigenvalues", disable=not show_progress) as bar:
+    steps = {"fixed": 25 if hessian else 10, "batch": 8}  # a smallest eigenvalue takes more than a largest one
+    with tqdm(
+        total=steps["fixed"] + 5 * steps["batch"] * lissa, desc="Largest eigenvalues", disable=not show_progress
+    ) as bar:
 
         def measure(molecules, steps):
             def product(vector):
@@ -600,10 +604,12 @@ def measure_curvature(problem, fixed, batches, influence_args, show_progress):
 
             return extreme_eigenvalues(product, start, steps)
 
-        smallest, largest = measure(fixed, 20)
+        smallest, largest = measure(fixed, steps["fixed"])
         values = {"largest_eigenvalue": largest} | ({"smallest_eigenvalue": smallest} if hessian else {})
         if lissa:
-            values["largest_eigenvalue_of_batches"] = [max(map(abs, measure(batches.draw(), 10))) for _ in range(5)]
+            values["largest_eigenvalue_of_batches"] = [
+                max(map(abs, measure(batches.draw(), steps["batch"]))) for _ in range(5)
+            ]
     damping = influence_args.damping or influence_args.relative_damping * max(largest, -smallest)
     if not damping > 0:
         raise InputError("The curvature is zero: none of the chosen parameters changes a prediction. Pass --damping.")
