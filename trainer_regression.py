@@ -13,6 +13,7 @@ import logging
 import pickle
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import datasets
@@ -81,6 +82,9 @@ SMILES_PATTERN = (
 
 # Raise the number when what a cached function computes changes; RDKit's answers differ between versions.
 CACHE_VERSION = f"1, RDKit {rdBase.rdkitVersion}"
+
+# VeRA's projections are not in its checkpoints: they are drawn again from their seed
+warnings.filterwarnings("ignore", message="Specified to not save vera_A")
 
 logger = logging.getLogger("molformer.trainer")
 
@@ -478,10 +482,10 @@ class MolformerTrainer(Trainer):
 def restore_class(model):
     """Gives a model's class the name of ours again, so that the checkpoint carries our file.
 
-    FSDP puts a class of its own in place, and names it in a file of its own.
+    FSDP puts a class of its own in place, which it says is of a file of its own.
     """
     ours = [cls for cls in type(model).__mro__ if cls.__module__ == MolformerConfig.__module__]
-    if ours and type(model) is not ours[0]:
+    if ours and type(model).__module__.startswith("torch."):
         type(model).__module__, type(model).__name__ = ours[0].__module__, ours[0].__name__
 
 
