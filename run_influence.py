@@ -691,8 +691,8 @@ def solve_by_conjugate_gradients(product, gradient, damping, influence_args, fil
     """
     vectors, trace = file.vectors, file.values["trace"]
     names = ("answer", "residual", "direction")
-    state = CgState(*(vectors[name] for name in names), file.values["step"]) if vectors else None
-    done = file.values["step"] if vectors else 0
+    done = file.values.get("step", 0)
+    state = CgState(*(vectors[name] for name in names), done) if vectors else None
     with tqdm(
         total=influence_args.recursion_depth, initial=done, desc="Conjugate gradients", disable=not show_progress
     ) as bar:
@@ -726,13 +726,12 @@ def solve_by_lissa(batches, gradient, settings, residual, file, show_progress):
     """
     depth, repeats, scale = settings["recursion_depth"], settings["num_repeats"], settings["scale"]
     trace, state = file.values["trace"], None
+    done = 0
     if file.vectors:
         answers = [file.vectors[f"answer_{number}"] for number in range(len(file.vectors) - 2)]
         state = LissaState(file.vectors["iterate"], file.vectors["tail"], file.values["step"], answers)
         done = len(answers) * depth + state.step
         batches.position += done
-    else:
-        done = 0
     with tqdm(total=repeats * depth, initial=done, desc="LiSSA", disable=not show_progress) as bar:
 
         def on_step(state):
