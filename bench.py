@@ -46,14 +46,14 @@ from modeling_molformer_reg import (  # noqa: E402
     MolformerForRegression,
     draw_random_features,
 )
-from run_influence import (  # noqa: E402
+from run_peft import METHODS, PeftArguments, adapt  # noqa: E402
+from trainer_regression import LengthGroupedBatchSampler, build_tokenizer, peak_memory  # noqa: E402
+from utils_influence import (  # noqa: E402
     ggn_vector_product,
     hessian_vector_product,
     scores_by_gradients,
     scores_by_jvp,
 )
-from run_peft import METHODS, PeftArguments, adapt  # noqa: E402
-from trainer_regression import LengthGroupedBatchSampler, build_tokenizer, peak_memory  # noqa: E402
 from utils_molecules import canonicalize, read_table  # noqa: E402
 from utils_predict import Predictor  # noqa: E402
 

@@ -10,19 +10,11 @@ influence_scores.csv (one line a molecule), influence.json (how they were comput
 merged_train.csv with the selected molecules and the files that go with it, the models that were fine-tuned with them
 and with the controls, all_results.json and plots.
 
-Koh and Liang, Understanding black-box predictions via influence functions, ICML 2017,
-https://arxiv.org/abs/1703.04730. Agarwal et al., Second-order stochastic optimization for machine learning in linear
-time (LiSSA), JMLR 18 (2017), https://arxiv.org/abs/1602.03943. Shape letters: B molecules of a batch, K labels, P
-parameters, R repeats, N molecules.
+The mathematics, with its sources, is in utils_influence.py.
 """
 
-import contextlib
-import hashlib
-import json
 import logging
 import math
-import os
-import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,12 +23,6 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.utils import reduce
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding
 
 from arguments import (
     EMBEDDED_CHECKPOINT,
@@ -47,15 +33,30 @@ from arguments import (
     run_script,
     setup_run,
 )
+from utils_influence import (
+    MoleculeProblem,
+    choose_parameters,
+    full_float32,
+    inverse_curvature,
+    score_molecules,
+)
+from utils_molecules import (
+    load_molecules,
+    prepare_molecules,
+    read_table,
+    split_groups,
+    split_hash,
+    write_csv,
+    write_json,
+)
+from utils_report import finish_run, save_figure
 
 
 # chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding
 DEFAULTS = {"output_dir": "outputs/influence", "per_device_eval_batch_size": 16}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
+PAPER_LOSSES = (0.581, 0.318, 0.198, 0.105, 0.071, 0.048, 0.046)  # evaluation loss by epoch, the paper's Table 2
 SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
-LISSA_SETTINGS = ("recursion_depth", "num_repeats", "tail_fraction", "hessian_batch_size")
-MOST_STATES = 50_000  # pooled states that are kept: 154 MB of MoLFormer-XL
-FIXED_MOLECULES = 128  # on which largest eigenvalue and residual are measured
 
 logger = logging.getLogger("molformer.influence")
 
@@ -193,652 +194,237 @@ class InfluenceArguments:
 ARGUMENTS = (ModelArguments, DataTrainingArguments, InfluenceArguments, TrainingArguments)
 
 
-# -------------------------------------------------------------------------------------------------- the mathematics
-#
-# A model is here a function of its parameters (a dictionary of tensors): `residuals(params)` of shape (B, K). The loss
-# of a molecule is the sum of its squared residuals. Vectors are flat, shape (P,).
+# --------------------------------------------------------------------------------------------- molecules and selection
 
 
-def flatten(tensors):
-    """Returns the tensors of a dictionary as one vector, shape (P,)."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-
-
-def unflatten(vector, params):
-    """Returns a vector (P,) as a dictionary of tensors with the names and shapes of `params`."""
-    parts = vector.split([tensor.numel() for tensor in params.values()])
-    return {name: part.view_as(params[name]) for name, part in zip(params, parts, strict=True)}
-
-
-def molecule_losses(residuals, params):
-    """Returns the loss of each molecule, shape (B,)."""
-    return residuals(params).square().sum(dim=-1)
-
-
-def leaves_of(params):
-    """Returns the parameters as leaves that gradients are taken for."""
-    return {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
-
-
-def flat_gradient(value, leaves, **options):
-    """Returns the gradient of a number, shape (P,); zeros where it does not depend on a parameter."""
-    gradients = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True, **options)
-    return torch.cat([gradient.reshape(-1) for gradient in gradients])
-
-
-def loss_gradient(residuals, params):
-    """Returns the gradient of the summed losses, shape (P,)."""
-    leaves = leaves_of(params)
-    return flat_gradient(molecule_losses(residuals, leaves).sum(), leaves)
-
-
-def ggn_vector_product(residuals, params, vector):
-    """Returns the generalized Gauss-Newton matrix of the summed losses times a vector, shape (P,).
-
-    With J the Jacobian of the residuals it is 2 Jᵀ J v: a forward-mode product, then a reverse-mode one (Schraudolph
-    2002, https://doi.org/10.1162/08997660260028683). Positive semi-definite, and the Hessian where residuals vanish.
-    """
-    _, tangent = torch.func.jvp(residuals, (params,), (unflatten(vector, params),))  # J v, (B, K)
-    _, pull_back = torch.func.vjp(residuals, params)
-    return flatten(pull_back(2 * tangent)[0])
-
-
-def hessian_vector_product(residuals, params, vector):
-    """Returns the Hessian of the summed losses times a vector, shape (P,), by differentiating twice.
-
-    Pearlmutter 1994, https://doi.org/10.1162/neco.1994.6.1.147. Away from a minimum it has negative eigenvalues.
-    """
-    leaves = leaves_of(params)
-    slope = flat_gradient(molecule_losses(residuals, leaves).sum(), leaves, create_graph=True) @ vector
-    return flat_gradient(slope, leaves)
-
-
-PRODUCTS = {"ggn": ggn_vector_product, "hessian": hessian_vector_product}
-
-
-def scores_by_jvp(residuals, params, direction):
-    """Returns ∇L(z)·direction of every molecule z, shape (B,): one forward-mode product, no gradient in memory."""
-
-    def losses(params):
-        return molecule_losses(residuals, params)
-
-    return torch.func.jvp(losses, (params,), (unflatten(direction, params),))[1]
-
-
-def scores_by_gradients(residuals, params, direction):
-    """Returns the same from the gradient of every molecule, one after the other: the reference, and slower."""
-    leaves = leaves_of(params)
-    losses = molecule_losses(residuals, leaves)
-    return torch.stack([flat_gradient(loss, leaves, retain_graph=len(losses) > 1) @ direction for loss in losses])
-
-
-SCORES = {"jvp": scores_by_jvp, "per_sample_gradient": scores_by_gradients}
-
-
-def extreme_eigenvalues(product, vector, steps=20):
-    """Returns about the smallest and the largest eigenvalue of a symmetric matrix, by Lanczos from a vector (P,).
-
-    Both ends settle first (Lanczos 1950, https://doi.org/10.6028/jres.045.026); three vectors are in memory. Rounding
-    lets eigenvalues come twice, which moves no end.
+def take_pool(molecules, size, noise, seed):
+    """Takes training molecules out as a pool in which some labels are wrong, so that the truth is known.
 
     Args:
-        product (`Callable`): maps a vector (P,) to the matrix times it.
-    """
-    vector = vector / vector.norm()
-    before, beta, diagonal, beside = torch.zeros_like(vector), 0.0, [], []
-    for _ in range(steps):
-        image = product(vector) - beta * before
-        diagonal.append(float(image @ vector))
-        image = image - diagonal[-1] * vector
-        beta = float(image.norm())
-        beside.append(beta)
-        if beta <= 10 * torch.finfo(vector.dtype).eps * max(map(abs, diagonal)):
-            break  # what has been seen is an invariant subspace
-        before, vector = vector, image / beta
-    tridiagonal = np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1)
-    values = np.linalg.eigvalsh(tridiagonal)
-    return float(values[0]), float(values[-1])
-
-
-@dataclass
-class LissaState:
-    """Where a LiSSA run stands: enough to go on from. `iterate` is h_t; `tail` the sum of the averaged iterates."""
-
-    iterate: torch.Tensor
-    tail: torch.Tensor
-    step: int = 0
-    answers: list = field(default_factory=list)  # of the finished repeats, each (P,)
-
-
-def lissa_inverse_hvp(
-    hvp, vector, *, damping, scale, recursion_depth, num_repeats=1, tail_fraction=0.0, state=None, on_step=None
-):
-    """Estimates (C + damping * I)^-1 vector with LiSSA (Agarwal et al. 2017; Koh and Liang 2017), once a repeat.
-
-    h_0 = v, h_t = v + h_{t-1} - (C h_{t-1} + damping h_{t-1}) / scale for t = 1 ... T; the answer is the mean of the
-    last T * tail_fraction iterates (at least of h_T) over scale: a truncated Neumann series. It converges while every
-    eigenvalue of C + damping * I is between 0 and 2 * scale, in each of the batches that C is estimated from.
-
-    Args:
-        hvp (`Callable`): maps a vector (P,) to C times it, (P,); each call may use a new random batch.
-        vector (`torch.Tensor`): v, shape (P,).
-        state (`LissaState`, *optional*): where an earlier call was stopped. `hvp` must go on with the next batch.
-        on_step (`Callable`, *optional*): called with the state after every step.
+        molecules (`pandas.DataFrame`): of `load_molecules`.
+        noise (`float`): share of the pool whose labels change places.
     Returns:
-        `torch.Tensor` of shape (R, P), on `vector`'s device and in its dtype.
+        the other molecules; and the pool with the further column `corrupted` (both `pandas.DataFrame`).
     Raises:
-        FloatingPointError: if the estimate grows beyond what a convergent run can reach, or is not finite; the message
-            gives step, norm and what to raise.
+        InputError: if less than half of the training molecules would be left.
     """
-    if state is None:
-        state = LissaState(vector, torch.zeros_like(vector))
-    averaged = max(1, round(tail_fraction * recursion_depth))
-    size = float(vector.norm())
-    while len(state.answers) < num_repeats:
-        before = size
-        while state.step < recursion_depth:
-            curved = hvp(state.iterate) + damping * state.iterate
-            state.iterate = vector + state.iterate - curved / scale
-            state.step += 1
-            norm = float(state.iterate.norm())
-            # no step of a convergent run adds more than |v|; ten times that leaves room for single bad batches
-            if not norm <= 10 * (state.step + 1) * size:
-                raise FloatingPointError(
-                    f"LiSSA diverged: norm {before:.1e} -> {norm:.1e} at step {state.step} of {recursion_depth} with "
-                    f"scale={scale:.4g} and damping={damping:.4g}. Raise --scale or --damping."
-                )
-            before = norm
-            if state.step > recursion_depth - averaged:
-                state.tail = state.tail + state.iterate
-            if on_step is not None:
-                on_step(state)
-        mean = state.tail / averaged if recursion_depth else state.iterate
-        state.answers.append(mean / scale)
-        state.iterate, state.tail, state.step = vector, torch.zeros_like(vector), 0
-    return torch.stack(state.answers)
-
-
-@dataclass
-class CgState:
-    """Where conjugate gradients stand: the answer so far, its residual, the next direction, each (P,)."""
-
-    answer: torch.Tensor
-    residual: torch.Tensor
-    direction: torch.Tensor
-    step: int = 0
-
-
-def conjugate_gradient_inverse_hvp(hvp, vector, *, damping, tolerance, max_steps, state=None, on_step=None):
-    """Solves (C + damping * I) x = vector by conjugate gradients (Hestenes and Stiefel 1952), from x = 0.
-
-    Args:
-        hvp (`Callable`): maps a vector (P,) to C times it, always with the same symmetric C.
-        tolerance (`float`): stops when |vector - (C + damping I) x| is below `tolerance` times |vector|.
-        state (`CgState`, *optional*): where an earlier call was stopped.
-        on_step (`Callable`, *optional*): called with the state after every step.
-    Returns:
-        `torch.Tensor` of shape (P,).
-    Raises:
-        FloatingPointError: if C + damping * I is met with a direction in which it is not positive.
-    """
-    if state is None:
-        state = CgState(torch.zeros_like(vector), vector, vector)
-    target, square = (tolerance * float(vector.norm())) ** 2, float(state.residual @ state.residual)
-    while state.step < max_steps and square > target:
-        direction = state.direction
-        image = hvp(direction) + damping * direction
-        curvature = float(direction @ image)
-        if not curvature > 0:
-            raise FloatingPointError(
-                f"Conjugate gradients met curvature {curvature / float(direction @ direction):.2e} at step "
-                f"{state.step + 1}: the matrix with damping={damping:.4g} is not positive. Raise --damping, or use "
-                "--curvature ggn."
-            )
-        state.answer = state.answer + (square / curvature) * direction
-        state.residual = state.residual - (square / curvature) * image
-        square, before = float(state.residual @ state.residual), square
-        state.direction = state.residual + (square / before) * direction
-        state.step += 1
-        if on_step is not None:
-            on_step(state)
-    return state.answer
-
-
-# ------------------------------------------------------------------------------- a model on molecules, in N processes
-
-
-class MoleculeProblem:
-    """What the mathematics computes, for a model on molecules, summed over all processes.
-
-    Every process has the same parameters and vectors and takes its share of the molecules; sums, not means, are
-    reduced, so that an uneven last share counts right and the answer is that of one process. The model is in
-    evaluation mode: no dropout, fixed random features, float32.
-
-    Args:
-        names (`list[str]`): parameters that the loss is a function of; the others are constants.
-        chunk_size (`int`): molecules that are computed at once; does not change an answer.
-        curvature (`str`): `"ggn"` or `"hessian"`.
-
-    Attributes:
-        keeps_states (`bool`): whether the states below a loss of the head alone are computed once and kept.
-    """
-
-    keeps_states = True
-
-    def __init__(self, model, tokenizer, names, chunk_size, curvature):
-        self.model = model.eval().requires_grad_(False)
-        self.params = {name: tensor.detach() for name, tensor in model.named_parameters() if name in set(names)}
-        # below a loss that is a function of the head alone, the states are constants, and need computing once
-        head_only = all(name.startswith("classifier.") for name in self.params)
-        self.states = {} if head_only and self.keeps_states else None
-        self.collator = DataCollatorWithPadding(tokenizer)
-        self.chunk_size = chunk_size
-        self.curvature_product = PRODUCTS[curvature]
-        self.process = PartialState()
-
-    def batch(self, molecules):
-        """Returns what the model takes for molecules (`pandas.DataFrame`)."""
-        return dict(self.collator([{"input_ids": ids} for ids in molecules["input_ids"]]).to(self.model.device))
-
-    def residuals(self, molecules):
-        """Returns the residuals of molecules (`pandas.DataFrame`), standardized as in training, as a function."""
-        labels = torch.tensor(molecules["label"].to_numpy(), dtype=torch.float32, device=self.model.device)
-        if self.states is not None:
-            states = self.pooled_states(molecules)  # (B, C)
-            mean, std = self.model.label_scale(states)
-
-            def residuals_of_head(params):
-                weights = {name.removeprefix("classifier."): tensor for name, tensor in params.items()}
-                standardized = torch.func.functional_call(self.model.classifier, weights, states)  # (B, 1)
-                return standardized - (labels[:, None] - mean) / std
-
-            return residuals_of_head
-        batch = self.batch(molecules)
-
-        def residuals(params):
-            logits = torch.func.functional_call(self.model, params, kwargs=batch).logits  # (B, 1)
-            _, std = self.model.label_scale(logits)
-            return (logits - labels[:, None]) / std
-
-        return residuals
-
-    def keep_states(self, molecules):
-        """Computes once what the head reads of molecules, so that no later batch depends on what came before it."""
-        if self.states is not None:
-            order = np.argsort(molecules["length"].to_numpy(), kind="stable")
-            for start in range(0, len(order), self.chunk_size):
-                self.pooled_states(molecules.iloc[order[start : start + self.chunk_size]])
-
-    @torch.no_grad()
-    def pooled_states(self, molecules):
-        """Returns what the head reads of each molecule, shape (B, C), kept for the next call while there is room."""
-        keys = [tuple(ids) for ids in molecules["input_ids"]]
-        if not all(key in self.states for key in keys):
-            _, pooled = self.model.predict_with_states(**self.batch(molecules))
-            if len(self.states) > MOST_STATES:
-                return pooled
-            self.states |= dict(zip(keys, pooled, strict=True))
-        return torch.stack([self.states[key] for key in keys])
-
-    def chunks(self, molecules, chunk_size=None):
-        """Yields positions and rows of this process's share of the molecules, those of like length together."""
-        chunk_size = chunk_size or self.chunk_size
-        order = np.argsort(molecules["length"].to_numpy(), kind="stable")
-        share = order[self.process.process_index :: self.process.num_processes]
-        for start in range(0, len(share), chunk_size):
-            positions = share[start : start + chunk_size]
-            yield positions, molecules.iloc[positions]
-
-    def mean(self, function, molecules, *args):
-        """Returns the mean over molecules of a function of residuals and parameters that sums, such as a gradient."""
-        total = torch.zeros(sum(tensor.numel() for tensor in self.params.values()), device=self.model.device)
-        for _, rows in self.chunks(molecules):
-            total += function(self.residuals(rows), self.params, *args)
-        return reduce(total, "sum") / len(molecules)
-
-    def curvature(self, molecules, vector):
-        """Returns C v, C being the curvature of the mean loss of the molecules, shape (P,)."""
-        return self.mean(self.curvature_product, molecules, vector)
-
-    def gradient(self, molecules):
-        """Returns the gradient of the mean loss, shape (P,)."""
-        return self.mean(loss_gradient, molecules)
-
-    def each(self, function, molecules, *args):
-        """Returns a number of each molecule, shape (N,): what `function` returns for the batch."""
-        total = torch.zeros(len(molecules), device=self.model.device)
-        # a gradient of one molecule of many would run back through all of them
-        chunk_size = 1 if function is scores_by_gradients else None
-        for positions, rows in self.chunks(molecules, chunk_size):
-            total[torch.as_tensor(positions, device=total.device)] = function(
-                self.residuals(rows), self.params, *args
-            ).detach()
-        return reduce(total, "sum")
-
-    @torch.no_grad()
-    def predictions(self, molecules):
-        """Returns predictions in label units, shape (N,)."""
-        labels = torch.tensor(molecules["label"].to_numpy(), dtype=torch.float32, device=self.model.device)
-
-        def errors(residuals, params):
-            _, std = self.model.label_scale(labels)
-            return residuals(params)[:, 0] * std
-
-        return self.each(errors, molecules) + labels
-
-
-def choose_parameters(model, wanted):
-    """Returns the names of the parameters that `--influence_params` means.
-
-    Raises:
-        InputError: if there is none.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    layers = re.fullmatch(r"last_(\d+)", wanted)
-    if wanted == "all":
-        return names
-    if wanted == "head" or layers:
-        count = int(layers[1]) if layers else 0
-        first = model.config.num_hidden_layers - count
-        if first < 0 or wanted == "last_0":
-            raise InputError(
-                f"--influence_params {wanted}: the model has {model.config.num_hidden_layers} layers. Pass last_1 to "
-                f"last_{model.config.num_hidden_layers}, all or head."
-            )
-        kept = ["classifier."] + [f".layer.{number}." for number in range(first, model.config.num_hidden_layers)]
-        kept += ["molformer.LayerNorm."] if layers else []
-        return [name for name in names if any(part in name for part in kept)]
-    try:
-        chosen = [name for name in names if re.search(wanted, name)]
-    except re.error as error:
-        raise InputError(f"--influence_params {wanted!r} is no regular expression: {error}.") from error
-    if not chosen:
+    train = np.flatnonzero(molecules["split"] == "train")
+    if size > len(train) / 2:
         raise InputError(
-            f"--influence_params {wanted!r} matches no parameter. Pass all, head, last_N or a pattern for one of: "
-            f"{', '.join(names)}."
+            f"--pool_size {size} would take more than half of the {len(train)} training molecules. Lower it."
         )
+    taken = train[split_groups(molecules["group"].to_numpy()[train], size, seed)]
+    pool = molecules.iloc[taken].reset_index(drop=True)
+    wrong = np.random.default_rng(seed).permutation(len(pool))[: round(noise * len(pool))]
+    labels = pool["label"].to_numpy().copy()
+    labels[wrong] = labels[np.roll(wrong, 1)]
+    pool["corrupted"] = labels != pool["label"]
+    pool["label"] = labels
+    return molecules.drop(index=molecules.index[taken]).reset_index(drop=True), pool
+
+
+def load_external(tokenizer, data_args, influence_args, molecules):
+    """Reads external molecules, and leaves out those that validation and test molecules are, stereo aside.
+
+    Returns:
+        those that can be scored; and all that were left out, with the columns `row`, `smiles` and `reason`.
+    Raises:
+        InputError: if file, columns, labels or molecules cannot be used, or none is left.
+    """
+    path = influence_args.external_file
+    label = influence_args.external_label_column
+    columns = (influence_args.external_smiles_column, None if label is None else [label])
+    table = read_table(path, *columns, prefix="external_")
+    external, dropped = prepare_molecules(table, tokenizer, data_args, path)
+    excluded = [dropped[["row", "smiles", "reason"]]]
+    for part in ("validation", "test"):
+        known = external["group"].isin(set(molecules.loc[molecules["split"] == part, "group"]))
+        excluded.append(external.loc[known, ["row", "smiles"]].assign(reason=f"is a {part} molecule"))
+        external = external[~known]
+    excluded = pd.concat(excluded, ignore_index=True).sort_values("row", kind="stable")
+    if len(excluded) > len(dropped):
+        logger.warning(
+            "%d of %d molecules in %s are, stereo aside, validation or test molecules, and are left out: "
+            "influence_scores.csv lists them", len(excluded) - len(dropped), len(table), path,
+        )  # fmt: skip
+    if not len(external):
+        raise InputError(f"No molecule of {path} is left: all are validation or test molecules. Give others.")
+    return external.reset_index(drop=True), excluded
+
+
+def select_molecules(table, influence_args):
+    """Returns a boolean array: which molecules are selected, from their `score`."""
+    scores = table["score"].to_numpy()
+    if influence_args.select in ("positive", "threshold"):
+        return scores > (influence_args.threshold if influence_args.select == "threshold" else 0.0)
+    count = influence_args.num_selected or max(1, len(table) // 2)
+    if influence_args.select == "fraction":
+        count = round(influence_args.fraction * len(table))
+    return best(scores, count)
+
+
+def best(values, count):
+    """Returns a boolean array: which are the `count` largest values, the earlier one of two equal ones."""
+    chosen = np.zeros(len(values), dtype=bool)
+    chosen[np.argsort(-np.asarray(values), kind="stable")[:count]] = True
     return chosen
 
 
-class RandomBatches:
-    """Maps a vector to the curvature of a new random batch of training molecules times it; batch i is a function of
-    the seed and i, so that a run that starts at `position` i goes on as an uninterrupted one."""
-
-    def __init__(self, problem, molecules, batch_size, seed, position=0):
-        self.problem, self.molecules, self.seed, self.position = problem, molecules, seed, position
-        self.batch_size = min(batch_size, len(molecules))
-
-    def draw(self):
-        rows = np.random.default_rng([self.seed, self.position]).choice(
-            len(self.molecules), self.batch_size, replace=False
-        )
-        self.position += 1
-        return self.molecules.iloc[rows]
-
-    def __call__(self, vector):
-        return self.problem.curvature(self.draw(), vector)
-
-
-def measure_curvature(problem, fixed, batches, influence_args, show_progress):
-    """Returns largest eigenvalue, damping, scale and, for the Hessian, smallest eigenvalue, by name (`dict`).
-
-    Args:
-        fixed (`pandas.DataFrame`): molecules on which the eigenvalues of C are measured.
-        batches (`RandomBatches`): for LiSSA five of them are drawn; their largest eigenvalue, not that of all
-            molecules, decides whether it converges. The scale is there for LiSSA only.
-    Raises:
-        InputError: if the curvature is zero.
-    """
-    size = sum(tensor.numel() for tensor in problem.params.values())
-    start = torch.randn(size, generator=torch.Generator().manual_seed(batches.seed)).to(problem.model.device)
-    hessian, lissa = influence_args.curvature == "hessian", influence_args.ihvp == "lissa"
-    steps = {"fixed": 25 if hessian else 10, "batch": 8}  # a smallest eigenvalue takes more than a largest one
-    with tqdm(
-        total=steps["fixed"] + 5 * steps["batch"] * lissa, desc="Largest eigenvalues", disable=not show_progress
-    ) as bar:
-
-        def measure(molecules, steps):
-            def product(vector):
-                bar.update()
-                return problem.curvature(molecules, vector)
-
-            return extreme_eigenvalues(product, start, steps)
-
-        smallest, largest = measure(fixed, steps["fixed"])
-        values = {"largest_eigenvalue": largest} | ({"smallest_eigenvalue": smallest} if hessian else {})
-        if lissa:
-            values["largest_eigenvalue_of_batches"] = [
-                max(map(abs, measure(batches.draw(), steps["batch"]))) for _ in range(5)
-            ]
-    damping = influence_args.damping or influence_args.relative_damping * max(largest, -smallest)
-    if not damping > 0:
-        raise InputError("The curvature is zero: none of the chosen parameters changes a prediction. Pass --damping.")
-    if hessian and smallest + damping <= 0:
-        logger.warning(
-            "The Hessian has eigenvalues down to %.3g, and damping is %.3g: the scores mean little. Pass --damping "
-            "%.2g or more, or --curvature ggn.",
-            smallest, damping, -1.1 * smallest,
-        )  # fmt: skip
-    values["damping"] = damping
-    if lissa:
-        automatic = 1.5 * max(values["largest_eigenvalue_of_batches"]) + damping
-        values["scale"] = automatic if influence_args.scale == "auto" else float(influence_args.scale)
-    return values
-
-
-def inverse_curvature(problem, train, gradient, influence_args, seed, state_file=None, show_progress=True):
-    """Returns (C + damping I)^-1 gradient, shape (R, P), and how it was computed and how well (`dict`).
-
-    Args:
-        train (`pandas.DataFrame`): molecules whose mean loss has the curvature C.
-        state_file (`Path`, *optional*): where an interrupted solution is kept, and continued from.
-    Raises:
-        InputError: if LiSSA diverges, or conjugate gradients meet negative curvature.
-    """
-    report = {"ihvp": influence_args.ihvp, "curvature": influence_args.curvature, "parameters": len(gradient)}
-    if influence_args.ihvp == "identity":
-        return gradient[None], report
-    problem.keep_states(train)
-    batches = RandomBatches(problem, train, influence_args.hessian_batch_size, seed)
-    fixed = train.sample(min(FIXED_MOLECULES, len(train)), random_state=seed)
-    file = StateFile(state_file, settings_key(problem, train, influence_args, seed), gradient)
-    gradient = file.gradient
-    if "measured" not in file.values:
-        measured = measure_curvature(problem, fixed, batches, influence_args, show_progress)
-        file.save({}, measured=measured, position=batches.position, trace=[])
-    report |= file.values["measured"]
-    batches.position, damping = file.values["position"], report["damping"]
-
-    def residual(answer, molecules):
-        left = problem.curvature(molecules, answer) + damping * answer - gradient
-        return float(left.norm() / gradient.norm())
-
-    try:
-        if influence_args.ihvp == "cg":
-            answers = solve_by_conjugate_gradients(
-                lambda vector: problem.curvature(train, vector), gradient, damping, influence_args, file, show_progress
-            )
-        else:
-            report |= {"implicit_damping": report["scale"] / max(influence_args.recursion_depth, 1)}
-            report |= {name: getattr(influence_args, name) for name in LISSA_SETTINGS}
-            answers = solve_by_lissa(
-                batches, gradient, report, lambda answer: residual(answer, fixed), file, show_progress
-            )
-    except FloatingPointError as error:
-        more = " Or use --curvature ggn." if influence_args.curvature == "hessian" else ""
-        raise InputError(f"{error}{more if influence_args.ihvp == 'lissa' else ''}") from error
-    report |= {"residual": residual(answers.mean(dim=0), train), "tolerance": influence_args.tolerance}
-    report["trace"] = file.values["trace"]
-    # conjugate gradients stop by a residual that they carry along, which in float32 is not quite the true one
-    solved = report["residual"] <= influence_args.tolerance * (2 if influence_args.ihvp == "cg" else 1)
-    report["converged"] = solved and report.get("smallest_eigenvalue", 0.0) + damping > 0
-    if not solved:
-        logger.warning(
-            "Not converged: the relative residual is %.3g, --tolerance %.3g. Raise --recursion_depth or --damping%s.",
-            report["residual"],
-            influence_args.tolerance,
-            "" if influence_args.ihvp == "cg" else ", --num_repeats or --hessian_batch_size",
-        )
-    return answers, report
-
-
-def solve_by_conjugate_gradients(product, gradient, damping, influence_args, file, show_progress):
-    """Returns the solution, shape (1, P).
-
-    Args:
-        product (`Callable`): maps a vector (P,) to the curvature of all training molecules times it.
-        file (`StateFile`): continued from, and written every fifth step.
-    """
-    vectors, trace = file.vectors, file.values["trace"]
-    names = ("answer", "residual", "direction")
-    done = file.values.get("step", 0)
-    state = CgState(*(vectors[name] for name in names), done) if vectors else None
-    with tqdm(
-        total=influence_args.recursion_depth, initial=done, desc="Conjugate gradients", disable=not show_progress
-    ) as bar:
-
-        def on_step(state):
-            trace.append({"step": state.step, "residual": float(state.residual.norm() / gradient.norm())})
-            bar.update()
-            bar.set_postfix(residual=f"{trace[-1]['residual']:.1e}")
-            if state.step % 5 == 0:
-                file.save({name: getattr(state, name) for name in names}, step=state.step, trace=trace)
-
-        answer = conjugate_gradient_inverse_hvp(
-            product,
-            gradient,
-            damping=damping,
-            tolerance=influence_args.tolerance,
-            max_steps=influence_args.recursion_depth,
-            state=state,
-            on_step=on_step,
-        )
-    return answer[None]
-
-
-def solve_by_lissa(batches, gradient, settings, residual, file, show_progress):
-    """Returns the solutions of all repeats, shape (R, P).
-
-    Args:
-        settings (`dict`): `damping`, `scale` and `LISSA_SETTINGS` by name.
-        residual (`Callable`): maps a solution to its relative residual; asked five times a repeat.
-        file (`StateFile`): continued from, and written as often.
-    """
-    depth, repeats, scale = settings["recursion_depth"], settings["num_repeats"], settings["scale"]
-    trace, state = file.values["trace"], None
-    done = 0
-    if file.vectors:
-        answers = [file.vectors[f"answer_{number}"] for number in range(len(file.vectors) - 2)]
-        state = LissaState(file.vectors["iterate"], file.vectors["tail"], file.values["step"], answers)
-        done = len(answers) * depth + state.step
-        batches.position += done
-    with tqdm(total=repeats * depth, initial=done, desc="LiSSA", disable=not show_progress) as bar:
-
-        def on_step(state):
-            bar.update()
-            if state.step % max(1, depth // 5) == 0:
-                answer = state.iterate / scale
-                trace.append({"repeat": len(state.answers), "step": state.step, "norm": float(answer.norm())})
-                trace[-1]["residual"] = residual(answer)
-                bar.set_postfix(norm=f"{trace[-1]['norm']:.2e}", residual=f"{trace[-1]['residual']:.2f}")
-                vectors = {f"answer_{number}": answer for number, answer in enumerate(state.answers)}
-                file.save({"iterate": state.iterate, "tail": state.tail, **vectors}, step=state.step, trace=trace)
-
-        return lissa_inverse_hvp(
-            batches,
-            gradient,
-            damping=settings["damping"],
-            scale=scale,
-            recursion_depth=depth,
-            num_repeats=repeats,
-            tail_fraction=settings["tail_fraction"],
-            state=state,
-            on_step=on_step,
-        )
-
-
-def settings_key(problem, train, influence_args, seed):
-    """Returns a hash of what a solution depends on beside the gradient: settings, parameters, molecules, labels."""
-    names = ("ihvp", "curvature", "damping", "relative_damping", "scale", "tolerance", *LISSA_SETTINGS)
-    settings = [seed, list(problem.params), *(getattr(influence_args, name) for name in names)]
-    molecules = list(zip(train["text"], train["label"], strict=True))
-    return hashlib.sha256(json.dumps([settings, molecules]).encode()).hexdigest()
-
-
-class StateFile:
-    """What an interrupted solution goes on from: the gradient, `vectors` by name, and `values` as JSON has them.
-
-    A file of other settings, or of a gradient that differs by more than another number of threads explains, is left
-    aside. Without a `path` nothing is kept.
-    """
-
-    def __init__(self, path, key, gradient):
-        self.path, self.key, self.gradient, self.vectors, self.values = path, key, gradient, {}, {}
-        if path is None or not Path(path).exists():
-            return
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            # clones lie aligned in memory as new tensors do, and sums over them have the same bits
-            vectors = {name: file.get_tensor(name).clone().to(gradient.device) for name in file.keys()}  # noqa: SIM118
-        found = vectors.pop("gradient")
-        close = found.shape == gradient.shape and (found - gradient).norm() <= 1e-3 * gradient.norm()
-        if metadata["key"] != key or not close:
-            logger.warning("%s is of a run with other settings; the solution starts anew", path)
-            return
-        self.gradient, self.vectors, self.values = found, vectors, json.loads(metadata["values"])
-        logger.info("Going on from %s", path)
-
-    def save(self, vectors, **values):
-        """Writes vectors and values, whole or not at all; only the first process does."""
-        self.values |= values
-        if self.path is None or not PartialState().is_main_process:
-            return
-        # copies: two of them may be one tensor, which the format refuses
-        tensors = {name: tensor.cpu().clone() for name, tensor in {"gradient": self.gradient, **vectors}.items()}
-        part = Path(self.path).with_suffix(".part")
-        save_file(tensors, part, {"key": self.key, "values": json.dumps(self.values)})
-        os.replace(part, self.path)
-
-
-def score_molecules(problem, external, solutions, gradient, influence_args):
-    """Returns the external molecules with prediction, loss, score and what goes with it (`pandas.DataFrame`).
-
-    The score is ∇L(z)ᵀ (C + damping I)^-1 ∇L(target), positive if learning z lowers the target's loss; `score_sd` its
-    standard deviation over the repeats, `gradient_dot` the same without the inverse curvature, rank 1 the best.
-
-    Args:
-        solutions (`torch.Tensor`): (C + damping I)^-1 ∇L(target) of every repeat, shape (R, P).
-        gradient (`torch.Tensor`): ∇L(target), shape (P,).
-    """
-    function = SCORES[influence_args.score_mode]
-    repeats = torch.stack([problem.each(function, external, solution) for solution in solutions]).cpu().numpy()
-    table = external.copy()
-    table["prediction"] = problem.predictions(external).cpu().numpy()
-    table["loss"] = problem.each(molecule_losses, external).cpu().numpy()
-    table["score"] = repeats.mean(axis=0)
-    if len(repeats) > 1:
-        table["score_sd"] = repeats.std(axis=0, ddof=1)
-    table["gradient_dot"] = problem.each(function, external, gradient).cpu().numpy()
-    broken = ~np.isfinite(table[["prediction", "loss", "score", "gradient_dot"]]).all(axis=1)
-    if broken.any():
-        raise InputError(
-            f"The scores of {broken.sum()} molecules are not finite, first at row {table['row'][broken].iloc[0]}: the "
-            "checkpoint is broken, or LiSSA diverged. Use another checkpoint, or raise --damping."
-        )
-    table["rank"] = table["score"].rank(ascending=False, method="first").astype(int)
-    agreement = {
-        "agreement_of_solutions": mean_agreement(torch.corrcoef(solutions).cpu().numpy()),
-        "agreement_of_ranks": mean_agreement(pd.DataFrame(repeats.T).corr("spearman").to_numpy()),
+def select_control(name, table, seed):
+    """Returns a boolean array: which molecules a control takes, as many as are `selected`."""
+    if name == "selected":
+        return table["selected"].to_numpy()
+    count = int(table["selected"].sum())
+    if name in ("none", "all"):
+        return np.full(len(table), name == "all")
+    values = {
+        "random": lambda: np.random.default_rng(seed).permutation(len(table)),
+        "bottom": lambda: -table["score"],
+        "smallest_loss": lambda: -table["loss"],
+        "gradient_dot": lambda: table["gradient_dot"],
     }
-    return table, agreement
+    return best(np.asarray(values[name]()), count)
 
 
-def mean_agreement(correlations):
-    """Returns the mean of a correlation matrix off its diagonal; `None` for a single row."""
-    if np.ndim(correlations) < 2 or len(correlations) < 2:
-        return None
-    mean = float(correlations[np.triu_indices(len(correlations), k=1)].mean())
-    return mean if math.isfinite(mean) else None  # of a single molecule or parameter
+def detection(table):
+    """Returns how well each score finds the molecules with wrong labels: areas under the ROC curve, 0.5 for chance."""
+    from sklearn.metrics import roc_auc_score
+
+    if "corrupted" not in table or table["corrupted"].nunique() < 2:
+        return {}
+    suspicion = {"influence": -table["score"], "gradient_dot": -table["gradient_dot"], "loss": table["loss"]}
+    return {f"auc_{name}": float(roc_auc_score(table["corrupted"], values)) for name, values in suspicion.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+def write_influence(output_dir, parts, table, excluded, report):
+    """Writes scores, report, merged training file and plots of a scoring into its output folder."""
+    write_scores(output_dir, table, excluded)
+    write_json(report, output_dir / "influence.json")
+    write_merged(output_dir, parts, table[table["selected"]])
+    plot_scores(table, output_dir / "influence_scores.png")
+    if report.get("trace"):
+        plot_convergence(report, output_dir / "influence_convergence.png")
+    shown = {name: value for name, value in report.items() if name.startswith(("auc", "agreement")) and value}
+    text = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+    logger.info("%d of %d molecules selected. %s", report["selected"], len(table), text)
+
+
+def write_scores(output_dir, table, excluded):
+    """Writes influence_scores.csv: every external molecule, those that were left out at the end with their reason."""
+    names = ("row", "smiles", "label", "prediction", "loss", "score", "score_sd", "rank", "gradient_dot", "selected")
+    names += ("corrupted",)
+    scores = table[[name for name in names if name in table]].assign(excluded="")
+    left_out = excluded.rename(columns={"reason": "excluded"}).assign(selected=False)
+    scores = pd.concat([scores, left_out], ignore_index=True)
+    scores["rank"] = scores["rank"].astype("Int64")  # those that were left out have none
+    write_csv(scores.rename(columns={"smiles": "SMILES"}), output_dir / "influence_scores.csv")
+
+
+def add_molecules(parts, added):
+    """Returns the parts with molecules added to the training part."""
+    return {**parts, "train": pd.concat([parts["train"], added.assign(split="train")], ignore_index=True)}
+
+
+def merge(parts, added):
+    """Returns the parts with molecules added to the training part, and the hash of the split that this makes."""
+    merged = add_molecules(parts, added)
+    everything = pd.concat(merged.values(), ignore_index=True)
+    return merged, split_hash(everything, everything["split"])
+
+
+def write_merged(output_dir, parts, selected):
+    """Writes the training molecules with the selected ones, and the other parts, as files for run_regression.py."""
+    files = {"train": "merged_train.csv", "validation": "validation.csv", "test": "test.csv"}
+    for name, rows in add_molecules(parts, selected).items():
+        write_csv(rows.rename(columns={"smiles": "SMILES"})[["SMILES", "label"]], output_dir / files[name])
+
+
+def plot_scores(table, path):
+    """Draws how the scores are distributed, and against the loss; molecules with wrong labels in another color."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    corrupted = table.get("corrupted", pd.Series(False, index=table.index)).to_numpy()
+    groups = {"wrong label": corrupted, "right label": ~corrupted} if corrupted.any() else {"external": ~corrupted}
+    bins = np.histogram_bin_edges(table["score"], bins=40)
+    for color, (name, rows) in zip(("tab:red", "tab:blue"), groups.items(), strict=False):
+        color = "tab:blue" if len(groups) == 1 else color
+        left.hist(table["score"][rows], bins=bins, alpha=0.6, color=color, label=f"{name} ({rows.sum()})")
+        right.scatter(table["loss"][rows], table["score"][rows], s=12, alpha=0.6, color=color, linewidths=0)
+    lowest = table["score"][table["selected"]].min() if table["selected"].any() else None
+    if lowest is not None:
+        left.axvline(lowest, color="0.3", linewidth=1, linestyle="--", label="lowest selected")
+        right.axhline(lowest, color="0.3", linewidth=1, linestyle="--")
+    left.set(xlabel="influence score (positive: helpful)", ylabel="molecules")
+    right.set(xlabel="loss of the molecule (standardized)", ylabel="influence score")
+    right.set_xscale("symlog", linthresh=0.1)
+    right.set_xlim(left=0)
+    left.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_convergence(report, path):
+    """Draws norm and residual of the inverse-Hessian-vector product by step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    trace = pd.DataFrame(report["trace"])
+    if "repeat" not in trace:
+        trace["repeat"] = 0
+    for number, rows in trace.groupby("repeat"):
+        axes.plot(rows["step"], rows["residual"], marker="o", markersize=3, color="tab:blue", alpha=0.7,
+                  label="relative residual" if number == 0 else None)  # fmt: skip
+        if "norm" in rows:
+            axes.plot(rows["step"], rows["norm"] / trace["norm"].max(), color="tab:orange", alpha=0.7,
+                      label="norm, relative to the largest" if number == 0 else None)  # fmt: skip
+    axes.set(xlabel="step", yscale="log")
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_selection(results, path, label_name):
+    """Draws the test error of the models that were fine-tuned with the selected molecules, and with the controls."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 1.2 + 0.4 * len(results)), layout="constrained")
+    axes = figure.add_subplot()
+    names = list(results)[::-1]
+    values = [results[name]["test_mse"] for name in names]
+    axes.scatter(values, range(len(names)), color=["tab:red" if n == "selected" else "tab:blue" for n in names])
+    axes.set_yticks(range(len(names)), [f"{name} (+{results[name]['added']})" for name in names])
+    axes.set(xlabel=f"test mean squared error of {label_name}", ylim=(-0.5, len(names) - 0.5))
+    axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, path)
+
+
+def results_table(results, leakage=False):
+    """Returns a text table of the fine-tuned models, one line each; `leakage` says that the test set has chosen."""
+    lines = ["Chosen by the loss of the test molecules: their numbers are optimistic."] if leakage else []
+    lines += [f"{'added':<14} {'molecules':>9} {'validation MSE':>15} {'test MSE':>10} {'MAE':>8} {'R²':>8}"]
+    for name, values in results.items():
+        numbers = [values.get(key) for key in ("validation_mse", "test_mse", "test_mae", "test_r2")]
+        texts = [f"{number:.4f}" if number is not None else "" for number in numbers]
+        lines.append(f"{name:<14} {values['added']:>9} {texts[0]:>15} {texts[1]:>10} {texts[2]:>8} {texts[3]:>8}")
+    return "\n".join(lines)
+
+
+def losses_table(losses):
+    """Returns a text table of evaluation losses by epoch after the selection, beside the paper's Table 2."""
+    lines = [
+        "Evaluation loss after the selection (standardized labels; the paper's is of molecules seen in training):"
+    ]
+    lines.append(f"{'epoch':<10}" + " ".join(f"{epoch:>6}" for epoch in range(1, max(len(losses), 7) + 1)))
+    lines.append(f"{'ours':<10}" + " ".join(f"{loss:6.3f}" for loss in losses))
+    lines.append(f"{'paper':<10}" + " ".join(f"{loss:6.3f}" for loss in PAPER_LOSSES))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------ the script
 
 
 def compute_scores(problem, parts, external, influence_args, training_args):
@@ -848,7 +434,6 @@ def compute_scores(problem, parts, external, influence_args, training_args):
         InputError: if the target's gradient is zero or not finite, or as `inverse_curvature` and `score_molecules` do.
     """
     from trainer_regression import peak_memory
-    from utils_influence import detection, select_molecules
 
     started, seed = time.monotonic(), training_args.seed
     gradient = problem.gradient(parts[influence_args.score_split])
@@ -884,16 +469,6 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     return table, report
 
 
-@contextlib.contextmanager
-def full_float32():
-    """Has GPUs multiply float32 in float32, as the mathematics needs it, until the block ends."""
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 class Comparison:
     """Fine-tunes with external molecules added to the training part, each choice in a folder of its own.
 
@@ -913,7 +488,6 @@ class Comparison:
     def fine_tune(self, name, added):
         """Fine-tunes with the molecules of a table added, unless it is done, and returns the folder of the model."""
         from trainer_regression import fine_tune
-        from utils_influence import merge
 
         folder = Path(self.training_args.output_dir) / f"finetune-{name}"
         if name not in self.results:
@@ -925,7 +499,6 @@ class Comparison:
 
     def fine_tune_with_controls(self, table, controls, seed):
         """Fine-tunes with the molecules that are `selected` and with those of each control."""
-        from utils_influence import select_control
 
         first = ["none"] if "none" in controls else []
         for name in [*first, "selected", *(name for name in controls if name != "none")]:
@@ -950,9 +523,6 @@ def main(model_args, data_args, influence_args, training_args):
         settle_smiles_form,
         write_splits,
     )
-    from utils_influence import load_external, losses_table, plot_selection, results_table, take_pool, write_influence
-    from utils_molecules import load_molecules, split_hash, write_json
-    from utils_report import finish_run
 
     # Data
     tokenizer = load_tokenizer(model_args)

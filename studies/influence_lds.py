@@ -26,15 +26,15 @@ sys.path.insert(0, str(ROOT))
 
 from arguments import DataTrainingArguments, ModelArguments, TrainingArguments  # noqa: E402
 from modeling_molformer_reg import MolformerForRegression  # noqa: E402
-from run_influence import (  # noqa: E402
-    InfluenceArguments,
+from run_influence import InfluenceArguments  # noqa: E402
+from trainer_regression import load_tokenizer, select_parts  # noqa: E402
+from utils_influence import (  # noqa: E402
     MoleculeProblem,
     choose_parameters,
     inverse_curvature,
     molecule_losses,
     scores_by_jvp,
 )
-from trainer_regression import load_tokenizer, select_parts  # noqa: E402
 from utils_molecules import load_molecules, read_json, write_json  # noqa: E402
 
 

@@ -21,7 +21,7 @@ from common import ROOT, interval, with_interval, write_report
 
 sys.path.insert(0, str(ROOT))
 
-from utils_influence import PAPER_LOSSES  # noqa: E402
+from run_influence import PAPER_LOSSES  # noqa: E402
 
 
 TABLE_1 = {  # test MSE, MAE, R² of the paper

@@ -1,7 +1,4 @@
-"""Tests of run_influence.py: the mathematics against explicit matrices in float64, then the script on tiny models.
-
-References: matrices by `torch.autograd.functional`, `torch.linalg.solve`, Neumann sums written out, retraining.
-"""
+"""run_influence.py: what is selected and compared, the files that say so, and the script on tiny models."""
 
 import argparse
 import json
@@ -15,511 +12,125 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
-from scipy.stats import spearmanr
 
 import run_influence
-from arguments import EMBEDDED_CHECKPOINT, EMBEDDED_DATA, InputError, parse_arguments
+from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from run_influence import (
-    PRODUCTS,
-    SCORES,
-    CgState,
+    PAPER_LOSSES,
     InfluenceArguments,
-    LissaState,
-    MoleculeProblem,
-    choose_parameters,
-    conjugate_gradient_inverse_hvp,
-    extreme_eigenvalues,
-    flatten,
-    inverse_curvature,
-    lissa_inverse_hvp,
-    loss_gradient,
-    molecule_losses,
-    score_molecules,
-    unflatten,
+    detection,
+    losses_table,
+    results_table,
+    select_control,
+    select_molecules,
+    take_pool,
+    write_scores,
 )
 from trainer_regression import build_tokenizer
+from utils_influence import MoleculeProblem, choose_parameters, loss_gradient, molecule_losses, unflatten
 from utils_molecules import prepare_molecules, read_table
 
 
-EXACT = 1e-9  # float64
+# --------------------------------------------------------------------------------------------- molecules and selection
 
 
 @pytest.fixture
-def network():
-    """Residuals of a small network in float64: (B, K) = (7, 2), P = 26."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    inputs, labels = draw(7, 3), draw(7, 2)
-    params = {"first.weight": draw(4, 3), "first.bias": draw(4), "last.weight": draw(2, 4), "last.bias": draw(2)}
-
-    def residuals(params):
-        hidden = torch.tanh(inputs @ params["first.weight"].T + params["first.bias"])
-        return hidden @ params["last.weight"].T + params["last.bias"] - labels
-
-    return residuals, params
-
-
-def explicit(residuals, params, kind):
-    """The curvature matrix of the summed losses, from autograd's own Jacobian and Hessian."""
-    point = flatten(params)
-    if kind == "ggn":
-        jacobian = torch.autograd.functional.jacobian(lambda x: residuals(unflatten(x, params)).reshape(-1), point)
-        return 2 * jacobian.T @ jacobian
-    return torch.autograd.functional.hessian(lambda x: residuals(unflatten(x, params)).square().sum(), point)
-
-
-@pytest.fixture
-def matrix():
-    """A symmetric positive matrix with eigenvalues from 0.01 to 2, and a vector."""
-    generator = torch.Generator().manual_seed(1)
-    orthogonal, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
-    values = torch.tensor([0.01, 0.1, 0.3, 0.7, 1.1, 2.0], dtype=torch.float64)
-    return orthogonal @ torch.diag(values) @ orthogonal.T, torch.randn(6, generator=generator, dtype=torch.float64)
-
-
-# ------------------------------------------------------------------------------------------------- the mathematics
-
-
-def test_a_vector_is_put_apart_and_together(network):
-    _, params = network
-    vector = torch.arange(26, dtype=torch.float64)
-    parts = unflatten(vector, params)
-    assert {name: part.shape for name, part in parts.items()} == {name: p.shape for name, p in params.items()}
-    assert torch.equal(flatten(parts), vector)
-
-
-@pytest.mark.parametrize("kind", PRODUCTS)
-def test_products_equal_the_explicit_matrix(network, kind):
-    """Reference: autograd's Jacobian and Hessian."""
-    residuals, params = network
-    matrix = explicit(residuals, params, kind)
-    for vector in torch.eye(26, dtype=torch.float64):
-        product = PRODUCTS[kind](residuals, params, vector)
-        assert torch.allclose(product, matrix @ vector, rtol=0, atol=EXACT)
-
-
-def test_the_ggn_is_positive_and_the_hessian_is_not(network):
-    residuals, params = network
-    assert torch.linalg.eigvalsh(explicit(residuals, params, "ggn")).min() > -EXACT
-    assert torch.linalg.eigvalsh(explicit(residuals, params, "hessian")).min() < -0.1
-
-
-def test_gradient_and_losses_equal_autograd(network):
-    residuals, params = network
-    expected = torch.autograd.functional.jacobian(
-        lambda x: residuals(unflatten(x, params)).square().sum(), flatten(params)
+def table():
+    """Six scored molecules; of the two of equal score the earlier one goes first."""
+    return pd.DataFrame(
+        {
+            "row": [10, 11, 12, 13, 14, 15],
+            "smiles": list("CNOSFP"),
+            "label": 0.0,
+            "prediction": 0.0,
+            "score": [0.5, -2.0, 3.0, 0.5, 0.0, -0.1],
+            "loss": [1.0, 9.0, 4.0, 0.1, 2.0, 0.2],
+            "gradient_dot": [-1.0, 5.0, 1.0, 2.0, 3.0, 0.0],
+            "rank": [2, 6, 1, 3, 4, 5],
+        }
     )
-    assert torch.allclose(loss_gradient(residuals, params), expected, rtol=0, atol=EXACT)
-    assert torch.allclose(molecule_losses(residuals, params), (residuals(params) ** 2).sum(1), rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("mode", SCORES)
-def test_scores_equal_the_gradients_of_single_molecules(network, mode):
-    """Reference: autograd's Jacobian of the vector of losses."""
-    residuals, params = network
-    direction = torch.linspace(-1, 1, 26, dtype=torch.float64)
-    gradients = torch.autograd.functional.jacobian(
-        lambda x: residuals(unflatten(x, params)).square().sum(1), flatten(params)
-    )
-    scores = SCORES[mode](residuals, params, direction)
-    assert torch.allclose(scores, gradients @ direction, rtol=0, atol=EXACT)
-
-
-def test_lanczos_finds_both_ends_of_the_spectrum(matrix):
-    matrix, vector = matrix
-    smallest, largest = extreme_eigenvalues(lambda v: matrix @ v, vector, 50)
-    assert (smallest, largest) == (pytest.approx(0.01, abs=1e-9), pytest.approx(2.0, abs=1e-9))
-    assert extreme_eigenvalues(lambda v: 0 * v, vector) == (0.0, 0.0)
-
-
-def test_lanczos_finds_a_negative_eigenvalue_beside_many_small_ones():
-    """As a Hessian has them: 1,990 within 0.01 of zero, one negative, a few large. 25 steps, as in the script."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.cat([0.01 * torch.rand(1990, generator=generator), torch.tensor([-0.5, 1.0, 3.0, 9.0])])
-    orthogonal, _ = torch.linalg.qr(torch.randn(1994, 1994, generator=generator))
-    start = torch.randn(1994, generator=generator)
-    smallest, largest = extreme_eigenvalues(lambda v: orthogonal @ (values * (orthogonal.T @ v)), start, 25)
-    assert largest == pytest.approx(9.0, rel=1e-3)
-    assert smallest == pytest.approx(-0.5, rel=1e-2)
-
-
-@pytest.mark.parametrize("depth", [0, 1, 5])
-def test_lissa_without_tail_is_the_truncated_neumann_sum(matrix, depth):
-    """Reference: sum over t = 0 ... T of (I - (C + damping I) / scale)^t v / scale, written out."""
-    matrix, vector = matrix
-    scale, damping = 3.0, 0.05
-    step = torch.eye(6, dtype=torch.float64) - (matrix + damping * torch.eye(6, dtype=torch.float64)) / scale
-    terms = [torch.linalg.matrix_power(step, t) @ vector for t in range(depth + 1)]
-    answer = lissa_inverse_hvp(
-        lambda v: matrix @ v, vector, damping=damping, scale=scale, recursion_depth=depth, tail_fraction=0.0
-    )
-    assert answer.shape == (1, 6)
-    assert torch.allclose(answer[0], sum(terms) / scale, rtol=0, atol=EXACT)
-
-
-def test_the_tail_is_the_mean_of_the_last_iterates(matrix):
-    matrix, vector = matrix
-    options = {"damping": 0.05, "scale": 3.0}
-    single = [lissa_inverse_hvp(lambda v: matrix @ v, vector, recursion_depth=t, **options)[0] for t in (7, 8, 9, 10)]
-    tail = lissa_inverse_hvp(lambda v: matrix @ v, vector, recursion_depth=10, tail_fraction=0.4, **options)[0]
-    assert torch.allclose(tail, sum(single) / 4, rtol=0, atol=EXACT)
-
-
-def test_the_limits_are_the_exact_solution(matrix):
-    """Reference: torch.linalg.solve."""
-    matrix, vector = matrix
-    exact = torch.linalg.solve(matrix + 0.05 * torch.eye(6, dtype=torch.float64), vector)
-    lissa = lissa_inverse_hvp(lambda v: matrix @ v, vector, damping=0.05, scale=3.0, recursion_depth=2000)[0]
-    assert (lissa - exact).norm() / exact.norm() < 1e-3
-    gradients = conjugate_gradient_inverse_hvp(
-        lambda v: matrix @ v, vector, damping=0.05, tolerance=1e-9, max_steps=20
-    )
-    assert (gradients - exact).norm() / exact.norm() < 1e-6
-
-
-def test_shrinking_by_koh_and_liang_is_damping_times_scale(matrix):
-    """Reference: their code, h = v + (1 - d) h - C h / scale; then damping = d * scale."""
-    matrix, vector = matrix
-    shrink, scale, estimate = 0.02, 3.0, vector
-    for _ in range(25):
-        estimate = vector + (1 - shrink) * estimate - matrix @ estimate / scale
-    ours = lissa_inverse_hvp(lambda v: matrix @ v, vector, damping=shrink * scale, scale=scale, recursion_depth=25)
-    assert torch.allclose(ours[0], estimate / scale, rtol=0, atol=EXACT)
-
-
-def test_lissa_that_diverges_says_where_and_what_to_raise(matrix):
-    matrix, vector = matrix
-    with pytest.raises(FloatingPointError, match=r"norm .* at step \d+ of 500 with scale=0\.5.*Raise --scale"):
-        lissa_inverse_hvp(lambda v: matrix @ v, vector, damping=0.01, scale=0.5, recursion_depth=500)
-    with pytest.raises(FloatingPointError, match="norm .* -> nan at step 1 of 5"):
-        lissa_inverse_hvp(lambda v: v * math.nan, vector, damping=0.01, scale=5.0, recursion_depth=5)
-
-
-def test_lissa_at_the_edge_of_convergence_is_not_called_divergent(matrix):
-    """All eigenvalues of C + damping are below 2 * scale, the largest by a hundredth."""
-    matrix, vector = matrix
-    answer = lissa_inverse_hvp(lambda v: matrix @ v, vector, damping=0.05, scale=1.035, recursion_depth=5000)[0]
-    exact = torch.linalg.solve(matrix + 0.05 * torch.eye(6, dtype=torch.float64), vector)
-    assert torch.allclose(answer, exact, rtol=1e-3)
-
-
-def test_conjugate_gradients_refuse_a_matrix_that_is_not_positive(matrix):
-    matrix, vector = matrix
-    with pytest.raises(FloatingPointError, match="Raise --damping"):
-        conjugate_gradient_inverse_hvp(lambda v: matrix @ v - v, vector, damping=0.05, tolerance=1e-9, max_steps=20)
-
-
-def test_conjugate_gradients_go_on_where_they_were_stopped(matrix):
-    """Reference: the same run without a stop, bit for bit."""
-    matrix, vector = matrix
-    options = {"damping": 0.05, "tolerance": 1e-9}
-    whole = conjugate_gradient_inverse_hvp(lambda v: matrix @ v, vector, **options, max_steps=6)
-    state = CgState(torch.zeros_like(vector), vector, vector)
-    conjugate_gradient_inverse_hvp(lambda v: matrix @ v, vector, **options, max_steps=3, state=state)
-    assert state.step == 3
-    again = conjugate_gradient_inverse_hvp(lambda v: matrix @ v, vector, **options, max_steps=6, state=state)
-    assert torch.equal(again, whole)
-
-
-def test_lissa_goes_on_where_it_was_stopped(matrix):
-    """Reference: the same run without a stop, bit for bit."""
-    matrix, vector = matrix
-
-    def noisy():
-        generator = torch.Generator().manual_seed(3)
-        return lambda v: matrix @ v * (1 + 0.1 * torch.rand(1, generator=generator, dtype=torch.float64))
-
-    options = {"damping": 0.05, "scale": 3.0, "recursion_depth": 10, "num_repeats": 3, "tail_fraction": 0.5}
-    whole = lissa_inverse_hvp(noisy(), vector, **options)
-    assert not torch.equal(whole[0], whole[1])
-
-    class StopError(Exception):
-        pass
-
-    state, hvp = LissaState(vector, torch.zeros_like(vector)), noisy()
-
-    def stop(state):
-        if (len(state.answers), state.step) == (1, 7):
-            raise StopError
-
-    with pytest.raises(StopError):
-        lissa_inverse_hvp(hvp, vector, **options, state=state, on_step=stop)
-    assert torch.equal(lissa_inverse_hvp(hvp, vector, **options, state=state), whole)
-
-
-def test_scores_predict_leaving_one_out_of_ridge_regression():
-    """Reference: retraining without each row. The score over N is what the target loss rises by without the row."""
-    generator = torch.Generator().manual_seed(0)
-    rows, width, penalty = 60, 5, 0.1
-    inputs = torch.randn(rows + 40, width, generator=generator, dtype=torch.float64)
-    labels = inputs @ torch.linspace(-1, 1, width, dtype=torch.float64)
-    labels = labels + 0.5 * torch.randn(len(labels), generator=generator, dtype=torch.float64)
-    train, target = slice(0, rows), slice(rows, None)
-
-    def fit(kept):  # of sum (x w - y)^2 / N + penalty w^2 / 2, N staying that of all rows
-        x, y = inputs[train][kept], labels[train][kept]
-        return torch.linalg.solve(
-            2 * x.T @ x / rows + penalty * torch.eye(width, dtype=torch.float64), 2 * x.T @ y / rows
-        )
-
-    def residuals_of(part):
-        return lambda params: (inputs[part] @ params["w"] - labels[part])[:, None]
-
-    params = {"w": fit(torch.ones(rows, dtype=torch.bool))}
-    gradient = loss_gradient(residuals_of(target), params) / 40
-    solution = conjugate_gradient_inverse_hvp(
-        lambda v: PRODUCTS["ggn"](residuals_of(train), params, v) / rows,
-        gradient,
-        damping=penalty,
-        tolerance=1e-12,
-        max_steps=50,
-    )
-    scores = SCORES["jvp"](residuals_of(train), params, solution) / rows
-    before = molecule_losses(residuals_of(target), params).mean()
-    changes = []
-    for row in range(rows):
-        kept = torch.arange(rows) != row
-        changes.append(molecule_losses(residuals_of(target), {"w": fit(kept)}).mean() - before)
-    changes = torch.stack(changes)
-    assert spearmanr(scores, changes).statistic > 0.95
-    assert float(scores @ changes / (scores @ scores)) == pytest.approx(1.0, abs=0.15)  # sign and size
-
-
-# --------------------------------------------------------------------------------------------- a model on molecules
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    """The embedded checkpoint with a random head, its tokenizer, and 96 prepared molecules."""
-    tokenizer = build_tokenizer()
-    options = argparse.Namespace(smiles_form="canonical", max_length=256, invalid_smiles="error")
-    molecules, _ = prepare_molecules(read_table(EMBEDDED_DATA).head(96), tokenizer, options, "data")
-    torch.manual_seed(0)
-    model = MolformerForRegression.from_pretrained(EMBEDDED_CHECKPOINT).eval()
-    model.config.label_mean, model.config.label_std = [molecules["label"].mean()], [molecules["label"].std()]
-    return model, tokenizer, molecules
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint, embedded):
-    """A model of two layers with random weights, and the molecules of `embedded`."""
-    torch.manual_seed(0)
-    model = MolformerForRegression.from_pretrained(tiny_checkpoint).eval()
-    model.config.label_mean, model.config.label_std = embedded[0].config.label_mean, embedded[0].config.label_std
-    return model, embedded[1], embedded[2]
-
-
-def problem_of(embedded, pattern, chunk_size=32, curvature="ggn"):
-    model, tokenizer, molecules = embedded
-    return MoleculeProblem(model, tokenizer, choose_parameters(model, pattern), chunk_size, curvature)
-
-
-def explicit_ggn(problem, molecules):
-    """2 Jᵀ J / N from the Jacobian by torch.func.jacrev."""
-    total = 0
-    for _, rows in problem.chunks(molecules):
-        jacobian = torch.func.jacrev(problem.residuals(rows))(problem.params)  # (B, 1, ...)
-        jacobian = torch.cat([part.flatten(start_dim=2) for part in jacobian.values()], dim=2)[:, 0].double()
-        total = total + 2 * jacobian.T @ jacobian
-    return total / len(molecules)
-
-
-@pytest.mark.parametrize("pattern", ["head", r"layer\.{last}\.output\.(dense\.bias|LayerNorm)|classifier"])
-def test_lissa_on_molformer_is_near_the_exact_solution(embedded, pattern):
-    """Reference: torch.linalg.solve with the explicit matrix, in float64. Goals: cosine and rank correlation 0.99."""
-    _, _, molecules = embedded
-    pattern = pattern.replace("{last}", str(embedded[0].config.num_hidden_layers - 1))
-    problem, train, target = problem_of(embedded, pattern), molecules.iloc[:48], molecules.iloc[48:]
-    gradient = problem.gradient(target)
-    influence_args = InfluenceArguments(
-        relative_damping=0.03, recursion_depth=200, num_repeats=1, hessian_batch_size=16
-    )
-    solutions, report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)
-    matrix = explicit_ggn(problem, train)
-    exact = torch.linalg.solve(
-        matrix + report["damping"] * torch.eye(len(matrix), dtype=torch.float64), gradient.double()
-    ).float()
-    solution = solutions.mean(dim=0)
-    assert torch.cosine_similarity(solution, exact, dim=0) > 0.99
-    scores, expected = (problem.each(SCORES["jvp"], target, direction) for direction in (solution, exact))
-    assert spearmanr(scores, expected).statistic > 0.99
-    assert report["largest_eigenvalue"] == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=0.1)
-
-
-def test_scores_by_jvp_equal_scores_by_gradients_on_the_real_model(embedded):
-    """Tolerance: 1e-5 of the largest, all parameters, float32."""
-    _, _, molecules = embedded
-    problem = problem_of(embedded, "all", chunk_size=8)
-    gradient = problem.gradient(molecules.iloc[:16])
-    fast, slow = (problem.each(SCORES[mode], molecules.iloc[16:32], gradient) for mode in SCORES)
-    assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max()
-
-
-@pytest.mark.parametrize("curvature", PRODUCTS)
-def test_products_do_not_depend_on_chunks_and_are_symmetric(embedded, curvature):
-    _, _, molecules = embedded
-    generator = torch.Generator().manual_seed(0)
-    small, large = (problem_of(embedded, "last_1", size, curvature) for size in (5, 32))
-    size = sum(tensor.numel() for tensor in small.params.values())
-    first, second = torch.randn(2, size, generator=generator)
-    rows = molecules.iloc[:13]
-    image = large.curvature(rows, first)
-    assert torch.allclose(small.curvature(rows, first), image, atol=1e-4 * float(image.abs().max()))
-    assert torch.equal(large.curvature(rows, first), image)
-    assert float(image @ second) == pytest.approx(float(large.curvature(rows, second) @ first), rel=1e-3, abs=1e-3)
-
-
-@pytest.mark.parametrize("room", [50_000, 5], ids=["kept states", "no room for them"])
-def test_the_head_alone_is_computed_from_kept_states(embedded, monkeypatch, room):
-    """Reference: the same through the whole model."""
-    monkeypatch.setattr(run_influence, "MOST_STATES", room)
-    _, _, molecules = embedded
-    fast, slow = problem_of(embedded, "head", chunk_size=4), problem_of(embedded, "head")
-    slow.states = None
-    rows = molecules.iloc[:13]
-    vector = torch.randn(sum(t.numel() for t in fast.params.values()), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):  # the second time from what was kept
-        for value, expected in (
-            (fast.gradient(rows), slow.gradient(rows)),
-            (fast.curvature(rows, vector), slow.curvature(rows, vector)),
-            (fast.each(SCORES["jvp"], rows, vector), slow.each(SCORES["jvp"], rows, vector)),
-            (fast.predictions(rows), slow.predictions(rows)),
-        ):
-            assert torch.allclose(value, expected, atol=1e-5 * float(expected.abs().max()))
-    assert 0 < len(fast.states) <= 13
-
-
-def test_predictions_are_those_of_the_model(embedded):
-    model, tokenizer, molecules = embedded
-    predictions = problem_of(embedded, "head").predictions(molecules.iloc[:9])
-    for index in range(9):
-        encoded = {"input_ids": torch.tensor([molecules["input_ids"].iloc[index]])}
-        assert float(predictions[index]) == pytest.approx(float(model(**encoded).logits), abs=1e-5)
-
-
-@pytest.mark.parametrize("solver", ["lissa", "cg"])
-def test_an_interrupted_solution_goes_on_from_its_file(tiny, tmp_path, solver, monkeypatch):
-    """Reference: the run without interruption, bit for bit; other settings start anew."""
-    monkeypatch.setattr(run_influence, "FIXED_MOLECULES", 8)
-    _, _, molecules = tiny
-    train, target = molecules.iloc[:24], molecules.iloc[24:40]
-    options = {"ihvp": solver, "num_repeats": 2, "hessian_batch_size": 4, "relative_damping": 1e-4}
-    influence_args = InfluenceArguments(recursion_depth=10, tolerance=1e-6, **options)
-
-    def run(problem, path, args=influence_args):
-        return inverse_curvature(problem, train, problem.gradient(target), args, 0, path, show_progress=False)
-
-    whole, report = run(problem_of(tiny, "last_1"), None)
-    path, broken = tmp_path / "state.safetensors", problem_of(tiny, "last_1")
-    product, count, steps = broken.curvature, 0, {"lissa": (4, 14), "cg": (24, 7)}[solver]
-
-    def failing(rows, vector):
-        nonlocal count
-        count += path.exists() and len(rows) == steps[0]
-        if count == steps[1]:
-            raise KeyboardInterrupt
-        return product(rows, vector)
-
-    broken.curvature = failing
-    with pytest.raises(KeyboardInterrupt):
-        run(broken, path)
-    going_on, products = problem_of(tiny, "last_1"), []
-    product = going_on.curvature
-    going_on.curvature = lambda rows, vector: products.append(len(rows)) or product(rows, vector)
-    again, again_report = run(going_on, path)
-    assert torch.equal(again, whole)
-    assert again_report == report
-    assert 0 < products.count(steps[0]) < {"lissa": 20, "cg": 10}[solver]  # the first ones were not done again
-    other = InfluenceArguments(recursion_depth=5, **options)
-    anew, expected = (run(problem_of(tiny, "last_1"), file, other)[0] for file in (path, None))
-    assert torch.equal(anew, expected)
-
-
-def test_parameters_are_chosen_by_name(embedded):
-    model, _, _ = embedded
-    assert len(choose_parameters(model, "all")) == len(list(model.parameters()))
-    assert choose_parameters(model, "head") == ["classifier.out_proj.weight", "classifier.out_proj.bias"]
-    last = choose_parameters(model, "last_2")
-    assert {name.split(".layer.")[1][0] for name in last if ".layer." in name} == {"4", "5"}
-    assert "molformer.LayerNorm.weight" in last and "classifier.out_proj.bias" in last
-    assert choose_parameters(model, r"layer\.0\..*query\.bias") == [
-        "molformer.encoder.layer.0.attention.self.query.bias"
-    ]
-    for wanted, message in (
-        ("nothing", "matches no parameter.*molformer.embeddings.word_embeddings.weight"),
-        ("last_7", "the model has 6 layers"),
-        ("last_0", "the model has 6 layers"),
-        ("(", "is no regular expression"),
-    ):
-        with pytest.raises(InputError, match=message):
-            choose_parameters(model, wanted)
-
-
-def test_the_damping_that_is_advised_makes_a_hessian_positive(tiny, caplog):
-    """Reference: eigenvalues of the explicit Hessian of a bias and a LayerNorm, which has negative ones."""
-    _, _, molecules = tiny
-    problem = problem_of(tiny, r"layer\.1\.output\.LayerNorm|classifier", curvature="hessian")
-    influence_args = InfluenceArguments(curvature="hessian", damping=1e-6, recursion_depth=1, num_repeats=1)
-    train = molecules.iloc[:16]
-    with caplog.at_level("WARNING"):
-        _, report = inverse_curvature(
-            problem, train, problem.gradient(molecules.iloc[16:32]), influence_args, 0, show_progress=False
-        )
-    size = sum(tensor.numel() for tensor in problem.params.values())
-    matrix = torch.stack([problem.curvature(train, vector) for vector in torch.eye(size)])
-    values = torch.linalg.eigvalsh((matrix + matrix.T).double() / 2)
-    assert values[0] < 0
-    assert report["smallest_eigenvalue"] == pytest.approx(float(values[0]), rel=0.05)
-    assert report["largest_eigenvalue"] == pytest.approx(float(values[-1]), rel=0.05)
-    advised = float(caplog.text.split("Pass --damping ")[1].split()[0])
-    assert advised > -values[0]
-    assert not report["converged"]
-
-
-def test_scores_that_are_not_finite_are_refused(tiny):
-    _, _, molecules = tiny
-    problem = problem_of(tiny, "head")
-    gradient = problem.gradient(molecules.iloc[:8])
-    broken = torch.full_like(gradient, math.inf)[None]
-    with pytest.raises(InputError, match="The scores of 4 molecules are not finite, first at row 8"):
-        score_molecules(problem, molecules.iloc[8:12], broken, gradient, InfluenceArguments())
-
-
-def test_damping_may_be_given_and_parameters_must_matter(tiny):
-    _, _, molecules = tiny
-    problem, train = problem_of(tiny, "head"), molecules.iloc[:16]
-    gradient = problem.gradient(train)
-    influence_args = InfluenceArguments(damping=0.25, num_repeats=1, recursion_depth=5)
-    report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)[1]
-    assert report["damping"] == 0.25 and report["scale"] > 0.25
-    problem.curvature = lambda rows, vector: 0 * vector
-    with pytest.raises(InputError, match="The curvature is zero"):
-        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0, show_progress=False)
-
-
-@pytest.mark.parametrize("solver", ["lissa", "cg"])
-def test_the_verdict_knows_a_solution_of_all_training_molecules(embedded, monkeypatch, solver):
-    """The residual is that of all training molecules, not of the few that it is watched on."""
-    monkeypatch.setattr(run_influence, "FIXED_MOLECULES", 8)
-    _, _, molecules = embedded
-    problem, train, target = problem_of(embedded, "head"), molecules.iloc[:64], molecules.iloc[64:]
-    gradient = problem.gradient(target)
-    options = {"lissa": {"hessian_batch_size": 32}, "cg": {"recursion_depth": 100, "tolerance": 1e-3}}[solver]
-    influence_args = InfluenceArguments(ihvp=solver, **options)
-    solutions, report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)
-    solution = solutions.mean(dim=0)
-    left = problem.curvature(train, solution) + report["damping"] * solution - gradient
-    assert report["residual"] == pytest.approx(float(left.norm() / gradient.norm()), rel=1e-5)
-    assert report["converged"]
-    if solver == "lissa":  # the eight that were watched have another solution
-        assert report["trace"][-1]["residual"] > 2 * report["residual"]
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"select": "top_k", "num_selected": 2}, [0, 2]),
+        ({"select": "top_k"}, [0, 2, 3]),
+        ({"select": "positive"}, [0, 2, 3]),
+        ({"select": "threshold", "threshold": 0.5}, [2]),
+        ({"select": "threshold", "threshold": -0.5}, [0, 2, 3, 4, 5]),
+        ({"select": "fraction", "fraction": 0.34}, [0, 2]),
+        ({"select": "fraction", "fraction": 0.0}, []),
+    ],
+)
+def test_molecules_are_selected_by_score(table, values, expected):
+    assert np.flatnonzero(select_molecules(table, InfluenceArguments(**values))).tolist() == expected
+
+
+def test_controls_take_as_many_and_those_of_their_name(table):
+    table["selected"] = [True, False, True, False, False, False]
+    expected = {
+        "selected": [0, 2],
+        "none": [],
+        "all": [0, 1, 2, 3, 4, 5],
+        "bottom": [1, 5],
+        "smallest_loss": [3, 5],
+        "gradient_dot": [1, 4],
+    }
+    for name, rows in expected.items():
+        assert np.flatnonzero(select_control(name, table, 0)).tolist() == rows, name
+    drawn = {tuple(np.flatnonzero(select_control("random", table, seed))) for seed in range(30)}
+    assert all(len(rows) == 2 for rows in drawn) and len(drawn) > 5
+    assert (select_control("random", table, 7) == select_control("random", table, 7)).all()
+
+
+def test_wrong_labels_are_found_by_low_scores_and_high_losses(table):
+    assert detection(table) == {}
+    table["corrupted"] = table["score"] < 0
+    assert detection(table)["auc_influence"] == 1.0
+    table["corrupted"] = table["loss"] > 3
+    assert detection(table)["auc_loss"] == 1.0
+    table["corrupted"] = table["gradient_dot"] > 2.5
+    assert detection(table)["auc_gradient_dot"] == 0.0
+    table["corrupted"] = True
+    assert detection(table) == {}
+
+
+def test_the_pool_has_the_labels_of_others_where_it_says_so():
+    """Reference: the labels before."""
+    generator = np.random.default_rng(0)
+    molecules = pd.DataFrame({"group": [f"m{i // 2}" for i in range(200)], "label": generator.normal(size=200)})
+    molecules["split"] = ["train"] * 160 + ["test"] * 40
+    rest, pool = take_pool(molecules, 60, 0.3, seed=1)
+    assert len(rest) + len(pool) == 200 and abs(len(pool) - 60) <= 1
+    assert not set(rest["group"]) & set(pool["group"])  # stereo twins stay together
+    assert (rest["split"] == "test").sum() == 40
+    before = molecules.reset_index().merge(pool[["group"]].drop_duplicates(), on="group")["label"].to_numpy()
+    assert sorted(pool["label"]) == sorted(before)  # permuted, not invented
+    assert (pool["corrupted"].to_numpy() == (pool["label"].to_numpy() != before)).all()
+    assert pool["corrupted"].sum() == round(0.3 * len(pool))
+
+
+def test_left_out_molecules_keep_their_reason_and_ranks_are_whole_numbers(table, tmp_path):
+    table["selected"] = table["rank"] <= 2
+    excluded = pd.DataFrame({"row": [3], "smiles": ["CC"], "reason": ["is a test molecule"]})
+    write_scores(tmp_path, table, excluded)
+    lines = (tmp_path / "influence_scores.csv").read_text().splitlines()
+    assert lines[0] == "row,SMILES,label,prediction,loss,score,rank,gradient_dot,selected,excluded"
+    assert lines[1] == "10,C,0.0,0.0,1.0,0.5,2,-1.0,True,"
+    assert lines[-1] == "3,CC,,,,,,,False,is a test molecule"
+
+
+def test_tables_show_the_papers_losses_and_say_where_the_test_set_has_chosen():
+    lines = losses_table([0.5, 0.25]).splitlines()
+    assert lines[2].split()[1:] == ["0.500", "0.250"]
+    assert [float(text) for text in lines[3].split()[1:]] == list(PAPER_LOSSES)
+    results = {"none": {"added": 0, "validation_mse": 0.5, "test_mse": 0.25}}
+    assert results_table(results).splitlines()[1].split() == ["none", "0", "0.5000", "0.2500"]
+    assert "optimistic" in results_table(results, leakage=True).splitlines()[0]
 
 
 # ------------------------------------------------------------------------------------------------------ the script
