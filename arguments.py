@@ -249,6 +249,14 @@ class DataTrainingArguments:
             self.label_name = "logD7.4" if own else (self.label_column or ["the label"])[0]
 
 
+def has_bfloat16(use_cpu):
+    """Returns whether the processor, or else the GPU, multiplies bfloat16 in hardware."""
+    if use_cpu:
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """The library's arguments with this project's defaults, and a learning rate of the head."""
@@ -272,6 +280,13 @@ class TrainingArguments(transformers.TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
+    bf16: bool = field(  # the parser takes a bare --bf16 for this type alone
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16 where that is safe (autocast). Default: what accelerate launch says; else in "
+            "training, where the processor or GPU has it in hardware. Final metrics and predictions are then float32."
+        },
+    )
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Whether every step sends the random features from the first process."}
     )
@@ -292,6 +307,10 @@ class TrainingArguments(transformers.TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if not (self.do_train or self.do_eval or self.do_predict):
             self.do_train = self.do_eval = self.do_predict = True
+        if self.bf16 is None:
+            launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # of accelerate launch
+            fast = self.do_train and not self.fp16 and has_bfloat16(self.use_cpu)
+            self.bf16 = launched == "bf16" if launched else fast
         do_eval = self.do_eval
         super().__post_init__()
         self.do_eval = do_eval  # the library sets it wherever there is an evaluation during training

@@ -437,6 +437,12 @@ class MolformerTrainer(Trainer):
                 optimizer.add_param_group({**options, "params": params, "lr": head_rate})
         return optimizer
 
+    def train(self, *args, **kwargs):
+        """Trains as the library does; from then on the model computes in float32, as it will for whoever loads it."""
+        result = super().train(*args, **kwargs)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return result
+
     def evaluation_loop(self, *args, **kwargs):
         # Every process drew random features of its own; the ones that are saved are those of process 0.
         if self.args.world_size > 1:

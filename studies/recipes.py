@@ -18,7 +18,7 @@ START = "models/molformer-mini"
 RECIPES = {
     "reference": [],
     # each differs from the reference in one thing
-    "bf16": ["--bf16"],
+    "float32": ["--bf16", "false"],
     "rate 1.5e-4": ["--learning_rate", "1.5e-4"],
     "rate 6e-4": ["--learning_rate", "6e-4"],
     "head rate 3e-3": ["--head_learning_rate", "3e-3"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test needs a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # float32 on every machine, for the tests that ask for nothing else
 
 import pandas as pd
 import pytest

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+import arguments
 import run_regression
 from arguments import (
     ARGUMENTS_FILE,
@@ -90,6 +91,37 @@ def test_the_defaults_of_training_are_the_papers():
     assert training_args.learning_rate is training_args.head_learning_rate is None  # the script's, by its protocol
     assert training_args.report_to in ("none", [])
     assert training_args.use_cpu == (not torch.accelerator.is_available())
+
+
+@pytest.mark.parametrize(
+    ("launched", "flags", "hardware", "expected"),
+    [
+        (None, ["--do_train"], True, True),
+        (None, ["--do_train"], False, False),
+        (None, ["--do_train", "--bf16", "false"], True, False),
+        (None, ["--do_predict"], True, False),
+        (None, ["--do_predict", "--bf16"], True, True),
+        ("no", ["--do_train"], True, False),
+        ("bf16", ["--do_train"], False, True),
+    ],
+)
+def test_training_is_in_bfloat16_where_it_is_fast_and_nobody_says_otherwise(
+    monkeypatch, launched, flags, hardware, expected
+):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr(arguments, "has_bfloat16", lambda use_cpu: hardware)
+    assert parse(*flags)[2].bf16 is expected
+
+
+def test_the_processor_says_whether_it_has_bfloat16():
+    """Reference: the flags that the Linux kernel lists."""
+    listed = Path("/proc/cpuinfo")
+    if not listed.exists():
+        pytest.skip("not on Linux")
+    words = set(listed.read_text().split())
+    assert arguments.has_bfloat16(use_cpu=True) == bool(words & {"avx512_bf16", "amx_bf16"})
 
 
 def test_the_dataclasses_work_without_a_parser():
