@@ -55,6 +55,7 @@ from utils_report import finish_run, save_figure
 # chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding
 DEFAULTS = {"output_dir": "outputs/influence", "per_device_eval_batch_size": 16}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
+NO_FORWARD_MODE = ("shira",)  # adapters whose sparse tensors have none; merged, the model has
 PAPER_LOSSES = (0.581, 0.318, 0.198, 0.105, 0.071, 0.048, 0.046)  # evaluation loss by epoch, the paper's Table 2
 SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
 
@@ -513,7 +514,6 @@ def main(model_args, data_args, influence_args, training_args):
     from trainer_regression import (
         begin_run,
         check_split,
-        find_base,
         load_config,
         load_model,
         load_tokenizer,
@@ -543,9 +543,7 @@ def main(model_args, data_args, influence_args, training_args):
     set_learning_rate(training_args, data_args)
 
     # Model: a fine-tuned one, or the pre-trained one from which it is made
-    found = find_base(model_args.model_name_or_path, model_args)
-    sparse = found is not None and found["method"].lower() == "shira"  # its tensors have no forward-mode product
-    model = load_model(MolformerForRegression, model_args, tokenizer, merge=sparse, num_labels=1)
+    model = load_model(MolformerForRegression, model_args, tokenizer, merge=NO_FORWARD_MODE, num_labels=1)
     check_split(model.config, digest, data_args)
     if model.head_is_new and not training_args.do_train:
         prepare_head(model, parts["train"], digest, data_args, training_args)  # says that there is no head

@@ -244,6 +244,8 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     else:
         import peft
 
+        if not isinstance(merge, bool):
+            merge = found["method"].lower() in merge
         try:
             adapted = peft.PeftModel.from_pretrained(model, source, **hub)
             # the model inside, with the adapters in its layers, is what the scripts know
@@ -275,10 +277,11 @@ def _unwrap(model):
 def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
     """Returns the model of the checkpoint, or one with random weights if only a configuration was named.
 
-    A checkpoint of adapters, or of some parameters, gives its base with these in it; with `merge` a plain model, which
-    can be trained.
+    A checkpoint of adapters, or of some parameters, gives its base with these in it.
 
     Args:
+        merge (`bool` or `tuple[str]`): whether adapters are merged into a plain model, which can be trained; or the
+            methods, as PEFT calls them, whose adapters are.
         overrides: configuration values that hold over the checkpoint's and the user's, such as `num_labels`.
     Raises:
         InputError: if it cannot be loaded, if weights are missing or fit nothing, or if tokenizer and model do not
