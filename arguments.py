@@ -45,6 +45,14 @@ RUN_PIECES = ("member-*", "finetune-*", "influence_state.safetensors")  # of run
 ARGUMENTS_FILE = "arguments.json"
 LOCK_FILE = ".lock"
 LOCKS = {}  # of the folders that this process writes
+# what the result of a training depends on
+TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate num_train_epochs max_steps weight_decay optim
+    per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy lr_scheduler_type warmup_steps
+    max_grad_norm adam_beta1 adam_beta2 adam_epsilon bf16 fp16 tf32 eval_strategy eval_steps metric_for_best_model
+    load_best_model_at_end""".split()
+# what it does not depend on, beside the library's other arguments
+FREE_SETTINGS = """output_dir cache_dir preprocessing_num_workers overwrite_cache ignore_split_mismatch label_name
+    predict_augment merge_adapter controls""".split()
 # of one call, not of a run
 NOT_REPEATED = ("push_to_hub", "hub_token", "resume_from_checkpoint", "overwrite_output_dir")
 
@@ -152,7 +160,7 @@ class DataTrainingArguments:
     label_name: str | None = field(
         default=None,
         metadata={
-            "help": "What plots and card call the label, with its unit. Default: logD7.4, or the column's name."
+            "help": "What plots and card call the label, with its unit. Default: logD7.4, or the named column's."
         },
     )
     smiles_form: str | None = field(
@@ -398,18 +406,20 @@ def run_script(main, dataclasses, defaults, description):
     except InputError as error:
         logger.error("%s", error)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, RuntimeError, SafetensorError) as error:
-        training_args = arguments[-1]
-        if is_forbidden(error):
-            logger.error("%s must not be written (%s). Give another --output_dir.", training_args.output_dir, error)
-            sys.exit(1)
-        if not is_out_of_space(error):
+        folder = arguments[-1].output_dir
+        if not (is_forbidden(error) or is_out_of_space(error)):
             raise
-        last = last_complete_checkpoint(training_args.output_dir) or next(
-            (folder for folder in member_folders(training_args.output_dir) if is_finished(folder)), None
-        )
-        advice = f"{last} is whole: go on with --resume_from_checkpoint true" if last else "start again"
-        logger.error("No space is left to write to %s (%s). Make room; %s.", training_args.output_dir, error, advice)
+        begun = last_complete_checkpoint(folder) is not None or run_pieces(folder)
+        advice = "go on with --resume_from_checkpoint true" if begun else "start again"
+        if is_forbidden(error):
+            logger.error("%s must not be written (%s). Give another --output_dir, or allow it and %s.", folder, error,
+                         advice)  # fmt: skip
+        else:
+            logger.error("No space is left to write to %s (%s). Make room; %s.", folder, error, advice)
         sys.exit(1)
 
 
@@ -483,7 +493,7 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
     resume = training_args.resume_from_checkpoint
     if resume is not None and str(resume).lower() not in ("false", "no", "0"):
         if in_pieces:
-            if str(resume).lower() not in ("true", "yes", "1") or not _run_pieces(output_dir):
+            if str(resume).lower() not in ("true", "yes", "1") or not run_pieces(output_dir):
                 raise InputError(f"There is no run to resume in {output_dir}. Leave --resume_from_checkpoint out.")
             return str(output_dir)
         last = last_complete_checkpoint(output_dir)
@@ -501,7 +511,7 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
         return None
     if all(path.name == LOCK_FILE for path in output_dir.iterdir()):
         return None
-    begun = last_complete_checkpoint(output_dir) is not None or _run_pieces(output_dir)
+    begun = last_complete_checkpoint(output_dir) is not None or run_pieces(output_dir)
     if begun and (output_dir / UNFINISHED).exists():
         raise InputError(
             f"The output folder {output_dir} holds an interrupted run. Continue it with --resume_from_checkpoint "
@@ -513,7 +523,8 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
     )
 
 
-def _run_pieces(output_dir):
+def run_pieces(output_dir):
+    """Returns the folders of the models that a run trains one after the other, as far as they are there."""
     return [path for pattern in RUN_PIECES for path in Path(output_dir).glob(pattern)]
 
 
@@ -557,7 +568,7 @@ def clear_run(output_dir):
     """Removes what an earlier run left in `output_dir`, and nothing else. Called when all input was checked."""
     output_dir = Path(output_dir)
     remove_checkpoints(output_dir)
-    for path in [*_run_pieces(output_dir), output_dir / "merged", output_dir / "to_push"]:
+    for path in [*run_pieces(output_dir), output_dir / "merged", output_dir / "to_push"]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -586,10 +597,17 @@ def begin_writing(training_args, checkpoint, source=None, replace=None):
     folder = Path(training_args.output_dir).resolve()
     if replace and source is not None and folder in (Path(source).resolve(), *Path(source).resolve().parents):
         raise InputError(f"--output_dir {training_args.output_dir} would replace {source}. Give another --output_dir.")
+    if checkpoint is not None:
+        check_resumed(training_args)
     if training_args.world_size > 1:
         torch.distributed.barrier()  # no process may find the folder that another one has begun to write
     if training_args.should_save:
-        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # of a file system that takes no folders
+            raise InputError(
+                f"The output folder {training_args.output_dir} cannot be made. Give another --output_dir."
+            ) from error
         lock_folder(training_args.output_dir)
         if replace:
             clear_run(training_args.output_dir)
@@ -607,9 +625,42 @@ def write_arguments(training_args):
     if not training_args.do_train and path.exists():
         path = folder / f"predict_{ARGUMENTS_FILE}"
     part = path.with_name(f"{path.name}.part")
-    text = json.dumps({**values, "output_dir": training_args.output_dir}, indent=2) + "\n"
+    text = json.dumps(settled_values(training_args), indent=2) + "\n"
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def settled_values(training_args):
+    """Returns the values to repeat a run, with those that were found here and may be found otherwise elsewhere."""
+    values = {**training_args.run_values, "output_dir": training_args.output_dir}
+    if training_args.do_train:
+        values |= {"bf16": training_args.bf16, "learning_rate": training_args.learning_rate}
+    return values
+
+
+def check_resumed(training_args):
+    """Raises `InputError` if an interrupted run of the output folder began with other values than it is to go on with.
+
+    Files and models are compared by name.
+    """
+    path = Path(training_args.output_dir) / ARGUMENTS_FILE
+    if getattr(training_args, "run_values", None) is None or not path.exists():
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    values = json.loads(json.dumps(settled_values(training_args)))
+    library = {field.name for field in fields(TrainingArguments)} - set(TRAINING_SETTINGS)
+
+    def compared(value):
+        return Path(value).name if isinstance(value, str) else value
+
+    names = [name for name in {**begun, **values} if name not in library and name not in FREE_SETTINGS]
+    other = [name for name in names if compared(begun.get(name)) != compared(values.get(name))]
+    if other:
+        texts = [f"--{name} {begun.get(name)}, not {values.get(name)}" for name in other]
+        raise InputError(
+            f"The run in {training_args.output_dir} began with {'; '.join(texts)}. Go on with the flags that it began "
+            "with (arguments.json has them), or start anew with --overwrite_output_dir."
+        )
 
 
 def lock_folder(output_dir):

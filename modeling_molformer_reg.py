@@ -55,6 +55,7 @@ class MolformerConfig(PreTrainedConfig):
         label_mean, label_std (`list[float]`, *optional*): K means and standard deviations of the training labels, in
             label units. `None` stands for 0 and 1.
         label_names (`list[str]`, *optional*): K names of the labels.
+        label_column (`str`, *optional*): column of the single label in the training file, if the user named it.
         descriptor_names (`list[str]`, *optional*): M names of RDKit descriptors that `MolformerForMaskedLM` predicts
             beside the masked tokens; `None` for none.
         atom_descriptor_names (`list[str]`, *optional*): A names of numbers that it predicts for each atom.
@@ -94,6 +95,7 @@ class MolformerConfig(PreTrainedConfig):
         label_mean=None,
         label_std=None,
         label_names=None,
+        label_column=None,
         descriptor_names=None,
         atom_descriptor_names=None,
         environment_buckets=None,
@@ -122,6 +124,7 @@ class MolformerConfig(PreTrainedConfig):
         self.label_mean = label_mean
         self.label_std = label_std
         self.label_names = label_names
+        self.label_column = label_column
         self.descriptor_names = descriptor_names
         self.atom_descriptor_names = atom_descriptor_names
         self.environment_buckets = environment_buckets

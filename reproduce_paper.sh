@@ -29,24 +29,28 @@ OUT=${OUT:-outputs/$name}
 [ "$name" = paper ] && RESULTS=${RESULTS:-results} || RESULTS=${RESULTS:-$OUT}
 [ "$QUICK" ] && SEEDS=${SEEDS:-0} || SEEDS=${SEEDS:-0 1 2}
 EXTRA=${EXTRA:-}
-INFLUENCE="--controls none random ${EXTERNAL_FILE:+--external_file $EXTERNAL_FILE}"
+INFLUENCE="--controls none random"
+CUT=
 if [ "$QUICK" ]; then
-    EXTRA="$EXTRA --max_train_samples 256 --max_eval_samples 64 --max_predict_samples 128 --num_train_epochs 2"
+    CUT="--max_train_samples 256 --max_eval_samples 64 --max_predict_samples 128"
+    EXTRA="$EXTRA --num_train_epochs 2"
     INFLUENCE="$INFLUENCE --influence_params head --recursion_depth 50 --pool_size 60"
 fi
 . studies/run_once.sh
 
 for seed in $SEEDS; do
-    cell="--seed $seed $EXTRA"
+    whole="--seed $seed $EXTRA"
+    cell="$whole $CUT"
     plain="$cell --learning_rate $RATE"
     # shellcheck disable=SC2086
     {
         run "$OUT/regression-$seed" run_regression.py --model_name_or_path "$MODEL" $plain
         run "$OUT/mlm-$seed" run_mlm.py --model_name_or_path "$MODEL" $plain
         run "$OUT/mlm_regression-$seed" run_regression.py --model_name_or_path "$OUT/mlm-$seed" $plain
-        run "$OUT/influence-$seed" run_influence.py --model_name_or_path "$MODEL" $INFLUENCE $plain
-        union=$OUT/influence-$seed
-        run "$OUT/selected-$seed" run_regression.py --model_name_or_path "$MODEL" $plain \
+        run "$OUT/influence-$seed" run_influence.py --model_name_or_path "$MODEL" $INFLUENCE $plain \
+            ${EXTERNAL_FILE:+--external_file "$EXTERNAL_FILE"}
+        union=$OUT/influence-$seed # its files are cut already, and a second cut would take the selected molecules off
+        run "$OUT/selected-$seed" run_regression.py --model_name_or_path "$MODEL" $whole --learning_rate $RATE \
             --train_file "$union/merged_train.csv" --validation_file "$union/validation.csv" --test_file "$union/test.csv"
         for method in bitfit ia3 lora; do
             run "$OUT/$method-$seed" run_peft.py --model_name_or_path "$MODEL" --peft_method $method $cell

@@ -11,6 +11,7 @@
 #                                                        # a quick look at the chain; its numbers mean nothing
 #   CHEMPROP=chemprop_env/bin/chemprop ./reproduce_table1.sh    # with the row of chemprop (see studies/peers.py)
 set -eu
+cd "$(dirname "$0")"
 
 EMBEDDED=models/molformer-mini
 MODEL=${1:-$EMBEDDED}
@@ -21,9 +22,11 @@ SEEDS=${SEEDS:-0 1 2 3 4}
 SPLITS=${SPLITS:-random scaffold}
 ROWS=${ROWS:-regression mlm_regression ensemble from_scratch descriptor_boosting${CHEMPROP:+ chemprop}}
 JOBS=${JOBS:-1}
+ADAPT=${ADAPT:-} # objective by which the ensemble's start is first adapted to the training molecules, if any
 RECIPE=${RECIPE:---augment_smiles 1 --predict_augment 10 --num_seeds 5}
-. "$(dirname "$0")/studies/run_once.sh"
-export PYTHON OUT RATE RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
+. studies/run_once.sh
+MLM_RATE=${MLM_RATE:-$([ "$MODEL" = $EMBEDDED ] && echo 6e-4 || echo "$RATE")}
+export PYTHON OUT RATE MLM_RATE ADAPT RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
 
 # Trains one cell of the table.
 cell() {
@@ -34,10 +37,17 @@ cell() {
     case $row in
     regression) run "$folder" run_regression.py --model_name_or_path "$MODEL" --learning_rate $RATE $where ;;
     mlm_regression)
-        run "$folder-mlm" run_mlm.py --model_name_or_path "$MODEL" --learning_rate $RATE $where
+        run "$folder-mlm" run_mlm.py --model_name_or_path "$MODEL" --learning_rate $MLM_RATE $where
         run "$folder" run_regression.py --model_name_or_path "$folder-mlm" --learning_rate $RATE $where
         ;;
-    ensemble) run "$folder" run_regression.py --model_name_or_path "$MODEL" --learning_rate $RATE $RECIPE $where ;;
+    ensemble)
+        start=$MODEL
+        if [ "$ADAPT" ]; then
+            start=$folder-mlm
+            run "$start" run_mlm.py --model_name_or_path "$MODEL" --objective "$ADAPT" --learning_rate $MLM_RATE $where
+        fi
+        run "$folder" run_regression.py --model_name_or_path "$start" --learning_rate $RATE $RECIPE $where
+        ;;
     from_scratch) run "$folder" run_regression.py --config_name configs/molformer-mini.json $where ;;
     descriptor_boosting) run "$folder" studies/peers.py --peer $row $where ;;
     chemprop) run "$folder" studies/peers.py --peer $row --chemprop "$CHEMPROP" $where ;;
@@ -55,6 +65,6 @@ for row in $ROWS; do
     for split in $SPLITS; do
         for seed in $SEEDS; do echo "$row $split $seed"; done
     done
-done | xargs -P "$JOBS" -I {} env CELL={} sh "$0" "$MODEL" || status=$?
+done | xargs -P "$JOBS" -I {} env CELL={} sh ./reproduce_table1.sh "$MODEL" || status=$?
 "$PYTHON" studies/table1.py --folder "$OUT" --output "$RESULTS/table1.json" # of the cells that are finished
 exit $status

@@ -148,8 +148,6 @@ def predict_new(model_args, data_args, regression_args, training_args):
     prepare_head(models[0], None, None, data_args, training_args)  # refuses one that has learned nothing
     settle_smiles_form(models[0].config, data_args)
     output_dir = Path(training_args.output_dir)
-    if not to_output:
-        begin_writing(training_args, None)
     path = None if to_output else output_dir / "predictions.csv"
     report = predict_file(models, tokenizer, data_args, regression_args, training_args, path)
     logger.info("%s", summary_line(report))
@@ -177,6 +175,7 @@ def main(model_args, data_args, regression_args, training_args):
         load_tokenizer,
         order_labels,
         select_parts,
+        set_learning_rate,
         settle_smiles_form,
         train_regression,
         training_set,
@@ -186,6 +185,7 @@ def main(model_args, data_args, regression_args, training_args):
     from utils_report import finish_run
 
     # Data
+    set_learning_rate(training_args, data_args)
     plan = plan_members(model_args, training_args, regression_args.num_seeds, checkpoint)
     tokenizer, config = load_tokenizer(plan[0][0]), load_config(plan[0][0])
     settle_smiles_form(config, data_args)
@@ -193,12 +193,12 @@ def main(model_args, data_args, regression_args, training_args):
     molecules = order_labels(molecules, config, training_args)
     parts = select_parts(molecules, data_args)
     held_out, names = held_out_name(parts), label_names(molecules)
-    train_set = training_set(parts["train"], tokenizer, data_args, training_args)
 
     predictions = {name: [] for name in parts}
     for number, (member_model_args, member_args, start) in enumerate(plan):
         # Model and trainer
         check_split(load_config(member_model_args), digest, data_args, start)
+        train_set = training_set(parts["train"], tokenizer, data_args, member_args)  # random SMILES of its own
         trainer = build_trainer(member_model_args, data_args, member_args, tokenizer, parts, digest, train_set)
         if number == 0:  # all input is checked
             begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)

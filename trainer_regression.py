@@ -25,12 +25,20 @@ from rdkit import rdBase
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerFast, Trainer, set_seed
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.utils import cached_file
 
 from arguments import (
     EMBEDDED_VOCABULARY,
     ROOT,
+    TRAINING_SETTINGS,
     UNFINISHED,
     InputError,
     begin_writing,
@@ -66,11 +74,6 @@ UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, pickle.Unpickl
 # `cached_file` then answers `None` for a file that is not there
 QUIET = {name: False for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")}
 QUIET["_raise_exceptions_for_gated_repo"] = False
-# what the result of a training depends on
-TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate num_train_epochs max_steps weight_decay optim
-    per_device_train_batch_size gradient_accumulation_steps world_size train_sampling_strategy lr_scheduler_type
-    warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon bf16 fp16 tf32 eval_strategy eval_steps
-    metric_for_best_model load_best_model_at_end""".split()
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LEARNING_RATES = {"default": 3e-4, "paper": 1e-4}  # the default was found on validation, see the README
 
@@ -402,6 +405,16 @@ class LengthGroupedBatchSampler(Sampler):
         return iter(torch.cat(shuffled + rest).tolist())
 
 
+class SetEpoch(TrainerCallback):
+    """Tells a sampler which epoch begins: of several processes the library does not find it in a resumed run."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch))
+
+
 class MolformerTrainer(Trainer):
     """Trainer for MoLFormer: exact resumption, equal random features on all processes, a head learning rate.
 
@@ -418,7 +431,9 @@ class MolformerTrainer(Trainer):
         lengths = self.train_dataset[self.args.length_column_name][:]  # the argument has lost this column
         # what all processes take for one step of the optimizer
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedBatchSampler(batch_size, lengths, seed)
+        sampler = LengthGroupedBatchSampler(batch_size, lengths, seed)
+        self.add_callback(SetEpoch(sampler))
+        return sampler
 
     def _get_eval_sampler(self, eval_dataset):
         # In the data set's order: the parent groups by length here too, and predictions would come permuted.
@@ -662,6 +677,8 @@ def prepare_head(model, train, digest, data_args, training_args):
         stds.append(std)
     model.config.label_mean, model.config.label_std = means, stds
     model.config.label_names = label_names(train) or None
+    named = data_args.label_column or []
+    model.config.label_column = named[0] if len(named) == 1 else None
     model.config.split_hash = digest
     # heads of the pre-training that this model does not have
     model.config.descriptor_names = model.config.atom_descriptor_names = model.config.environment_buckets = None
@@ -766,7 +783,9 @@ def evaluate_regression(trainer):
 
 def _settings_key(model_args, data_args, training_args, parts, digest):
     """Returns a hash of what a fine-tuning depends on: start, molecules, labels and training settings."""
-    settings = {name: str(getattr(training_args, name)) for name in TRAINING_SETTINGS} | {"digest": digest}
+    settings = {name: str(getattr(training_args, name)) for name in (*TRAINING_SETTINGS, "world_size")} | {
+        "digest": digest
+    }
     settings |= {"start": model_args.model_name_or_path, **model_args.config_overrides()}
     settings |= {"augment": data_args.augment_smiles, "form": data_args.smiles_form}
     labels = {name: sorted(zip(part["text"], part["label"], strict=True)) for name, part in parts.items()}
@@ -799,7 +818,7 @@ def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, di
     metrics = {}
     for name in [name for name in parts if name != "train"]:
         values = regression_metrics(trainer.predict_molecules(parts[name]), parts[name]["label"])
-        metrics |= {f"{name}_{key}": value for key, value in values.items()}
+        metrics |= {f"{name}_{key}": value for key, value in values.items()} | {f"{name}_samples": len(parts[name])}
     metrics["eval_losses"] = losses
     trainer.save_metrics("predict", metrics)
     trainer.accelerator.wait_for_everyone()  # the others read what the first process has written

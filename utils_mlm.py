@@ -26,6 +26,7 @@ from utils_molecules import (
     SMILES_COLUMNS,
     atom_environments,
     canonicalize,
+    check_file,
     compute_atom_descriptors,
     compute_descriptors,
     default_descriptors,
@@ -60,11 +61,12 @@ def read_corpus(path, data_args, cache_dir=None):
     Raises:
         InputError: if the file is absent, empty or not UTF-8, or has no SMILES column.
     """
-    columns, separator = read_header(path)
     text = is_corpus(path)
     if text:
+        check_file(path)
         options = {}
     else:
+        columns, separator = read_header(path)
         options = {"sep": separator, "usecols": [find_smiles(columns, data_args, path)], "keep_default_na": False}
     try:
         corpus = datasets.load_dataset(
@@ -144,7 +146,7 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
     if held_out is None:
         size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
         seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
-        train, held_out = train.train_test_split(test_size=size, seed=seed).values()
+        train, held_out = hold_out(train, size, seed, source)
     if data_args.max_train_samples is not None:
         train = train.select(range(min(len(train), data_args.max_train_samples)))
         train, held_out = (add_descriptors(part, *options) for part in (train, held_out))
@@ -155,6 +157,28 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         train = augment(train, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length, **cache)
     train, held_out = (add_atoms(part, *options) for part in (train, held_out))
     return train, held_out.sort("length", reverse=True), digest, dropped
+
+
+def hold_out(corpus, size, seed, source):
+    """Returns a corpus in two parts, the second of at most `size` rows; rows of the same tokens are on one side.
+
+    Raises:
+        InputError: if all rows are the same.
+    """
+    ids = corpus.select_columns("input_ids").with_format("numpy")
+    rows = (row for batch in ids.iter(batch_size=10_000) for row in batch["input_ids"])
+    keys = np.fromiter(
+        (zlib.crc32(np.asarray(row, dtype=np.uint16).tobytes()) for row in rows), np.uint32, len(corpus)
+    )
+    _, molecule, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    if len(counts) < 2:
+        raise InputError(f"All rows of {source} are the same molecule. Give others, or a --validation_file.")
+    if len(counts) < len(corpus):
+        logger.info("%d of %d rows of %s repeat others", len(corpus) - len(counts), len(corpus), source)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    fit = np.cumsum(counts[order]) <= max(size, counts[order[0]])
+    held_out = np.isin(molecule, order[fit])
+    return corpus.select(np.flatnonzero(~held_out)), corpus.select(np.flatnonzero(held_out))
 
 
 def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False):
@@ -228,22 +252,27 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source):
 def describe_molecules(batch, tokenizer, names):
     """Returns the named descriptors of each molecule, for `datasets.Dataset.map`."""
     molecules = (parse_smiles(to_text(ids, tokenizer)) for ids in batch["input_ids"])
-    return {"descriptors": [compute_descriptors(molecule, names) for molecule in molecules]}
+    # RDKit cannot read every SMILES that it wrote; such a molecule counts as the mean
+    unknown = np.full(len(names), np.nan, dtype=np.float32)
+    return {"descriptors": [unknown if m is None else compute_descriptors(m, names) for m in molecules]}
 
 
 def describe_atoms(batch, tokenizer, names, buckets):
     """Returns descriptors and environments of each molecule's atoms, flat, for `datasets.Dataset.map`.
 
-    Atoms come in the order of their tokens. A molecule of which RDKit removed atoms that have a token, such as [H],
-    has none.
+    Atoms come in the order of their tokens. A molecule that RDKit cannot read, or of which it removed atoms that have
+    a token, such as [H], has none.
     """
     is_atom = atom_tokens(tokenizer)
     columns = {"atom_descriptors": [], "environments": []}
     for ids in batch["input_ids"]:
         molecule = parse_smiles(to_text(ids, tokenizer))
-        kept = None if is_atom[ids].sum() == molecule.GetNumAtoms() else 0
-        columns["atom_descriptors"].append(compute_atom_descriptors(molecule, names).ravel()[:kept])
-        columns["environments"].append(atom_environments(molecule, buckets).ravel()[:kept])
+        if molecule is None or is_atom[ids].sum() != molecule.GetNumAtoms():
+            columns["atom_descriptors"].append(np.zeros(0, dtype=np.float32))
+            columns["environments"].append(np.zeros(0, dtype=np.int64))
+        else:
+            columns["atom_descriptors"].append(compute_atom_descriptors(molecule, names).ravel())
+            columns["environments"].append(atom_environments(molecule, buckets).ravel())
     return columns
 
 

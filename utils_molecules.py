@@ -89,14 +89,21 @@ def _first_bad_byte(path):
             position += len(line)
 
 
+def check_file(path):
+    """Raises `InputError` if there is no such file, or nothing in it."""
+    if not Path(path).is_file():
+        raise InputError(f"There is no file {path}. Correct its path.")
+    if not Path(path).stat().st_size:
+        raise InputError(f"{path} is empty.")
+
+
 def read_header(path):
     """Returns the column names of a CSV or TSV and its separator (comma, tab or semicolon, as the header has most).
 
     Raises:
         InputError: if there is no such file, or no header.
     """
-    if not Path(path).is_file():
-        raise InputError(f"There is no file {path}. Pass the path of a CSV, for example with --train_file.")
+    check_file(path)
     try:
         with get_handle(path, "rt", encoding="utf-8-sig", compression="infer", errors="replace") as handles:
             header = handles.handle.readline().rstrip("\r\n")
@@ -266,8 +273,8 @@ def encode_smiles(texts, tokenizer):
 
 
 def with_progress(values, description):
-    """Returns the values with a progress bar, if they are so many that it takes seconds."""
-    return tqdm(values, desc=description, disable=len(values) < SECONDS_OF_WORK)
+    """Returns the values with a progress bar on a terminal, if they are so many that it takes seconds."""
+    return tqdm(values, desc=description, disable=None if len(values) >= SECONDS_OF_WORK else True)
 
 
 def check_smiles(smiles, tokenizer, form, max_length):
@@ -333,7 +340,8 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
     if data_args.smiles_form == "canonical":
         molecules["group"] = molecules["text"]
     else:
-        molecules["group"] = [canonicalize(smiles, "canonical") for smiles in molecules["smiles"]]
+        smiles = with_progress(molecules["smiles"], "Finding stereo twins")
+        molecules["group"] = [canonicalize(text, "canonical") for text in smiles]
     for column in label_columns(molecules):
         warn_of_conflicting_labels(molecules, source, column)
     dropped = bad[["row", "smiles"]].assign(reason=bad["reason"].map(REASONS))
@@ -402,22 +410,18 @@ def assign_splits(molecules, data_args, seed):
         InputError: if a split would be empty, or if a given split is no partition of rows of the file.
     """
     paper = data_args.protocol == "paper"
+    if data_args.split == "scaffold":
+        groups = np.array([scaffold_of(text) for text in with_progress(molecules["group"], "Finding scaffolds")])
+    else:
+        groups = np.arange(len(molecules)) if paper else molecules["group"].to_numpy()
     if data_args.split == "file":
         split = _given_split(molecules, data_args)
     else:
-        if data_args.split == "scaffold":
-            groups = [scaffold_of(text) for text in molecules["group"]]
-        else:
-            groups = np.arange(len(molecules)) if paper else molecules["group"].to_numpy()
         split = np.full(len(molecules), "train", dtype=object)
         split[split_groups(groups, round(len(molecules) * data_args.test_fraction), seed)] = "test"
     if not paper and not (split == "validation").any():
         rest = np.flatnonzero(split == "train")
-        if data_args.split == "scaffold":
-            groups = [scaffold_of(text) for text in molecules["group"].to_numpy()[rest]]
-        else:
-            groups = molecules["group"].to_numpy()[rest]
-        split[rest[split_groups(groups, round(len(rest) * data_args.validation_fraction), seed)]] = "validation"
+        split[rest[split_groups(groups[rest], round(len(rest) * data_args.validation_fraction), seed)]] = "validation"
     counts = {name: int((split == name).sum()) for name in SPLITS if name != "validation" or not paper}
     if min(counts.values()) == 0:
         raise InputError(
@@ -707,12 +711,17 @@ def baseline_predictions(molecules, split):
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def write_text(text, path):
+def write_bytes(content, path):
     """Writes a file whole or not at all."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def write_text(text, path):
+    """Writes a text as UTF-8, whole or not at all."""
+    write_bytes(text.encode("utf-8"), path)
 
 
 def write_json(values, path):

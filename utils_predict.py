@@ -23,7 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from arguments import InputError
+from arguments import InputError, begin_writing
 from trainer_regression import summarize_predictions
 from utils_molecules import (
     SMILES_COLUMNS,
@@ -174,10 +174,13 @@ class EmbeddingWriter:
             self.parquet.write_table(table)
         self.total += count
 
-    def close(self):
+    def close(self, size):
+        """Gives the file its name; without rows it is an empty table of states of this `size`."""
+        if not self.total:
+            self.write([], np.empty((0, size), dtype=np.float32), 0)
         if self.parquet is not None:
             self.parquet.close()
-        elif self.rows:
+        else:
             from safetensors.numpy import save_file
 
             save_file({"embeddings": np.concatenate(self.states), "rows": np.concatenate(self.rows)}, self.part)
@@ -291,23 +294,27 @@ class Predictor:
         return torch.stack([values for values, _ in answers], dim=1), answers[0][1] if with_states else None
 
 
-def find_measured(columns, data_args, names, source):
+def find_measured(columns, data_args, config, source):
     """Returns the columns of measured labels, in the order of the model's; `None` for one that the file lacks.
 
     Raises:
         InputError: if `--label_column` names a column that is not there, or other labels than the model's.
     """
+    names = config.label_names or []
+    known = names or ([config.label_column] if config.label_column else [])
+    if data_args.label_column or not known:
+        wanted = find_labels(columns, data_args.label_column, "--label_column", source)
+    else:
+        wanted = [name for name in known if name in columns]
+    if wanted:
+        logger.info("Measured labels for comparison: %s", ", ".join(wanted))
     if not names:
-        found = find_labels(columns, data_args.label_column, "--label_column", source)
-        if len(found) > 1:
-            raise InputError(f"--label_column names {len(found)} columns, but the model predicts one label.")
-        return found or [None]
-    wanted = (
-        find_labels(columns, data_args.label_column, "--label_column", source) if data_args.label_column else names
-    )
+        if len(wanted) > 1:
+            raise InputError(f"--label_column names {len(wanted)} columns, but the model predicts one label.")
+        return wanted or [None]
     if not set(wanted) <= set(names):
         raise InputError(f"--label_column names {', '.join(wanted)}, but the model predicts {', '.join(names)}.")
-    return [name if name in wanted and name in columns else None for name in names]
+    return [name if name in wanted else None for name in names]
 
 
 def measured_labels(piece, labels):
@@ -321,7 +328,8 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     """Predicts every row of `--test_file`, writes the table, and returns what was done (`dict`).
 
     Args:
-        path (`Path` or `None`): the CSV that is written; `None` for standard output.
+        path (`Path` or `None`): the CSV that is written, in `--output_dir`, which is prepared as soon as all input is
+            checked; `None` for standard output.
     Returns:
         rows, rows of each status, seconds, molecules a second, and the metrics if the file has labels.
     Raises:
@@ -335,9 +343,11 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     if taken & set(columns):
         clash = sorted(taken & set(columns))[0]
         raise InputError(f"{source} has a column {clash!r}, which the predictions would replace. Rename it.")
-    labels = find_measured(columns, data_args, names, source)
+    labels = find_measured(columns, data_args, config, source)
     num_forms = regression_args.predict_augment
     arguments = (tokenizer, data_args.smiles_form, data_args.max_length, num_forms, training_args.seed)
+    if path is not None:
+        begin_writing(training_args, None)
     predictor = Predictor(models, tokenizer, training_args)
     main, exported = training_args.should_save, regression_args.export_embeddings
     embeddings = EmbeddingWriter(exported) if main and exported else None
@@ -372,7 +382,7 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     if main:
         writer.close(columns + sorted(f"prediction{end}" for end in ends) + ["status"])
         if embeddings is not None:
-            embeddings.close()
+            embeddings.close(config.hidden_size)
     seconds = time.monotonic() - started
     report = {"predict_samples": total, "predict_seconds": seconds, "predict_samples_per_second": total / seconds}
     report |= {f"predict_{status.replace(' ', '_')}": count for status, count in statuses.items()}

@@ -6,9 +6,9 @@ A card is made from the files of a finished run alone, so it says what the folde
 tokenizer, modeling file, metrics, plots and card in one commit; checkpoints, logs of the optimizer and tokens stay.
 """
 
+import io
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from rdkit import rdBase
 
 from arguments import ARGUMENTS_FILE, EMBEDDED_DATA, ROOT, InputError, as_flags, end_writing, member_folders
-from utils_molecules import parse_smiles, read_json, regression_metrics, shorten, write_text
+from utils_molecules import parse_smiles, read_json, regression_metrics, shorten, write_bytes, write_text
 
 
 CARD_FILE = "README.md"
@@ -50,6 +50,8 @@ PAPERS = {
     "MoLFormer": "Ross et al., Large-scale chemical language representations capture molecular structure and "
     "properties, Nature Machine Intelligence 4 (2022), https://arxiv.org/abs/2106.09553",
     "MoleculeNet": "Wu et al., MoleculeNet, Chemical Science 9 (2018), https://arxiv.org/abs/1703.00564",
+    "influence": "Koh and Liang, Understanding black-box predictions via influence functions, ICML 2017, "
+    "https://arxiv.org/abs/1703.04730",
 }
 LICENSES = {"ibm/MoLFormer-XL-both-10pct": "apache-2.0"}
 
@@ -149,9 +151,7 @@ def draw_worst_molecules(panels, path, count=12):
     drawer.drawOptions().legendFontSize = 18 if len(panels) == 1 else 14
     drawer.DrawMolecules(drawn, legends=legends)
     drawer.FinishDrawing()
-    temporary = Path(path).with_suffix(".part.png")
-    temporary.write_bytes(drawer.GetDrawingText())
-    os.replace(temporary, path)
+    write_bytes(drawer.GetDrawingText(), path)
 
 
 def plot_losses(log_history, path, held_out, loss_name):
@@ -175,9 +175,10 @@ def plot_losses(log_history, path, held_out, loss_name):
 
 
 def save_figure(figure, path):
-    temporary = Path(path).with_suffix(".part.png")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    """Writes a figure as PNG, whole or not at all."""
+    with io.BytesIO() as file:
+        figure.savefig(file, dpi=150)
+        write_bytes(file.getvalue(), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- card
@@ -192,17 +193,37 @@ class Run:
     """
 
     def __init__(self, folder, kind, name=None, model_folder=None):
-        self.folder, self.kind = Path(folder), kind
+        self.folder, self.kind, self.pushed = Path(folder), kind, name is not None
         self.name = name or (self.folder.name if self.folder.is_absolute() else str(folder))
         self.values, self.results = (read_json(self.folder / file) for file in (ARGUMENTS_FILE, "all_results.json"))
         self.split = read_json(self.folder / "splits.json")
-        found = [Path(model_folder or self.folder), *member_folders(self.folder)]
+        found = [self.folder, Path(model_folder or self.folder), *member_folders(self.folder)]
         self.model_folder = next((path for path in found if (path / "config.json").exists()), None)
         config = read_json(self.model_folder / "config.json") if self.model_folder is not None else {}
         self.label_names = config.get("label_names") or []
 
     def exists(self, name):
         return self.model_folder is not None and (self.model_folder / name).exists()
+
+    @property
+    def metrics(self):
+        """The metrics of the model, by name."""
+        return self.results.get("results", {}).get("selected", {}) if self.kind == "influence" else self.results
+
+    @property
+    def address(self):
+        """What `from_pretrained` takes; of an ensemble, with the folder of a member as well."""
+        beside = self.model_folder not in (None, self.folder) and self.kind == "influence"
+        return f"{self.name}/{self.model_folder.name}" if beside and not self.pushed else self.name
+
+    def link(self, name):
+        """Returns a figure's path in a card; `None` if there is none."""
+        if (self.folder / name).exists():
+            return name
+        if not self.exists(name):
+            return None
+        at_root = self.pushed and self.kind == "influence"
+        return name if at_root else f"{self.model_folder.name}/{name}"
 
     @property
     def holds_adapter(self):
@@ -254,12 +275,13 @@ class Run:
 
 def model_card(run):
     """Returns the card of a finished `Run` (`huggingface_hub.ModelCard`), with its results as `model-index`."""
-    papers = [PAPERS[name] for name in PAPERS if run.embedded_data or name == "MoLFormer"]
+    cited = {"MoLFormer": True, "MoleculeNet": run.embedded_data, "influence": run.kind == "influence"}
+    papers = [PAPERS[name] for name, wanted in cited.items() if wanted]
     parts = [
         f"# {run.name.rstrip('/').split('/')[-1]}",
         introduction(run),
         results_section(run),
-        *(f"{text}\n\n![{name}]({name})" for name, text in FIGURES.items() if (run.folder / name).exists()),
+        *(f"{text}\n\n![{name}]({run.link(name)})" for name, text in FIGURES.items() if run.link(name)),
         usage_section(run),
         protocol_section(run),
         training_section(run),
@@ -281,15 +303,15 @@ def card_data(run):
             task_name=f"prediction of {end.removeprefix('_') or run.label}",
             dataset_type=hub_data or run.data.lower().replace(" ", "-"),
             dataset_name=f"{run.data}, {run.split.get('split', 'unknown')} split",
-            dataset_split=f"{part} (n = {run.results.get(f'{part}_samples{end}')})",
+            dataset_split=f"{part} (n = {run.metrics.get(f'{part}_samples{end}')})",
             metric_type=key,
             metric_name=f"{METRICS[key]}, {part}",
-            metric_value=round(run.results[f"{part}_{key}{end}"], 6),
+            metric_value=round(run.metrics[f"{part}_{key}{end}"], 6),
         )
         for end in run.ends
         for part in ("validation", "test")
         for key in METRICS
-        if f"{part}_{key}{end}" in run.results
+        if f"{part}_{key}{end}" in run.metrics
     ]
     return ModelCardData(
         license=known,
@@ -320,30 +342,33 @@ def results_section(run):
     """Returns the table of results."""
     results, lines = run.results, ["## Results", ""]
     if run.kind == "mlm":
-        keys = [key for key in results if key.startswith("eval_") and isinstance(results[key], float)]
-        lines += ["| held-out | |", "| --- | ---: |"]
+        keys = [key for key in results if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))]
+        keys = [key for key in keys if key != "eval_samples"]
+        count = results.get("eval_samples", 0)
+        lines += [f"| {count} held-out molecules | |", "| --- | ---: |"]
         lines += [f"| {key.removeprefix('eval_').replace('_', ' ')} | {results[key]:.4g} |" for key in keys]
         return "\n".join(lines) if keys else ""
     if run.kind == "influence":
-        lines += ["| molecules added | n | test MSE | MAE | R² |", "| --- | ---: | ---: | ---: | ---: |"]
+        keys = ["validation_mse", *(f"test_{key}" for key in METRICS)]
+        lines += ["| molecules added | how many | validation MSE | test MSE | RMSE | MAE | R² |"]
+        lines += ["| --- " + "| ---: " * 6 + "|"]
         for name, row in results.get("results", {}).items():
-            texts = [f"{row[f'test_{key}']:.4f}" if f"test_{key}" in row else "" for key in ("mse", "mae", "r2")]
+            texts = [f"{row[key]:.4f}" if key in row else "" for key in keys]
             lines.append(f"| {name} | {row['added']} | {' | '.join(texts)} |")
         if results.get("influence", {}).get("leakage"):
             lines += ["", "Molecules were chosen by the loss of the test set, so its numbers are optimistic."]
         return "\n".join(lines)
-    rows = []
-    for end in run.ends:
-        label = end.replace("_", ": ", 1)
-        rows += [(f"this model{label}", part, f"{part}_{{}}{end}") for part in ("train", "validation", "test")]
-        rows += [(f"ridge regression on Morgan fingerprints{label}", "test", f"test_{{}}_fingerprint_ridge{end}")]
-        rows += [(f"mean of the training labels{label}", "test", f"test_{{}}_mean{end}")]
+    rows = [("this model", part, "") for part in ("train", "validation", "test")]
+    rows += [("ridge regression on Morgan fingerprints", "test", "_fingerprint_ridge")]
+    rows += [("mean of the training labels", "test", "_mean")]
     table = []
-    for (model, part, pattern), end in zip(rows, [end for end in run.ends for _ in range(5)], strict=True):
-        numbers = [results.get(pattern.format(key)) for key in METRICS]
-        if numbers[0] is not None:
-            texts = [f"{number:.4f}" if number is not None else "" for number in numbers]
-            table.append(f"| {model} | {part} | {results.get(f'{part}_samples{end}', '')} | {' | '.join(texts)} |")
+    for end in run.ends:
+        for model, part, which in rows:
+            numbers = [results.get(f"{part}_{key}{which}{end}") for key in METRICS]
+            if numbers[0] is not None:
+                texts = [f"{number:.4f}" if number is not None else "" for number in numbers]
+                cells = (f"{model}{end.replace('_', ': ', 1)}", part, str(results.get(f"{part}_samples{end}", "")))
+                table.append(f"| {' | '.join([*cells, *texts])} |")
     if not table:
         return ""
     lines += ["| model | split | n | MSE | RMSE | MAE | R² |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
@@ -356,9 +381,9 @@ def usage_section(run):
     """Returns how the model is loaded, with and without this project's scripts; nothing if there is no model."""
     if run.model_folder is None:
         return ""
-    command = f"python run_regression.py --do_predict --model_name_or_path {run.name} --test_file molecules.csv"
+    command = f"python run_regression.py --do_predict --model_name_or_path {run.address} --test_file molecules.csv"
     if run.kind == "mlm":
-        command = f"python run_regression.py --model_name_or_path {run.name}"
+        command = f"python run_regression.py --model_name_or_path {run.address}"
     scripts = f"```bash\n{command}\n```"
     if run.holds_adapter:
         text = (
@@ -368,7 +393,7 @@ def usage_section(run):
         return text + (USE_OF_ADAPTER.format(name=run.name) if run.exists("adapter_config.json") else "")
     auto = "AutoModelForMaskedLM" if run.kind == "mlm" else "AutoModelForSequenceClassification"
     member = run.model_folder.name if run.model_folder.name.startswith("member-") else None
-    where = f'"{run.name}"' + (f', subfolder="{member}"' if member else "")
+    where = f'"{run.address}"' + (f', subfolder="{member}"' if member else "")
     code = [f"from transformers import {auto}, AutoTokenizer", ""]
     code += [f"model = {auto}.from_pretrained({where}, trust_remote_code=True).eval()"]
     code += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
@@ -401,7 +426,9 @@ def protocol_section(run):
 
 def training_section(run):
     """Returns the table of losses by epoch, about twenty lines at most."""
-    history = read_json(run.folder / "trainer_state.json").get("log_history", [])
+    folders = [run.folder, *([run.model_folder] if run.model_folder else [])]
+    states = (read_json(folder / "trainer_state.json") for folder in folders)
+    history = next((state["log_history"] for state in states if state), [])
     losses = {round(entry["epoch"], 2): entry["loss"] for entry in history if "loss" in entry}
     held_out = {round(entry["epoch"], 2): entry["eval_loss"] for entry in history if "eval_loss" in entry}
     if not held_out:
@@ -450,7 +477,10 @@ def check_push(training_args):
         InputError: if there is no token, or if the name is no name of a Hub repository, or if the Hub is switched off.
     """
     if not training_args.do_train:
-        raise InputError("--push_to_hub sends what a training made. Add --do_train, or use: hf upload")
+        raise InputError(
+            "--push_to_hub sends what a training made. Add it to the flags of the training, with "
+            "--resume_from_checkpoint true if that is finished: then nothing is trained again."
+        )
     if constants.HF_HUB_OFFLINE:
         raise InputError("--push_to_hub needs a network, but HF_HUB_OFFLINE is set. Unset it, or leave the flag out.")
     if not (training_args.hub_token or get_token()):
@@ -526,10 +556,12 @@ def push_run(training_args, kind, folders, replaced=None):
         token = training_args.hub_token or get_token()
         lines = str(error).replace(token, "…").strip().splitlines() if token else str(error).splitlines()
         staged = stage(contents, Path(training_args.output_dir) / "to_push")
+        command = ["hf", "upload", name, str(staged), "."]
+        command += ["--private"] if training_args.hub_private_repo else []
+        command += ["--revision", training_args.hub_revision] if training_args.hub_revision else []
         raise InputError(
             f"The push to {name} failed: {type(error).__name__}: {lines[0] if lines else ''} The run in "
-            f"{training_args.output_dir} is whole. Push it again with: hf upload {shlex.quote(name)} "
-            f"{shlex.quote(str(staged))} ."
+            f"{training_args.output_dir} is whole. Push it again with: {shlex.join(command)}"
         ) from error
     logger.info("Pushed %d files to %s", len(contents), commit.repo_url)
     return str(commit.repo_url)
@@ -557,7 +589,7 @@ def finish_run(training_args, kind, folders=None, replaced=None):
     """
     folders = folders or [("", Path(training_args.output_dir))]
     if training_args.should_save:
-        run = Run(training_args.output_dir, kind)
+        run = Run(training_args.output_dir, kind, model_folder=folders[0][1])
         write_text(str(model_card(run)), Path(training_args.output_dir) / CARD_FILE)
     end_writing(training_args)
     if training_args.push_when_done and training_args.should_save:

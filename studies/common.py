@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from run_once import ROOT, as_text, run_once
 from scipy import stats
-
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine():
@@ -38,38 +35,9 @@ def _lines(path):
 
 
 def run_script(command, folder, threads):
-    """Runs a script of this project into a folder and returns its all_results.json (`dict`).
-
-    A finished run of the same command is not repeated, an interrupted one continues, one of another command is
-    replaced. Log and command stand beside the folder.
-
-    Args:
-        command (`list[str]`): script and flags, without --output_dir.
-    """
-    folder = Path(folder)
-    results, note = folder / "all_results.json", folder.with_name(f"{folder.name}.command")
-    same = note.exists() and note.read_text() == as_text(command)
-    if not same or not results.exists() or (folder / "unfinished").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(as_text(command))
-        begun = [*folder.glob("checkpoint-*/trainer_state.json"), *folder.glob("finetune-*"), *folder.glob("member-*")]
-        resume = same and begun and (folder / "unfinished").exists()
-        mode = ["--resume_from_checkpoint", "true"] if resume else ["--overwrite_output_dir"]
-        with folder.with_name(f"{folder.name}.log").open("a") as log:
-            subprocess.run(
-                [sys.executable, *command, "--output_dir", str(folder), *mode, "--disable_tqdm", "true"],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                stdout=log,
-                stderr=log,
-                check=True,
-            )
-    return json.loads(results.read_text())
-
-
-def as_text(command):
-    """Returns a command line as a table names it: files outside this folder by their names alone."""
-    return "python " + shlex.join(Path(part).name if part.startswith("/") else part for part in command)
+    """Runs a script of this project into a folder, unless that is done, and returns its all_results.json (`dict`)."""
+    run_once(folder, command, threads)
+    return json.loads((Path(folder) / "all_results.json").read_text())
 
 
 def study_parser(description, folder, output):
@@ -103,13 +71,21 @@ def write_report(path, values, jobs=None, unit="logD7.4"):
     path.write_text(json.dumps(report | values, indent=2) + "\n")
 
 
-def interval(values):
-    """Returns mean and half width of its 95 % interval (Student's t); the width is `None` for one value."""
+def interval(values, test_share=0.2):
+    """Returns mean and half width of its 95 % interval over seeds; the width is `None` for one value.
+
+    Every seed splits the same molecules, so the values depend on one another and the plain t interval is too narrow:
+    the variance is corrected by test_share / (1 - test_share) (Nadeau and Bengio 2003,
+    https://doi.org/10.1023/A:1024068626366), and Student's t has n - 1 degrees of freedom.
+
+    Args:
+        test_share (`float`): share of the molecules that every split holds out; 0 for values that are independent.
+    """
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return float(values.mean()), None
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(half)
+    variance = values.var(ddof=1) * (1 / len(values) + test_share / (1 - test_share))
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * np.sqrt(variance))
 
 
 def with_interval(pair, signed=False):

@@ -30,6 +30,8 @@ from arguments import (  # noqa: E402
     InputError,
     ModelArguments,
     TrainingArguments,
+    begin_writing,
+    end_writing,
     run_script,
     setup_run,
 )
@@ -107,7 +109,9 @@ def main(model_args, data_args, peer_args, training_args):
 
     if data_args.protocol == "paper":
         raise InputError("--protocol paper has no validation part, and these methods choose on it.")
+    training_args.do_train = True
     molecules, digest, _ = load_molecules(load_tokenizer(model_args), model_args, data_args, training_args)
+    begin_writing(training_args, None)
     start = time.perf_counter()
     if peer_args.peer == "chemprop":
         program = peer_args.chemprop
@@ -123,10 +127,10 @@ def main(model_args, data_args, peer_args, training_args):
         metrics |= {f"{name}_{key}": value for key, value in values.items()} | {f"{name}_samples": int(part.sum())}
         lines.append((peer_args.peer, name, int(part.sum()), values))
     output_dir = Path(training_args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     table = molecules[["row", "smiles", "label", "split"]].rename(columns={"smiles": "SMILES"})
     write_csv(table.assign(prediction=predictions), output_dir / "predictions.csv")
     write_json(metrics, output_dir / "all_results.json")
+    end_writing(training_args)
     print(metrics_table(lines))
 
 

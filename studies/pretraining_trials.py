@@ -2,11 +2,11 @@
 
     python studies/pretraining_trials.py --mixed mixed.txt --chembl chembl.txt --validation_file held_out.txt
 
-Every trial pre-trains a model from random weights with run_mlm.py on as many molecules as all others, and fine-tunes
-it with run_regression.py for every seed (7 epochs, 30 % of the training side held out, the test set not read).
-`--mixed` is a corpus with all sources in random order, `--chembl` one without those of MOSES. Writes
-results/pretraining_trials.json (.md): flags, seconds, held-out metrics of the pre-training, validation MSE of the
-fine-tunings. Finished runs are not repeated.
+Every trial pre-trains a model from random weights with run_mlm.py on as many molecules as all others (in nearly the
+same time), and fine-tunes it with run_regression.py for every seed (7 epochs, 30 % of the training side held out, the
+test set not read). `--mixed` is a corpus with all sources in random order, `--chembl` one without those of MOSES.
+Writes results/pretraining_trials.json (.md): flags, seconds, held-out metrics of the pre-training, validation MSE of
+the fine-tunings with the paired difference to the reference. Finished runs are not repeated.
 """
 
 import json
@@ -15,7 +15,7 @@ import shlex
 import statistics
 from pathlib import Path
 
-from common import ROOT, run_all, run_script, study_parser, write_report
+from common import ROOT, interval, run_all, run_script, study_parser, with_interval, write_report
 
 
 # name: corpus, batch, flags of run_mlm.py
@@ -88,11 +88,14 @@ def run(name, args, threads):
 
 def to_markdown(rows):
     """Returns the table of the README: one line a trial."""
-    lines = ["| trial | validation MSE of each seed | mean |", "| --- | --- | ---: |"]
+    lines = ["| trial | minutes | validation MSE | minus reference |", "| --- | ---: | ---: | ---: |"]
+    reference = next((row["validation_mse"] for row in rows if row["name"] == "reference"), {})
     for row in rows:
-        errors = list(row["validation_mse"].values())
-        each = ", ".join(f"{error:.3f}" for error in errors)
-        lines.append(f"| {row['name']} | {each} | {statistics.mean(errors):.3f} |")
+        errors = row["validation_mse"]
+        pairs = [error - reference[seed] for seed, error in errors.items() if seed in reference]
+        paired = with_interval(interval(pairs), signed=True) if pairs and row["name"] != "reference" else ""
+        mean = statistics.mean(errors.values())
+        lines.append(f"| {row['name']} | {row['seconds'] / 60:.1f} | {mean:.3f} | {paired} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,9 +3,9 @@
     python studies/recipes.py --jobs 2                    # hours; finished runs are not repeated
     python studies/recipes.py --recipes reference "15 epochs" --seeds 0 1
 
-Every recipe trains run_regression.py on the same splits and seeds, with 20 % of the training side held out; the test
-set is not read. Writes results/recipes.json (.md): flags, validation MSE of every seed, and the paired difference to
-the reference with its 95 % interval of Student's t distribution.
+Every recipe trains run_regression.py on the same splits and seeds, with 20 % of the training side held out, which
+judges the model of the last epoch; the test set is not read. Writes results/recipes.json (.md): flags, validation MSE
+of every seed, and the paired difference to the reference with its 95 % interval.
 """
 
 import shlex
@@ -15,6 +15,7 @@ from common import as_text, interval, run_all, run_script, study_parser, with_in
 
 
 START = "models/molformer-mini"
+SCRATCH = ["--config_name", "configs/molformer-mini.json"]
 RECIPES = {
     "reference": [],
     # each differs from the reference in one thing
@@ -29,10 +30,14 @@ RECIPES = {
     "dropout 0.1": ["--hidden_dropout_prob", "0.1", "--embedding_dropout_prob", "0.1"],
     "batch 32": ["--per_device_train_batch_size", "32"],
     "weight decay 0.01": ["--weight_decay", "0.01"],
-    "1 random SMILES": ["--augment_smiles", "1"],
     "1 random SMILES, mean of 11": ["--augment_smiles", "1", "--predict_augment", "10"],
     "3 random SMILES, mean of 11": ["--augment_smiles", "3", "--predict_augment", "10"],
+    "15 epochs, 1 random SMILES, mean of 11": "--num_train_epochs 15 --augment_smiles 1 --predict_augment 10".split(),
+    "from scratch": SCRATCH,
+    "from scratch, rate 1e-4": [*SCRATCH, "--learning_rate", "1e-4"],
+    "from scratch, rate 1e-3": [*SCRATCH, "--learning_rate", "1e-3"],
     "adapted by mlm": ["--start", "mlm"],
+    "adapted by mtr": ["--start", "mtr"],
     "adapted by mtr+atoms": ["--start", "mtr+atoms"],
     "adapted by mlm+mtr+atoms": ["--start", "mlm+mtr+atoms"],
 }
@@ -49,9 +54,11 @@ def run(cell, args, threads):
         start = args.folder / f"adapted-{objective.replace('+', '-')}-{seed}"
         commands.append(["run_mlm.py", "--model_name_or_path", START, "--objective", objective, *split])
         run_script(commands[-1], start, threads)
-    commands.append(
-        ["run_regression.py", "--model_name_or_path", str(start), "--do_train", "--do_eval", *split, *flags]
-    )
+        commands[-1] += ["--output_dir", str(start)]
+    model = [] if flags[:1] == SCRATCH[:1] else ["--model_name_or_path", str(start)]
+    # the last epoch counts: the best one would be chosen by the molecules that are to judge
+    last = ["--load_best_model_at_end", "false"]
+    commands.append(["run_regression.py", *model, "--do_train", "--do_eval", *split, *last, *flags])
     folder = args.folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
     values = run_script(commands[-1], folder, threads)
     error = values.get("validation_mse", values["eval_mse"])  # the mean over random SMILES, where there are some

@@ -4,7 +4,8 @@
     python studies/table1.py --folder outputs/table1     # the table of the cells that are finished
 
 Writes results/table1.json (test MSE, MAE and R² of every seed, in logD units, with the command), results/table1.md
-(mean and standard deviation beside the paper's numbers, paired differences with 95 % intervals of Student's t) and
+(mean and standard deviation beside the paper's numbers, paired differences with 95 % intervals that allow for what the
+seeds' splits have in common) and
 results/table1.png (predictions against true values of the first seed).
 """
 
@@ -15,6 +16,7 @@ import statistics
 from pathlib import Path
 
 from common import ROOT, interval, write_report
+from run_once import is_finished
 
 
 # where a row's cells are, and what its metrics are called there
@@ -33,7 +35,9 @@ PAIRS = [
     ("mlm_regression", "regression"),
     ("best_recipe", "regression"),
     ("best_recipe", "descriptor_boosting"),
+    ("best_recipe", "chemprop"),
     ("ensemble", "best_recipe"),
+    ("ensemble", "descriptor_boosting"),
     ("ensemble", "chemprop"),
 ]
 METRICS = ("mse", "mae", "r2")
@@ -47,10 +51,11 @@ def collect(folder, splits=("random", "scaffold")):
             row = {"name": name, "split": split, "seeds": []} | {f"test_{metric}": [] for metric in METRICS}
             run_name = pattern.split("/")[0]
             found = (re.fullmatch(run_name.format(split, r"(\d+)"), path.name) for path in folder.glob("*"))
-            for seed in sorted(int(match[1]) for match in found if match):
-                cell = folder / pattern.format(split, seed)
-                if not (cell / "all_results.json").exists() or (cell / "unfinished").exists():
-                    continue
+            seeds = sorted(int(match[1]) for match in found if match)
+            cells = {seed: folder / pattern.format(split, seed) for seed in seeds}
+            finished = [seed for seed, cell in cells.items() if is_finished(cell)]
+            for seed in of_one_command(folder, {seed: run_name.format(split, seed) for seed in finished}):
+                cell = cells[seed]
                 values = json.loads((cell / "all_results.json").read_text())
                 row["seeds"].append(seed)
                 for metric in METRICS:
@@ -61,16 +66,45 @@ def collect(folder, splits=("random", "scaffold")):
     return rows
 
 
+def notes(folder, run_name):
+    """Returns the files that tell how a cell was made (see run_once.py)."""
+    files = [folder / f"{run_name}{suffix}.command" for suffix in ("-mlm", "")]
+    return [file for file in files if file.exists()]
+
+
 def commands(folder, run_name):
     """Returns the commands that made a cell, joined as a shell would run them."""
-    files = [folder / f"{run_name}{suffix}.command" for suffix in ("-mlm", "")]
-    return " && ".join(file.read_text().splitlines()[0] for file in files if file.exists())
+    return " && ".join(file.read_text().splitlines()[0] for file in notes(folder, run_name))
+
+
+def of_one_command(folder, run_names):
+    """Returns the seeds whose cells were made like the newest one: same flags but for the seed, same first weights.
+
+    Args:
+        run_names (`dict[int, str]`): name of the cell of each seed.
+    """
+
+    def recipe(seed):
+        lines = [note.read_text().splitlines() for note in notes(folder, run_names[seed])]
+        # of a chain of two the first one's weights count: the second starts from what the first made of this seed
+        kept = [*(lines[0] if lines else []), *(more[0] for more in lines[1:])]
+        return [re.sub(rf"(--seed |random-|scaffold-){seed}\b", r"\1", line) for line in kept]
+
+    def age(seed):
+        return max((note.stat().st_mtime for note in notes(folder, run_names[seed])), default=0.0)
+
+    newest = recipe(max(run_names, key=age)) if run_names else None
+    same = [seed for seed in run_names if recipe(seed) == newest]
+    others = [run_names[seed] for seed in run_names if seed not in same]
+    if others:
+        print(f"Left out, since made by another command or from other weights than the newest: {', '.join(others)}")
+    return same
 
 
 def paired_difference(first, second):
     """Returns mean, lower and upper end of the 95 % interval of first minus second, and n; `None` below two pairs.
 
-    Student's t over the seeds that both rows have.
+    Of the seeds that both rows have, as `interval` computes it.
     """
     values = dict(zip(second["seeds"], second["test_mse"], strict=True))
     pairs = [mse - values[seed] for seed, mse in zip(first["seeds"], first["test_mse"], strict=True) if seed in values]

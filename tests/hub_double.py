@@ -26,6 +26,7 @@ class HubDouble(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = {}
+        self.objects = {}  # large files by their hash, until a commit names them
         self.failing = None  # part of a path whose requests end with 503
 
     @property
@@ -39,6 +40,11 @@ class HubDouble(ThreadingHTTPServer):
     def __exit__(self, *exception):
         self.shutdown()
         self.server_close()
+
+
+def mode(path):
+    """How the Hub takes a file: weights as large files (LFS), the others within the commit."""
+    return "lfs" if path.endswith((".safetensors", ".png")) else "regular"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,18 +81,34 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"url": f"{self.server.endpoint}/{name}"})
         if match := re.fullmatch(r"/api/models/(.+)/preupload/.+", path):
             files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                {"path": file["path"], "uploadMode": mode(file["path"]), "shouldIgnore": False, "oid": None}
                 for file in json.loads(body)["files"]
             ]
             return self.answer(200, {"files": files})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{self.server.endpoint}/objects/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]
+            return self.answer(200, {"transfer": "basic", "objects": objects})
         if match := re.fullmatch(r"/api/models/(.+)/commit/.+", path):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.server.repositories[match[1]][line["value"]["path"]] = content
+            files = self.server.repositories[match[1]]
+            for key, value in ((line["key"], line["value"]) for line in map(json.loads, body.splitlines())):
+                if key == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif key == "lfsFile":
+                    files[value["path"]] = self.server.objects[value["oid"]]
             url = f"{self.server.endpoint}/{match[1]}/commit/{COMMIT}"
             return self.answer(200, {"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})
         self.answer(404, {"error": f"{path} is not known here"})
+
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        name = self.path.removeprefix("/objects/")
+        if hashlib.sha256(content).hexdigest() != name:
+            return self.answer(400, {"error": "other content than its hash says"})
+        self.server.objects[name] = content
+        self.answer(200)
 
     def do_GET(self):
         path = urllib.parse.unquote(self.path.split("?")[0])

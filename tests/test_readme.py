@@ -1,12 +1,15 @@
 """README.md and the model card say what the result files say, and name files that are there."""
 
+import importlib
 import json
 import re
+import shlex
 import sys
 
 import pytest
 from conftest import ROOT
 
+from arguments import parse_arguments
 from trainer_regression import LEARNING_RATES
 
 
@@ -38,6 +41,24 @@ def test_model_card_tells_what_training_logged():
     last = [entry for entry in entries if "eval_loss" in entry][-1]
     assert last["molecules"] == final["molecules"] == entries[-1]["molecules"]
     assert last["eval_masked_accuracy"] == pytest.approx(final["eval_masked_accuracy"], abs=1e-6)
+
+
+COMMANDS = re.findall(
+    r"^(?:cat .* \| )?python (run_\w+)\.py((?:\\\n|[^\n])*)",
+    "".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("script", "flags"), COMMANDS)
+def test_commands_have_flags_that_the_scripts_take(script, flags):
+    module = importlib.import_module(script)
+    args = shlex.split(re.sub(r"\\\n", " ", flags).split(" > ")[0], comments=True)
+    assert parse_arguments(*module.ARGUMENTS, defaults=module.DEFAULTS, args=args)
+
+
+def test_the_commands_of_the_readme_are_found():
+    assert len(COMMANDS) > 15
 
 
 @pytest.mark.parametrize("document", ["README.md", "data/README.md", "models/molformer-mini/README.md"])

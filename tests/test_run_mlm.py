@@ -126,6 +126,47 @@ class Interruptible:
         return results(folder)
 
 
+def test_two_processes_resume_in_the_middle_of_a_later_epoch(tiny_checkpoint, corpus, tmp_path, run_script):
+    """Reference: the uninterrupted run of two processes, whose losses of every step must repeat."""
+    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", corpus, "--cache_dir", tmp_path / "c",
+        "--preprocessing_num_workers", 1, "--max_steps", 30, "--per_device_train_batch_size", 4, "--eval_strategy",
+        "no", "--save_strategy", "steps", "--save_steps", 5, "--save_total_limit", 10, "--load_best_model_at_end",
+        "false", "--logging_strategy", "steps", "--logging_steps", 1, "--disable_tqdm", "true", "--use_cpu",
+        "--do_train"]  # fmt: skip
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+
+    def losses(folder, *more):
+        done = run_script("run_mlm.py", *flags, "--output_dir", folder, *more, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+    expected = losses(tmp_path / "out")
+    checkpoint = tmp_path / "out" / "checkpoint-25"  # an epoch has 18 steps
+    again = losses(tmp_path / "out", "--resume_from_checkpoint", checkpoint)
+    steps = range(26, 31)
+    assert [again[step] for step in steps] == pytest.approx([expected[step] for step in steps], rel=1e-5)
+
+
+def test_a_run_is_not_resumed_with_other_settings(tiny_checkpoint, corpus, tmp_path):
+    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", corpus, "--cache_dir", tmp_path / "c",
+        "--preprocessing_num_workers", 1, "--max_steps", 4, "--output_dir", tmp_path / "out"]  # fmt: skip
+    run_mlm.main(*parse(*flags, "--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "no",
+        "--load_best_model_at_end", "false"))  # fmt: skip
+    before = (tmp_path / "out" / "arguments.json").read_text()
+    resumed = [*flags, "--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "no",
+        "--load_best_model_at_end", "false", "--resume_from_checkpoint", "true"]  # fmt: skip
+    for more, named in (
+        (["--learning_rate", "1e-3"], "--learning_rate 0.0006, not 0.001"),
+        (["--seed", "7"], "--seed"),
+        (["--masked_share", "0.5"], "--masked_share 1.0, not 0.5"),
+    ):
+        with pytest.raises(InputError, match=named):
+            run_mlm.main(*parse(*resumed, *more))
+    assert (tmp_path / "out" / "arguments.json").read_text() == before
+    run_mlm.main(*parse(*resumed, "--logging_steps", "3"))  # what changes no result may change
+
+
 @pytest.mark.parametrize("objective", ["mlm", "mlm+mtr+atoms"])
 def test_run_killed_in_mid_epoch_resumes_to_the_same_metrics(objective, tiny_checkpoint, corpus, tmp_path):
     """Reference: the uninterrupted run."""
@@ -168,7 +209,7 @@ def test_impossible_masking_share_is_refused(share, capsys):
 
 
 def test_dropped_lines_are_listed_in_the_output_folder(tiny_checkpoint, tmp_path):
-    (tmp_path / "c.txt").write_text("C1CC\n" * 5 + "CCO\n" * 5)
+    (tmp_path / "c.txt").write_text("C1CC\n" * 5 + "CCO\nCCN\n" * 3)
     parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--output_dir",
         tmp_path / "x", "--cache_dir", tmp_path / "cache", "--invalid_smiles", "drop", "--num_train_epochs", 1,
         "--disable_tqdm", "true")  # fmt: skip

@@ -456,6 +456,16 @@ def test_random_smiles_in_training_and_prediction(tiny_checkpoint, small_table, 
     assert (table["augment_sd"] > 0).mean() > 0.9 and "prediction_sd" not in table
 
 
+def test_members_learn_random_smiles_of_their_own(tiny_checkpoint, small_table, tmp_path):
+    """Reference: the second member's seed alone, on the same split."""
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--augment_smiles", 1, *QUICK)
+    flags += ("--split_seed", 0)
+    call_main(*flags, "--seed", 5, "--num_seeds", 2, "--output_dir", tmp_path / "both")
+    call_main(*flags, "--seed", 6, "--output_dir", tmp_path / "second")
+    member = results(tmp_path / "both" / "member-1")
+    assert member["test_mse"] == pytest.approx(results(tmp_path / "second")["test_mse"], rel=1e-6)
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--num_seeds", 0), ("--predict_augment", -1), ("--augment_smiles", -2)])
 def test_impossible_numbers_of_models_and_forms_are_refused(flag, value, capsys):
     with pytest.raises(SystemExit):

@@ -1,6 +1,8 @@
 """studies/ and reproduce_table1.sh: the statistics of the tables, and the chain from runs to a table."""
 
+import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +26,7 @@ import influence_lds  # noqa: E402
 import paper_tables  # noqa: E402
 import peers  # noqa: E402
 import peft_comparison  # noqa: E402
+import pretraining_trials  # noqa: E402
 import recipes  # noqa: E402
 import ship_checkpoint  # noqa: E402
 import table1  # noqa: E402
@@ -34,15 +37,19 @@ def row(name, mse, seeds=(0, 1, 2), split="random"):
     return {"name": name, "split": split, "seeds": list(seeds)} | values
 
 
-def test_paired_interval_is_that_of_the_t_test():
-    """Reference: SciPy's paired t test."""
+def test_paired_interval_is_that_of_the_t_test_made_wider_for_what_the_splits_share():
+    """References: SciPy's paired t test, for values that are independent; Nadeau and Bengio's factor by hand."""
     from scipy import stats
 
     first, second = [0.41, 0.44, 0.39], [0.48, 0.47, 0.45]
+    pairs = np.array(first) - np.array(second)
+    plain = stats.ttest_rel(first, second).confidence_interval(0.95)
+    mean, half = common.interval(pairs, test_share=0)
+    assert (mean - half, mean + half) == pytest.approx((plain.low, plain.high))
     difference = table1.paired_difference(row("a", first), row("b", second))
-    interval = stats.ttest_rel(first, second).confidence_interval(0.95)
     assert difference["mean"] == pytest.approx(np.mean(first) - np.mean(second))
-    assert (difference["low"], difference["high"]) == pytest.approx((interval.low, interval.high))
+    wider = math.sqrt((1 / 3 + 0.2 / 0.8) / (1 / 3))
+    assert difference["high"] - difference["low"] == pytest.approx(wider * (plain.high - plain.low))
     # only seeds that both have are pairs
     difference = table1.paired_difference(row("a", first), row("b", second, seeds=(1, 2, 9)))
     assert difference["seeds"] == 2 and difference["mean"] == pytest.approx((0.44 - 0.48 + 0.39 - 0.47) / 2)
@@ -74,6 +81,25 @@ def test_unfinished_cells_are_left_out(tmp_path):
     assert [(r["name"], r["seeds"], r["test_mse"], r["command"]) for r in rows] == [
         ("from_scratch", [0], [0.9], "python run_regression.py")
     ]
+
+
+def test_cells_of_another_command_or_other_weights_do_not_stand_in_one_row(tmp_path, capsys):
+    """Seed 4 is in the rate, the folder and the flag; the weights that MLM made of each seed may differ."""
+    flags = "--learning_rate {1} --split random --seed {0} --output_dir out/mlm_regression-random-{0}"
+    cells = [(2, "3e-4", "b"), (3, "1e-4", "a"), (4, "3e-4", "a"), (5, "3e-4", "a")]
+    for number, (seed, rate, weights) in enumerate(cells):
+        name = f"mlm_regression-random-{seed}"
+        finished(tmp_path, name, {"test_mse": seed / 10, "test_mae": 0.7, "test_r2": 0.3})
+        first = f"python run_mlm.py {flags}-mlm\n# weights: {weights}\n"
+        second = f"python run_regression.py {flags}\n# weights: {seed}\n"
+        for suffix, command in (("-mlm", first), ("", second)):
+            path = tmp_path / f"{name}{suffix}.command"
+            path.write_text(command.format(seed, rate))
+            os.utime(path, (number, number))
+    rows = table1.collect(tmp_path)
+    assert [(row["name"], row["seeds"]) for row in rows] == [("mlm_regression", [4, 5])]
+    assert "mlm_regression-random-2, mlm_regression-random-3" in capsys.readouterr().out
+    assert rows[0]["command"].count("--seed 4") == 2
 
 
 def test_boosting_beats_the_mean_on_the_split_of_the_regression(tiny_checkpoint, small_table, tmp_path):
@@ -172,7 +198,7 @@ def finished(folder, name, values, command="python x.py"):
 
 
 def test_the_papers_tables_stand_beside_ours(tmp_path):
-    """Reference: intervals worked by hand (Student's t of two values: 12.706 times the standard error)."""
+    """Reference: intervals worked by hand (Student's t of two values: 12.706; variance 0.005 times 1/2 + 1/4)."""
     for seed, mse in enumerate((0.4, 0.5)):
         finished(tmp_path, f"regression-{seed}", {"test_mse": mse, "test_mae": 0.5, "test_r2": 0.7})
         finished(tmp_path, f"lora-{seed}", {"test_mse": mse, "final_train_mse": 0.1})
@@ -183,32 +209,56 @@ def test_the_papers_tables_stand_beside_ours(tmp_path):
     rows = paper_tables.rows_of(paper_tables.collect(tmp_path))
     assert [row["name"] for row in rows] == ["regression", "epoch 1", "epoch 2", "lora"]
     mean, half = rows[0]["intervals"]["test_mse"]
-    assert mean == pytest.approx(0.45) and half == pytest.approx(12.706 * 0.05, rel=1e-3)
+    assert mean == pytest.approx(0.45) and half == pytest.approx(12.706 * math.sqrt(0.005 * 0.75), rel=1e-3)
     text = paper_tables.to_markdown(rows)
-    assert "| regression | 2 | 0.450 ± 0.635 | 0.500 ± 0.000 | 0.700 ± 0.000 | 0.4827 | 0.5359 | 0.6733 |" in text
-    assert "| epoch 2 | 2 | 0.450 ± 0.635 | 0.318 |" in text
+    assert "| regression | 2 | 0.450 ± 0.778 | 0.500 ± 0.000 | 0.700 ± 0.000 | 0.4827 | 0.5359 | 0.6733 |" in text
+    assert "| epoch 2 | 2 | 0.450 ± 0.778 | 0.318 |" in text
     assert "- table 1: `python x.py --output_dir regression-0`" in text
 
 
-RUN_ONCE = """
-PYTHON=sh OUT=out; . {root}/studies/run_once.sh
-run out/a-0 {script} --train_file data.csv
+COUNTING = """
+import sys
+from pathlib import Path
+
+folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+with (Path(__file__).parent / "calls").open("a") as file:
+    print(sys.argv[-3:-2], file=file)
+if "fail" in Path(__file__).with_name("data.csv").read_text():
+    raise SystemExit(3)
+(folder / "all_results.json").write_text("{}")
 """
 
 
-def test_a_finished_run_is_repeated_only_if_a_file_of_it_changed(tmp_path):
+def test_a_finished_run_is_repeated_only_if_its_command_or_a_file_of_it_changed(tmp_path):
     """A script that counts its calls stands in for one that trains."""
-    script = tmp_path / "count.sh"
-    script.write_text('echo call >> calls; mkdir -p out/a-0; echo "{}" > out/a-0/all_results.json\n')
-    (tmp_path / "data.csv").write_text("one")
+    script, data = tmp_path / "count.py", tmp_path / "data.csv"
+    script.write_text(COUNTING)
+    data.write_text("one")
 
-    def calls():
-        subprocess.run(["sh", "-c", RUN_ONCE.format(root=ROOT, script=script)], cwd=tmp_path, check=True)
-        return (tmp_path / "calls").read_text().count("call")
+    def calls(*flags):
+        command = [sys.executable, str(ROOT / "studies" / "run_once.py"), str(tmp_path / "a-0"), str(script)]
+        done = subprocess.run([*command, "--train_file", str(data), *flags], capture_output=True, text=True)
+        return done.returncode, (tmp_path / "calls").read_text().count("\n")
 
-    assert [calls(), calls()] == [1, 1]
-    (tmp_path / "data.csv").write_text("two")
-    assert [calls(), calls()] == [2, 2]
+    assert [calls(), calls()] == [(0, 1), (0, 1)]
+    data.write_text("two")
+    assert [calls(), calls(), calls("--seed", "1")] == [(0, 2), (0, 2), (0, 3)]
+    data.write_text("fail")  # what the folder held is not taken for what this command makes
+    assert [calls(), calls()] == [(3, 4), (3, 5)]
+    assert not (tmp_path / "a-0" / "all_results.json").exists()
+    (tmp_path / "a-0" / "unfinished").touch()
+    (tmp_path / "a-0" / "checkpoint-3").mkdir()
+    (tmp_path / "a-0" / "checkpoint-3" / "trainer_state.json").write_text('{"cut')
+    calls()
+    assert "--overwrite_output_dir" in (tmp_path / "calls").read_text().splitlines()[-1]
+    (tmp_path / "a-0" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    calls()
+    assert "true" in (tmp_path / "calls").read_text().splitlines()[-1]
+
+
+def test_a_command_in_a_table_can_be_typed():
+    command = ["run_mlm.py", "--train_file", "/data/a b.csv", "--output_dir", str(ROOT / "work" / "x")]
+    assert common.as_text(command) == "python run_mlm.py --train_file 'a b.csv' --output_dir work/x"
 
 
 @pytest.mark.slow
@@ -241,12 +291,12 @@ def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
     assert rows["corrupted", "leakage"]["test_mse"] == {0: 0.1}
     assert ("corrupted", "none") not in rows  # that of the leaking run is not mixed in
     mean, half = rows["corrupted", "random"]["selected_minus_this"]
-    assert mean == pytest.approx(-0.11) and half == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-3)
+    assert mean == pytest.approx(-0.11) and half == pytest.approx(4.3027 * 0.01 * math.sqrt(1 / 3 + 1 / 4), rel=1e-3)
     detected = influence.detection_rows(runs)
     means = {row["score"]: row["mean"] for row in detected[:3]}
     assert means == pytest.approx({"influence": 0.8, "gradient_dot": 0.6, "loss": 0.9})
     text = influence.to_markdown(list(rows.values()), detected)
-    assert "| corrupted | random | random-k | 3 | 0.520 ± 0.050 | -0.110 ± 0.025 |" in text
+    assert "| corrupted | random | random-k | 3 | 0.520 ± 0.066 | -0.110 ± 0.033 |" in text
     influence.plot(list(rows.values()), tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
@@ -339,3 +389,41 @@ def test_recipes_are_compared_with_the_reference_of_the_same_seed():
     assert [row["name"] for row in rows] == ["15 epochs", "reference", "bf16"]
     assert rows[0]["minus_reference"][0] == pytest.approx(-0.04) and "minus_reference" not in rows[1]
     assert "| bf16 | 2 | 0.460 | +0.010 ± 0.000 | 2.0 |" in recipes.to_markdown(rows)
+
+
+def test_a_recipe_is_trained_as_it_says(tiny_checkpoint, small_table, tmp_path, monkeypatch):
+    """The model is adapted first; the mean over random SMILES counts where there are some, else the last epoch."""
+    monkeypatch.setattr(recipes, "START", tiny_checkpoint)
+    extra = ["--train_file", small_table, "--max_steps", "2"]
+    monkeypatch.setattr(recipes, "run_script", lambda command, *args: common.run_script([*command, *extra], *args))
+    args = argparse.Namespace(folder=tmp_path, extra="")
+    row = recipes.run(("adapted by mtr", 3), args, threads=1)
+    first, second = row["command"].split(" && ")
+    assert "run_mlm.py" in first and "--objective mtr" in first and first.count("--seed 3") == 1
+    assert "--model_name_or_path adapted-mtr-3" in second and "--output_dir adapted-mtr-3" in first
+    state = json.loads((tmp_path / "adapted-by-mtr-3" / "trainer_state.json").read_text())
+    assert row["validation_mse"] == pytest.approx(state["log_history"][-2]["eval_mse"])
+    row = recipes.run(("1 random SMILES, mean of 11", 3), args, threads=1)
+    values = json.loads((tmp_path / "1-random-SMILES--mean-of-11-3" / "all_results.json").read_text())
+    assert row["validation_mse"] == values["validation_mse"] != values["eval_mse"]
+
+
+def test_trials_are_compared_with_the_reference_of_the_same_seed():
+    rows = [
+        {"name": "reference", "seconds": 600, "validation_mse": {0: 0.5, 1: 0.7}},
+        {"name": "mtr", "seconds": 540, "validation_mse": {0: 0.6, 1: 0.8}},
+    ]
+    text = pretraining_trials.to_markdown(rows)
+    assert "| mtr | 9.0 | 0.700 | +0.100 ± 0.000 |" in text and "| reference | 10.0 | 0.600 |  |" in text
+
+
+def test_what_several_runs_logged_is_told_by_the_molecules_seen(tmp_path):
+    for name, step, batch in (("a", 100, 8), ("b", 50, 4)):
+        log = [{"step": step // 2, "loss": 2.0}, {"step": step, "eval_loss": 1.0, "eval_runtime": 3.0}]
+        state = {"global_step": step, "train_batch_size": batch, "log_history": log}
+        (tmp_path / name / "checkpoint-1").mkdir(parents=True)
+        (tmp_path / name / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
+    entries, seen = ship_checkpoint.read_log([tmp_path / "a", tmp_path / "b"], [60])
+    assert seen == 60 * 8 + 50 * 4
+    assert [(entry["run"], entry["molecules"]) for entry in entries] == [(1, 400), (2, 580), (2, 680)]
+    assert "eval_runtime" not in entries[-1]

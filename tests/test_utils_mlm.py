@@ -13,7 +13,7 @@ import utils_mlm
 from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerAtomHead, MolformerConfig, MolformerForMaskedLM
 from trainer_regression import build_tokenizer
-from utils_mlm import PretrainingCollator, mlm_metrics, score_tokens
+from utils_mlm import PretrainingCollator, describe_atoms, describe_molecules, mlm_metrics, score_tokens
 
 
 def parse(*flags):
@@ -25,6 +25,11 @@ def load_data(*parsed):
     """Data with the targets that the objective has for a model without a checkpoint."""
     heads = utils_mlm.choose_heads(MolformerConfig(), parsed[2].parts)
     return utils_mlm.load_data(build_tokenizer(), *parsed, heads)
+
+
+def load(path, checkpoint, tmp_path, *flags):
+    names = ["--model_name_or_path", checkpoint, "--output_dir", tmp_path / "x", "--cache_dir", tmp_path / "cache"]
+    return load_data(*parse("--train_file", path, *names, *flags))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +138,40 @@ def test_unusable_lines_are_dropped_on_request(tiny_checkpoint, tmp_path, caplog
     assert len(train) + len(held_out) == 9
     assert "3 of 12 SMILES" in caplog.text
     assert dropped["row"].tolist() == [1, 5, 9] and set(dropped["reason"]) == {"do not parse as SMILES"}
+
+
+def test_a_corpus_may_begin_with_an_empty_line(tiny_checkpoint, tmp_path):
+    """It is an unusable line as any other."""
+    path = tmp_path / "c.txt"
+    path.write_text("\nCCO\nCCN\nCCC\n")
+    assert len(load(path, tiny_checkpoint, tmp_path, "--invalid_smiles", "drop")[3]) == 1
+
+
+def test_what_repeats_in_a_corpus_is_not_held_out_from_itself(tiny_checkpoint, tmp_path, caplog):
+    path = tmp_path / "c.txt"
+    path.write_text("".join(f"{'C' * n}O\nO{'C' * n}\n" for n in range(1, 41)))  # each molecule in two ways
+    with caplog.at_level("INFO"):
+        train, held_out, _, _ = load(path, tiny_checkpoint, tmp_path)
+    learned, kept = ({tuple(ids) for ids in part["input_ids"]} for part in (train, held_out))
+    assert len(held_out) == 8 and len(train) == 72 and not learned & kept
+    assert "40 of 80 rows" in caplog.text
+    again = load(path, tiny_checkpoint, tmp_path, "--split_seed", "5")[1]
+    assert {tuple(ids) for ids in again["input_ids"]} != kept
+
+
+def test_a_corpus_of_one_molecule_is_refused(tiny_checkpoint, tmp_path):
+    (tmp_path / "c.txt").write_text("CCO\nOCC\n")
+    with pytest.raises(InputError, match="the same molecule"):
+        load(tmp_path / "c.txt", tiny_checkpoint, tmp_path)
+
+
+def test_a_molecule_that_cannot_be_read_back_counts_as_the_mean_and_has_no_atoms():
+    tokenizer = build_tokenizer()
+    batch = {"input_ids": tokenizer(["C1CC", "CCO"])["input_ids"]}
+    values = describe_molecules(batch, tokenizer, ["MolWt"])["descriptors"]
+    assert np.isnan(values[0]).all() and values[1] == pytest.approx([46.069], abs=1e-3)
+    atoms = describe_atoms(batch, tokenizer, ["hydrogens"], (16,))
+    assert [len(numbers) for numbers in atoms["environments"]] == [0, 3]
 
 
 def test_encoding_tells_what_is_wrong_with_each_line():

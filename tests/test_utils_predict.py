@@ -234,6 +234,40 @@ def test_a_file_that_cannot_be_predicted_is_refused(tmp_path, fine_tuned, conten
     with pytest.raises(InputError, match=named):
         predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path, *flags)
     assert not (tmp_path / "out" / "predictions.csv").exists()
+    # what can be seen before the first row is: then the corrected command needs no other folder
+    assert "cannot be read" in named or isinstance(content, bytes) or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
+def test_a_header_alone_gives_an_empty_file_of_embeddings(tmp_path, fine_tuned, suffix):
+    (tmp_path / "none.csv").write_text("smiles\n")
+    path = tmp_path / f"states.{suffix}"
+    flags = ["--test_file", tmp_path / "none.csv", "--export_embeddings", path]
+    assert not len(predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", *flags))
+    if suffix == "parquet":
+        assert list(pd.read_parquet(path)) == ["row", "embedding"]
+    else:
+        assert load_file(path)["embeddings"].shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("known", "flags", "found"),
+    [("logS", [], 1.0), ("logD", [], None), (None, [], 2.0), ("logS", ["--label_column", "value"], 2.0)],
+)
+def test_the_label_that_was_learned_is_the_one_that_is_compared(tmp_path, fine_tuned, known, flags, found):
+    """A model that learned a named column takes no other one for it; one that learned a usual name looks for those."""
+    model = MolformerForRegression.from_pretrained(fine_tuned / "member-0")
+    model.config.label_column = known
+    model.save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "new.csv").write_text("smiles,logS,value\nCCO,1,2\nCCN,1,2\n")
+    flags = ["--model_name_or_path", tmp_path / "model", "--test_file", tmp_path / "new.csv", *flags]
+    predicted = predict(tmp_path, *flags)["prediction"]
+    report = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    if found is None:
+        assert "predict_mse" not in report
+    else:
+        assert report["predict_mse"] == pytest.approx(((predicted - found) ** 2).mean(), rel=1e-5)
 
 
 def test_embeddings_that_cannot_be_written_are_refused_at_the_start(tmp_path, fine_tuned, table):

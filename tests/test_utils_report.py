@@ -150,12 +150,13 @@ def check_for_secrets(token, folder, *texts):
 
 
 def run_card(card, online, tmp_path, **environment):
-    """Runs the Python block of a card in a fresh process, and returns the number that it prints."""
+    """Runs the Python block of a card in a fresh process, and returns the number that it prints, if any."""
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     (tmp_path / "fresh.py").write_text(code)
     fresh = online(tmp_path / "fresh.py", token=None, **environment)
     assert fresh.returncode == 0, fresh.stderr
-    return float(re.search(r"tensor\(\[\[(.*?)\]\]", fresh.stdout)[1])
+    printed = re.search(r"tensor\(\[\[(.*?)\]\]", fresh.stdout)
+    return float(printed[1]) if printed else None
 
 
 def test_a_regression_goes_to_the_hub_and_comes_back(online, hub, training, small_table, tmp_path):
@@ -231,7 +232,7 @@ def test_a_network_that_is_gone_ends_in_one_line(online, training, tmp_path):
         ([], lambda patch: patch.setattr(utils_report, "get_token", lambda: None), "needs a token"),
         ([], lambda patch: patch.setattr(constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE is set"),
         (["--hub_model_id", "a/b/c"], None, "no name of a repository"),
-        (["--do_predict"], None, "Add --do_train"),
+        (["--do_predict"], None, "Add it to the flags of the training"),
     ],
     ids=["no token", "offline", "name", "nothing trained"],
 )
@@ -307,15 +308,29 @@ def test_a_merged_adapter_is_pushed_as_a_plain_model(connected, hub, training):
     assert {"README.md", "all_results.json", "parity.png"} <= set(files)
 
 
-def test_pretraining_and_influence_go_to_the_hub(connected, hub, training):
+def test_pretraining_and_influence_go_to_the_hub_and_come_back(connected, online, hub, training, tmp_path):
     connected(run_mlm, *training, "--push_to_hub", "--hub_model_id", "someone/mlm")
-    assert "perplexity" in hub.repositories["someone/mlm"]["README.md"].decode()
+    card = hub.repositories["someone/mlm"]["README.md"].decode()
+    assert "perplexity" in card and "held-out molecules" in card and "per second" not in card
+    run_card(card, online, tmp_path)
     flags = ["--influence_params", "head", "--pool_size", "20", "--num_selected", "5", "--recursion_depth", "10"]
     flags += ["--controls", "none", "--push_to_hub", "--hub_model_id", "someone/influence", "--overwrite_output_dir"]
     connected(run_influence, *training, *flags)
     files = hub.repositories["someone/influence"]
     assert {"model.safetensors", "influence.json", "influence_scores.png", "README.md"} <= set(files)
     assert "influence_scores.csv" not in files and "| selected | 5 |" in files["README.md"].decode()
+    card = ModelCard(files["README.md"].decode())
+    selected = json.loads(files["all_results.json"])["results"]["selected"]
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results["MSE, test"] == pytest.approx(selected["test_mse"], abs=1e-6)
+    assert "## Training" in card.text and "(loss_curves.png)" in card.text and "Koh and Liang" in card.text
+    (tmp_path / "one.csv").write_text("SMILES\nCCO\n")
+    flags = ["--do_predict", "--model_name_or_path", tmp_path / "run" / "finetune-selected"]
+    connected(run_regression, *flags, "--test_file", tmp_path / "one.csv", "--output_dir", tmp_path / "one")
+    expected = pd.read_csv(tmp_path / "one" / "predictions.csv")["prediction"][0]
+    assert run_card(card.text, online, tmp_path) == pytest.approx(expected, abs=1e-3)
+    own = (tmp_path / "run" / "README.md").read_text()  # beside the model's folder
+    assert "run/finetune-selected" in own and "(finetune-selected/loss_curves.png)" in own
 
 
 def test_an_ensemble_goes_to_the_hub_and_comes_back(connected, online, hub, training, small_table, tmp_path):
@@ -331,3 +346,18 @@ def test_an_ensemble_goes_to_the_hub_and_comes_back(connected, online, hub, trai
     first, second = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("run", "again"))
     for column in ("prediction", "prediction_sd"):
         np.testing.assert_allclose(second[column], first[column], atol=1e-5)
+
+
+def test_a_finished_run_is_pushed_without_training_again(connected, hub, training, tmp_path):
+    connected(run_regression, *training)
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    flags = ["--resume_from_checkpoint", "true", "--push_to_hub", "--hub_model_id", "someone/later"]
+    connected(run_regression, *training, *flags)
+    assert hub.repositories["someone/later"]["model.safetensors"] == before
+
+
+def test_what_is_to_be_typed_after_a_failed_push_keeps_the_repository_private(connected, hub, training):
+    hub.failing = "/commit/"
+    flags = ["--push_to_hub", "--hub_model_id", "a/b", "--hub_private_repo", "true", "--hub_revision", "next"]
+    with pytest.raises(InputError, match=r"hf upload a/b \S+ \. --private --revision next"):
+        connected(run_regression, *training, *flags)

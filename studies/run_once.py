@@ -1,0 +1,87 @@
+"""Runs a script into a folder, unless the same command has finished there; how studies and chains are continued.
+
+    python studies/run_once.py outputs/cell run_regression.py --seed 1     # runs, continues, replaces or does nothing
+
+The same command means the same flags, with the same bytes in every file and model that they name. An interrupted run
+continues, one of another command is replaced. The command and the log stand beside the folder.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from arguments import UNFINISHED, is_finished, last_complete_checkpoint, run_pieces  # noqa: E402
+
+
+def as_text(command):
+    """Returns a command line as a table names it: files of this folder as seen from it, others by their names."""
+
+    def shown(part):
+        if not part.startswith("/"):
+            return part
+        path = Path(part).resolve()
+        return str(path.relative_to(ROOT)) if ROOT in path.parents else path.name
+
+    return "python " + shlex.join(map(shown, command))
+
+
+def checksums(command):
+    """Returns a line for each file that a command names, and for the weights of each model."""
+    named = (path for part in command for path in (Path(ROOT, part), Path(ROOT, part, "model.safetensors")))
+    return [f"# {path.name}: {zlib.crc32(path.read_bytes()):08x}" for path in named if path.is_file()]
+
+
+def run_once(folder, command, threads=None):
+    """Runs a script with `--output_dir folder`, as far as that is not done.
+
+    Args:
+        command (`list[str]`): script and flags, without --output_dir.
+        threads (`int`, *optional*): of the process; by default the environment's.
+    Raises:
+        subprocess.CalledProcessError: if the script fails.
+    """
+    folder = Path(folder).resolve()
+    command = [*command, "--output_dir", str(folder)]
+    note = folder.with_name(f"{folder.name}.command")
+    text = "\n".join([as_text(command), *checksums(command[:-1])]) + "\n"
+    if not note.exists() or note.read_text() != text:
+        shutil.rmtree(folder, ignore_errors=True)  # of another command, and nothing may take it for one of this
+        folder.mkdir(parents=True)
+        note.write_text(text)
+    elif is_finished(folder):
+        return
+    begun = last_complete_checkpoint(folder) is not None or run_pieces(folder)
+    resume = begun and (folder / UNFINISHED).exists()
+    mode = ["--resume_from_checkpoint", "true"] if resume else ["--overwrite_output_dir"]
+    print(time.strftime("%H:%M:%S"), folder.name, flush=True)
+    with folder.with_name(f"{folder.name}.log").open("a") as log:
+        subprocess.run(
+            [sys.executable, *command, *mode, "--disable_tqdm", "true"],
+            cwd=ROOT,
+            env=os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
+            stdout=log,
+            stderr=log,
+            check=True,
+        )
+
+
+def main():
+    folder, *command = sys.argv[1:]
+    try:
+        run_once(folder, command)
+    except subprocess.CalledProcessError as error:
+        print(*Path(f"{folder}.log").read_text().splitlines()[-5:], sep="\n")
+        sys.exit(error.returncode)
+
+
+if __name__ == "__main__":
+    main()
