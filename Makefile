@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-slow coverage lint style foundation table1 paper influence-study peft bench reliability clean
+.PHONY: run test test-slow coverage lint style table1 recipes paper influence-study peft bench reliability clean
 
 run: $(READY)
 	$(BIN)/python run_regression.py --overwrite_output_dir
@@ -26,11 +26,11 @@ style: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-foundation: $(READY)
-	$(BIN)/python studies/foundation.py
-
 table1: $(READY)
 	PYTHON=$(BIN)/python ./reproduce_table1.sh
+
+recipes: $(READY)
+	$(BIN)/python studies/recipes.py
 
 paper: $(READY)
 	PYTHON=$(BIN)/python ./reproduce_paper.sh

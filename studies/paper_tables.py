@@ -102,9 +102,12 @@ def to_markdown(rows):
             count = len(next(iter(found["values"].values())))
             lines.append(f"| {' | '.join([found['name'], str(count), *ours, *paper])} |")
         lines.append("")
-    commands = dict.fromkeys((row["command"], row["table"]) for row in rows)
+    named = {}  # all epochs of a run have one command
+    for row in rows:
+        named.setdefault((row["table"], row["command"]), row["name"])
     lines += ["## Commands", "", "Of the first seed of each row:", ""]
-    return "\n".join(lines + [f"- table {table}: `{command}`" for command, table in commands]) + "\n"
+    lines += [f"- table {table}, {name}: `{command}`" for (table, command), name in named.items()]
+    return "\n".join(lines) + "\n"
 
 
 def main():

@@ -1,5 +1,7 @@
 """models/molformer-mini: size, form, and that it learned what it was trained for."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import torch
@@ -19,7 +21,7 @@ def test_it_is_small_safe_and_loads_through_the_auto_classes():
     model = AutoModelForMaskedLM.from_pretrained(EMBEDDED_CHECKPOINT)
     assert type(model).__name__ == "MolformerForMaskedLM" and not model.head_is_new
     heads = sum(p.numel() for p in model.descriptor_head.parameters())
-    assert model.num_parameters() - heads == 4_622_080
+    assert model.num_parameters() - heads == 4_971_200
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     regression = AutoModelForSequenceClassification.from_pretrained(EMBEDDED_CHECKPOINT)
     assert regression.head_is_new and regression.config.num_labels == 1
@@ -43,3 +45,9 @@ def test_it_predicts_masked_tokens_of_molecules_that_it_has_not_seen():
         right, _, count = score_tokens(model(**batch).logits, labels).sum(dim=0).tolist()
     frequent = np.bincount(labels[labels >= 0]).max() / count
     assert right / count > 0.75 > 2 * frequent
+
+
+def test_the_configuration_for_training_from_scratch_is_that_of_the_checkpoint():
+    given = json.loads((ROOT / "configs" / "molformer-mini.json").read_text())
+    config = json.loads((ROOT / "models" / "molformer-mini" / "config.json").read_text())
+    assert {name: config[name] for name in given} == given

@@ -15,21 +15,22 @@ from trainer_regression import LEARNING_RATES
 
 sys.path.insert(0, str(ROOT / "studies"))
 
-from foundation import markdown  # noqa: E402
 from ship_checkpoint import table  # noqa: E402
+from table1 import markdown  # noqa: E402
 
 
-def test_results_table_is_that_of_the_study():
-    """Reference: results/foundation.json, which `python studies/foundation.py` wrote."""
-    report = json.loads((ROOT / "results" / "foundation.json").read_text())
-    assert markdown(report["rows"]) in (ROOT / "README.md").read_text()
+def test_results_table_is_that_of_the_runs():
+    """Reference: results/table1.md, which `./reproduce_table1.sh` wrote with table1.json."""
+    report = json.loads((ROOT / "results" / "table1.json").read_text())
+    text = markdown(report["rows"], report["paired_differences"])
+    assert text == (ROOT / "results" / "table1.md").read_text() and text in (ROOT / "README.md").read_text()
 
 
 def test_pretraining_is_clearly_better_than_from_scratch():
-    rows = json.loads((ROOT / "results" / "foundation.json").read_text())["rows"]
-    mse = {row["name"]: row["test_mse"]["values"] for row in rows}
-    assert all(a < b for a, b in zip(mse["embedded"], mse["from_scratch"], strict=True))
-    assert all(a < b for a, b in zip(mse["embedded"], mse["mean_predictor"], strict=True))
+    rows = json.loads((ROOT / "results" / "table1.json").read_text())["rows"]
+    mse = {row["name"]: row["test_mse"] for row in rows if row["split"] == "random"}
+    for other in ("from_scratch", "fingerprint_ridge"):
+        assert len(mse[other]) == 5 and all(a < b for a, b in zip(mse["regression"], mse[other], strict=True))
 
 
 def test_model_card_tells_what_training_logged():
@@ -71,12 +72,13 @@ def test_documents_name_files_that_exist(document):
     assert all((ROOT / name).exists() for name in shipped), shipped
 
 
-def test_default_learning_rate_is_the_one_found_on_validation():
-    """Reference: the learning rates tried in results/foundation.json."""
-    tuning = json.loads((ROOT / "results" / "foundation.json").read_text())["tuning"]
-    embedded = [row for row in tuning if row["name"] == "embedded"]
-    best = min(embedded, key=lambda row: row["validation_mse"])
-    assert len(embedded) >= 3 and float(best["learning_rate"]) == LEARNING_RATES["default"]
+def test_default_learning_rate_is_the_best_of_those_tried():
+    """Reference: results/recipes.json, which `python studies/recipes.py` wrote."""
+    rows = json.loads((ROOT / "results" / "recipes.json").read_text())["rows"]
+    errors = {row["name"]: row["mean"] for row in rows}
+    tried = {name: error for name, error in errors.items() if re.fullmatch(r"rate \S+|reference", name)}
+    assert len(tried) >= 3 and LEARNING_RATES["default"] == 3e-4
+    assert min(tried, key=tried.get) == "reference"
 
 
 def test_example_output_is_that_of_make_run():

@@ -213,7 +213,7 @@ def test_the_papers_tables_stand_beside_ours(tmp_path):
     text = paper_tables.to_markdown(rows)
     assert "| regression | 2 | 0.450 ± 0.778 | 0.500 ± 0.000 | 0.700 ± 0.000 | 0.4827 | 0.5359 | 0.6733 |" in text
     assert "| epoch 2 | 2 | 0.450 ± 0.778 | 0.318 |" in text
-    assert "- table 1: `python x.py --output_dir regression-0`" in text
+    assert "- table 1, regression: `python x.py --output_dir regression-0`" in text
 
 
 COUNTING = """
