@@ -153,8 +153,8 @@ class DataTrainingArguments:
     label_column: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Column of the label. Default: the one called label, labels, exp, target, y, logD or value, in any "
-            "case. Several columns are learned together; a molecule may then lack some of the labels."
+            "help": "Column of the label. Default: the one called label, labels, exp, target, y, logD or value, in "
+            "any case. Several columns are learned together; a molecule may then lack some of the labels."
         },
     )
     label_name: str | None = field(
