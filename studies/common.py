@@ -14,8 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 from run_once import ROOT, as_text, run_once
 from scipy import stats
+
+from arguments import has_bfloat16
 
 
 def machine():
@@ -27,6 +30,7 @@ def machine():
         **{package: version(package) for package in packages},
         "processor": cpu or platform.processor(),
         "cores": os.cpu_count(),
+        "bfloat16": has_bfloat16(use_cpu=not torch.accelerator.is_available()),  # then trainings are in it
     }
 
 
