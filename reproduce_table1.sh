@@ -25,7 +25,7 @@ JOBS=${JOBS:-1}
 ADAPT=${ADAPT:-} # objective by which the ensemble's start is first adapted to the training molecules, if any
 RECIPE=${RECIPE:---augment_smiles 1 --predict_augment 10 --num_seeds 5}
 . studies/run_once.sh
-MLM_RATE=${MLM_RATE:-$([ "$MODEL" = $EMBEDDED ] && echo 6e-4 || echo "$RATE")}
+MLM_RATE=${MLM_RATE:-$RATE}
 export PYTHON OUT RATE MLM_RATE ADAPT RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
 
 # Trains one cell of the table.
@@ -48,7 +48,7 @@ cell() {
         fi
         run "$folder" run_regression.py --model_name_or_path "$start" --learning_rate $RATE $RECIPE $where
         ;;
-    from_scratch) run "$folder" run_regression.py --config_name configs/molformer-mini.json $where ;;
+    from_scratch) run "$folder" run_regression.py --config_name configs/molformer-mini.json --learning_rate 3e-4 $where ;;
     descriptor_boosting) run "$folder" studies/peers.py --peer $row $where ;;
     chemprop) run "$folder" studies/peers.py --peer $row --chemprop "$CHEMPROP" $where ;;
     *) echo "There is no row $row." && return 1 ;;

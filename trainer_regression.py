@@ -75,7 +75,7 @@ UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, pickle.Unpickl
 QUIET = {name: False for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")}
 QUIET["_raise_exceptions_for_gated_repo"] = False
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-LEARNING_RATES = {"default": 3e-4, "paper": 1e-4}  # the default was found on validation, see the README
+LEARNING_RATES = {"default": 6e-4, "paper": 1e-4}  # the default was found on validation, see the README
 
 
 # The pattern of MoLFormer's pre-tokenizer (IBM/molformer, Apache-2.0): one token a match, the rest is dropped.

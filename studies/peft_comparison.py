@@ -32,7 +32,7 @@ PAPER = {  # test MSE and final training loss of its appendix
 PAPER_RATE = "1e-4"
 ALL_SEEDS = ("full", "lora", "bitfit", "ia3")  # and the winner
 RATES = {  # that are tried with --tune, as many for each method
-    "full": (1e-4, 3e-4, 9e-4),
+    "full": (3e-4, 6e-4, 1.2e-3),
     "head": (1e-3, 3e-3, 9e-3),
     "bitfit": (1e-3, 3e-3, 9e-3),
     "ia3": (3e-3, 1e-2, 3e-2),

@@ -16,12 +16,14 @@ from common import as_text, interval, run_all, run_script, study_parser, with_in
 
 START = "models/molformer-mini"
 SCRATCH = ["--config_name", "configs/molformer-mini.json"]
+RATE = ["--learning_rate", "6e-4"]  # of all recipes that name no other one
 RECIPES = {
     "reference": [],
     # each differs from the reference in one thing
     "float32": ["--bf16", "false"],
     "rate 1.5e-4": ["--learning_rate", "1.5e-4"],
-    "rate 6e-4": ["--learning_rate", "6e-4"],
+    "rate 3e-4": ["--learning_rate", "3e-4"],
+    "rate 1.2e-3": ["--learning_rate", "1.2e-3"],
     "head rate 3e-3": ["--head_learning_rate", "3e-3"],
     "15 epochs": ["--num_train_epochs", "15"],
     "state of <bos>": ["--pooling", "cls"],
@@ -34,7 +36,7 @@ RECIPES = {
     "3 random SMILES, mean of 11": ["--augment_smiles", "3", "--predict_augment", "10"],
     "15 epochs, 1 random SMILES, mean of 11": "--num_train_epochs 15 --augment_smiles 1 --predict_augment 10".split(),
     "from scratch": SCRATCH,
-    "from scratch, rate 1e-4": [*SCRATCH, "--learning_rate", "1e-4"],
+    "from scratch, rate 3e-4": [*SCRATCH, "--learning_rate", "3e-4"],
     "from scratch, rate 1e-3": [*SCRATCH, "--learning_rate", "1e-3"],
     "adapted by mlm": ["--start", "mlm"],
     "adapted by mtr": ["--start", "mtr"],
@@ -58,7 +60,8 @@ def run(cell, args, threads):
     model = [] if flags[:1] == SCRATCH[:1] else ["--model_name_or_path", str(start)]
     # the last epoch counts: the best one would be chosen by the molecules that are to judge
     last = ["--load_best_model_at_end", "false"]
-    commands.append(["run_regression.py", *model, "--do_train", "--do_eval", *split, *last, *flags])
+    rate = [] if "--learning_rate" in flags else RATE
+    commands.append(["run_regression.py", *model, "--do_train", "--do_eval", *split, *last, *rate, *flags])
     folder = args.folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
     values = run_script(commands[-1], folder, threads)
     error = values.get("validation_mse", values["eval_mse"])  # the mean over random SMILES, where there are some

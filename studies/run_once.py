@@ -2,8 +2,8 @@
 
     python studies/run_once.py outputs/cell run_regression.py --seed 1     # runs, continues, replaces or does nothing
 
-The same command means the same flags, with the same bytes in every file and model that they name. An interrupted run
-continues, one of another command is replaced. The command and the log stand beside the folder.
+The same command means the same flags, with the same bytes in every file and model that they name (the code aside). An
+interrupted run continues, one of another command is replaced. The command and the log stand beside the folder.
 """
 
 import os
@@ -52,7 +52,7 @@ def run_once(folder, command, threads=None):
     folder = Path(folder).resolve()
     command = [*command, "--output_dir", str(folder)]
     note = folder.with_name(f"{folder.name}.command")
-    text = "\n".join([as_text(command), *checksums(command[:-1])]) + "\n"
+    text = "\n".join([as_text(command), *checksums(command[1:-1])]) + "\n"
     if not note.exists() or note.read_text() != text:
         shutil.rmtree(folder, ignore_errors=True)  # of another command, and nothing may take it for one of this
         folder.mkdir(parents=True)

@@ -3,7 +3,7 @@
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python} || PYTHON=${PYTHON:-python}
 case $MODEL in
 *MoLFormer-XL*) RATE=${RATE:-3e-5} ;;
-*) RATE=${RATE:-3e-4} ;;
+*) RATE=${RATE:-6e-4} ;;
 esac
 
 # `run FOLDER SCRIPT FLAGS…` runs a script into a folder, as far as that is not done.
