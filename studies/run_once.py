@@ -62,7 +62,7 @@ def run_once(folder, command, threads=None):
     begun = last_complete_checkpoint(folder) is not None or run_pieces(folder)
     resume = begun and (folder / UNFINISHED).exists()
     mode = ["--resume_from_checkpoint", "true"] if resume else ["--overwrite_output_dir"]
-    print(time.strftime("%H:%M:%S"), folder.name, flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {folder.name}\n", end="", flush=True)  # in one piece, beside other processes
     with folder.with_name(f"{folder.name}.log").open("a") as log:
         subprocess.run(
             [sys.executable, *command, *mode, "--disable_tqdm", "true"],
