@@ -37,7 +37,7 @@ RUN_FILES = """
     all_results.json train_results.json eval_results.json predict_results.json trainer_state.json
     arguments.json predict_arguments.json README.md splits.json predictions.csv dropped_molecules.csv
     residuals.png worst_molecules.png parity.png loss_curves.png
-    model.safetensors adapter_config.json adapter_model.safetensors trained_parameters.json
+    config.json model.safetensors adapter_config.json adapter_model.safetensors trained_parameters.json
     influence_scores.csv influence.json merged_train.csv validation.csv test.csv
     influence_scores.png influence_convergence.png influence_selection.png
 """.split()

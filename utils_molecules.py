@@ -94,7 +94,7 @@ def check_file(path):
     if not Path(path).is_file():
         raise InputError(f"There is no file {path}. Correct its path.")
     if not Path(path).stat().st_size:
-        raise InputError(f"{path} is empty.")
+        raise InputError(f"{path} is empty. It needs molecules; a table needs a header and at least one row.")
 
 
 def read_header(path):

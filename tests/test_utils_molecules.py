@@ -227,8 +227,8 @@ def test_a_header_without_rows_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("where", [lambda folder: folder / "absent.csv", lambda folder: folder])
-def test_an_absent_file_is_refused_with_the_flag_that_names_one(tmp_path, where):
-    with pytest.raises(InputError, match="There is no file .*--train_file"):
+def test_an_absent_file_is_refused(tmp_path, where):
+    with pytest.raises(InputError, match="There is no file .*Correct its path"):
         read_table(where(tmp_path))
 
 

@@ -135,6 +135,7 @@ def connected(hub, monkeypatch):
     """The same for scripts that run in this process; returns a function that calls their `main`."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", SECRET)
 
     def run(script, *flags):
