@@ -783,9 +783,8 @@ def evaluate_regression(trainer):
 
 def _settings_key(model_args, data_args, training_args, parts, digest):
     """Returns a hash of what a fine-tuning depends on: start, molecules, labels and training settings."""
-    settings = {name: str(getattr(training_args, name)) for name in (*TRAINING_SETTINGS, "world_size")} | {
-        "digest": digest
-    }
+    settings = {name: str(getattr(training_args, name)) for name in (*TRAINING_SETTINGS, "world_size")}
+    settings["digest"] = digest
     settings |= {"start": model_args.model_name_or_path, **model_args.config_overrides()}
     settings |= {"augment": data_args.augment_smiles, "form": data_args.smiles_form}
     labels = {name: sorted(zip(part["text"], part["label"], strict=True)) for name, part in parts.items()}

@@ -53,8 +53,11 @@ def run_once(folder, command, threads=None):
     command = [*command, "--output_dir", str(folder)]
     note = folder.with_name(f"{folder.name}.command")
     text = "\n".join([as_text(command), *checksums(command[1:-1])]) + "\n"
+    if not note.exists() and folder.exists() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} holds something that no run of a study made. Remove it, or give another folder.")
     if not note.exists() or note.read_text() != text:
-        shutil.rmtree(folder, ignore_errors=True)  # of another command, and nothing may take it for one of this
+        if folder.exists():
+            shutil.rmtree(folder)  # of another command, and nothing may take it for one of this
         folder.mkdir(parents=True)
         note.write_text(text)
     elif is_finished(folder):
@@ -79,7 +82,8 @@ def main():
     try:
         run_once(folder, command)
     except subprocess.CalledProcessError as error:
-        print(*Path(f"{folder}.log").read_text().splitlines()[-5:], sep="\n")
+        log = Path(folder).with_name(f"{Path(folder).name}.log")
+        print(*log.read_text().splitlines()[-5:], sep="\n")
         sys.exit(error.returncode)
 
 

@@ -256,6 +256,13 @@ def test_a_finished_run_is_repeated_only_if_its_command_or_a_file_of_it_changed(
     assert "true" in (tmp_path / "calls").read_text().splitlines()[-1]
 
 
+def test_a_folder_that_no_study_made_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="no run of a study made"):
+        common.run_once(tmp_path, ["run_mlm.py"])
+    assert (tmp_path / "thesis.txt").exists()
+
+
 def test_a_command_in_a_table_can_be_typed():
     command = ["run_mlm.py", "--train_file", "/data/a b.csv", "--output_dir", str(ROOT / "work" / "x")]
     assert common.as_text(command) == "python run_mlm.py --train_file 'a b.csv' --output_dir work/x"
