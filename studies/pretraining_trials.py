@@ -3,10 +3,11 @@
     python studies/pretraining_trials.py --mixed mixed.txt --chembl chembl.txt --validation_file held_out.txt
 
 Every trial pre-trains a model from random weights with run_mlm.py on as many molecules as all others (in nearly the
-same time), and fine-tunes it with run_regression.py for every seed (7 epochs, 30 % of the training side held out, the
-test set not read). `--mixed` is a corpus with all sources in random order, `--chembl` one without those of MOSES.
-Writes results/pretraining_trials.json (.md): flags, seconds, held-out metrics of the pre-training, validation MSE of
-the fine-tunings with the paired difference to the reference. Finished runs are not repeated.
+same time), and fine-tunes it with run_regression.py for every seed: 7 epochs, with 30 % of the training side held out,
+which judges the model of the last epoch; the test set is not read. `--mixed` is a corpus with all sources in random
+order, `--chembl` one without those of MOSES. Writes results/pretraining_trials.json (.md): flags, seconds, held-out
+metrics of the pre-training, validation MSE of the fine-tunings with the paired difference to the reference. Finished
+runs are not repeated.
 """
 
 import json
@@ -62,7 +63,8 @@ def commands(name, args):
     pretrain += ["--lr_scheduler_type", "cosine", "--weight_decay", "0.01", "--eval_strategy", "no"]
     pretrain += ["--save_strategy", "no", "--load_best_model_at_end", "false"]
     tune = ["run_regression.py", "--model_name_or_path", str(folder / "model"), "--pooling", "mean", "--do_train"]
-    tune += ["--do_eval", "--validation_fraction", "0.3", "--seed"]
+    # the last epoch counts: the best one would be chosen by the molecules that are to judge
+    tune += ["--do_eval", "--validation_fraction", "0.3", "--load_best_model_at_end", "false", "--seed"]
     return folder, pretrain, {seed: [*tune, str(seed)] for seed in args.seeds}
 
 
