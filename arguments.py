@@ -46,13 +46,13 @@ ARGUMENTS_FILE = "arguments.json"
 LOCK_FILE = ".lock"
 LOCKS = {}  # of the folders that this process writes
 # what the result of a training depends on
-TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate num_train_epochs max_steps weight_decay optim
-    per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy lr_scheduler_type warmup_steps
-    max_grad_norm adam_beta1 adam_beta2 adam_epsilon bf16 fp16 tf32 eval_strategy eval_steps metric_for_best_model
-    load_best_model_at_end""".split()
+TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate layer_rate_decay num_train_epochs
+    max_steps weight_decay optim per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy
+    lr_scheduler_type warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon bf16 fp16 tf32 eval_strategy
+    eval_steps metric_for_best_model load_best_model_at_end""".split()
 # what it does not depend on, beside the library's other arguments
 FREE_SETTINGS = """output_dir cache_dir preprocessing_num_workers overwrite_cache ignore_split_mismatch label_name
-    predict_augment merge_adapter controls""".split()
+    predict_augment merge_adapter base_hub_name controls""".split()
 # of one call, not of a run
 NOT_REPEATED = ("push_to_hub", "hub_token", "resume_from_checkpoint", "overwrite_output_dir")
 
@@ -267,7 +267,7 @@ def has_bfloat16(use_cpu):
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """The library's arguments with this project's defaults, and a learning rate of the head."""
+    """The library's arguments with this project's defaults, and learning rates by layer."""
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Where everything is written. Default: outputs/ and the script's name."}
@@ -277,6 +277,13 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the regression head. Default: --learning_rate."}
+    )
+    layer_rate_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor from each layer's learning rate to that of the layer below it, the embeddings last: 0.8 "
+            "changes what is general less than what is near the head. Default: one rate for all."
+        },
     )
     num_train_epochs: float = field(default=7.0, metadata={"help": "Epochs."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Training batch of a device."})
@@ -328,6 +335,8 @@ class TrainingArguments(transformers.TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name} is {value}; give a positive number.")
+        if self.layer_rate_decay is not None and not 0 < self.layer_rate_decay <= 1:
+            raise ValueError(f"--layer_rate_decay is {self.layer_rate_decay}; give a number above 0, at most 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed is {self.seed}; give a number from 0 up, below 2**32.")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:

@@ -405,7 +405,10 @@ def rows_of(size, cases, seconds, memory=None):
 
 
 def ratios(rows):
-    """Returns how many times faster a case is than what it is measured by, and how its memory compares."""
+    """Returns how many times faster a case is than what it is measured by, and how its memory compares.
+
+    The memory is that beyond what the libraries take.
+    """
     found = {(row["size"], row["case"]): row for row in rows}
     pairs = []
     for step in ("training", "evaluation"):
@@ -424,7 +427,9 @@ def ratios(rows):
                 row = {"size": size, "case": first, "against": second}
                 row["ratio"] = one["tokens_per_second"] / other["tokens_per_second"]
                 if "peak_memory_bytes" in one and "peak_memory_bytes" in other:
-                    row["memory"] = one["peak_memory_bytes"] / other["peak_memory_bytes"]
+                    libraries = found[size, "nothing"]["peak_memory_bytes"]
+                    ours, theirs = (case["peak_memory_bytes"] - libraries for case in (one, other))
+                    row["memory"] = ours / theirs if theirs > 0 else None
                 rows.append(row)
     return rows
 
@@ -558,9 +563,9 @@ def speed_table(report, size):
 
 def ratio_table(report, size):
     """Returns the lines of the table of comparisons."""
-    lines = ["| case | against | times faster | memory |", "| --- | --- | ---: | ---: |"]
+    lines = ["| case | against | times faster | memory beyond the libraries' |", "| --- | --- | ---: | ---: |"]
     for row in (row for row in report["ratios"] if row["size"] == size):
-        memory = f"{row['memory']:.2f}" if "memory" in row else ""
+        memory = f"{row['memory']:.2f}" if row.get("memory") else ""
         lines.append(f"| {row['case']} | {row['against']} | {row['ratio']:.2f} | {memory} |")
     return lines
 

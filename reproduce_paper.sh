@@ -53,7 +53,8 @@ for seed in $SEEDS; do
         run "$OUT/selected-$seed" run_regression.py --model_name_or_path "$MODEL" $whole --learning_rate $RATE \
             --train_file "$union/merged_train.csv" --validation_file "$union/validation.csv" --test_file "$union/test.csv"
         for method in bitfit ia3 lora; do
-            run "$OUT/$method-$seed" run_peft.py --model_name_or_path "$MODEL" --peft_method $method $cell
+            run "$OUT/$method-$seed" run_peft.py --model_name_or_path "$MODEL" --peft_method $method $cell \
+                ${PEFT_RATE:+--learning_rate $PEFT_RATE}
         done
     }
 done

@@ -36,7 +36,8 @@ from arguments import (
 
 DEFAULTS = {"output_dir": "outputs/peft"}
 
-# What --peft_method means: learning rate, rank, target modules. Rates are starting points for the tuning.
+# What --peft_method means: learning rate, rank, target modules. The rates were found on validation for the embedded
+# checkpoint (`python studies/peft_comparison.py --tune`).
 LAYER = r"molformer\.encoder\.layer\.\d+\."
 ALL_LINEAR = LAYER + r"(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
 
@@ -102,7 +103,9 @@ class PeftArguments:
             "help": "Scaling of LoRA and its kin, divided by the rank. Default: twice the rank, of pissa the rank."
         },
     )
-    peft_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, where there is one."})
+    peft_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapters, of oft in its rotations, where there is one."}
+    )
     target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Modules that are adapted: ends of their names, or one pattern. Default: the method's."},
@@ -138,6 +141,12 @@ class PeftArguments:
             raise ValueError(f"--peft_method {self.peft_method} has no dropout. Leave --peft_dropout out.")
         if not 0 <= self.peft_dropout < 1:
             raise ValueError(f"--peft_dropout is {self.peft_dropout}; give a number from 0 up to, not including, 1.")
+        if self.base_hub_name is not None:
+            if self.peft_method == "full" or self.merge_adapter:
+                raise ValueError("--base_hub_name names the base of an adapter, and none is written. Leave it out.")
+            from huggingface_hub.utils import validate_repo_id
+
+            validate_repo_id(self.base_hub_name)
         self.peft_rank = self.peft_rank or method.rank
         self.peft_alpha = self.peft_alpha or (self.peft_rank * method.alpha if method.alpha else None)
 
@@ -266,7 +275,8 @@ def check_base(model_args):
     if find_base(model_args.model_name_or_path, model_args) is not None:
         raise InputError(
             f"{model_args.model_name_or_path} holds an adapter, which cannot be the base of another one. Merge it "
-            "first: --do_eval --merge_adapter, then pass the folder merged."
+            f"first, `python run_peft.py --model_name_or_path {model_args.model_name_or_path} --do_eval "
+            "--merge_adapter --output_dir outputs/merge`, and pass outputs/merge/merged."
         )
     if model_args.redraw_features:
         raise InputError(
@@ -277,9 +287,15 @@ def check_base(model_args):
 
 def check_base_name(model_args, peft_args, training_args):
     """Raises `InputError` if an adapter is to be pushed whose base nobody else could find."""
-    if not training_args.push_when_done or peft_args.peft_method == "full" or peft_args.merge_adapter:
+    if peft_args.peft_method == "full" or peft_args.merge_adapter:
         return
-    if Path(model_args.model_name_or_path).exists() and not peft_args.base_hub_name:
+    local = Path(model_args.model_name_or_path).exists()
+    if peft_args.base_hub_name and not local:
+        raise InputError(
+            f"--base_hub_name {peft_args.base_hub_name}: the base, {model_args.model_name_or_path}, is on the Hub "
+            "already. Leave it out."
+        )
+    if local and not peft_args.base_hub_name and training_args.push_when_done:
         raise InputError(
             f"The base of the adapter, {model_args.model_name_or_path}, is a local folder, which nobody else could "
             "load it with. Push the base and name it with --base_hub_name USER/NAME, or pass --merge_adapter."
@@ -330,7 +346,6 @@ def name_base(output_dir, peft_args):
 def measure(trainer):
     """Returns what the training took: trainable parameters (all, and without the head), peak memory, size on disk."""
     from modeling_molformer_reg import MolformerForRegression
-    from trainer_regression import peak_memory
 
     with torch.device("meta"):  # the plain model, without memory for it
         base_parameters = MolformerForRegression(trainer.model.config).num_parameters()
@@ -350,7 +365,7 @@ def measure(trainer):
         "final_train_loss": final,
         "final_train_mse": in_units,  # the same in the squared unit of the label
         "checkpoint_bytes": sum(path.stat().st_size for path in weights),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": trainer.stopwatch.peak_memory,  # of this process, libraries and all
     }
 
 
@@ -360,6 +375,10 @@ def main(model_args, data_args, peft_args, training_args):
     checkpoint = setup_run(training_args, data_args)
     if checkpoint is not None:
         check_resumed(training_args)
+    if peft_args.peft_method != "full" and training_args.do_train:
+        check_base(model_args)
+        check_base_name(model_args, peft_args, training_args)
+        model_args.redraw_features = False
 
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import (
@@ -384,14 +403,13 @@ def main(model_args, data_args, peft_args, training_args):
     # Data
     tokenizer, config = load_tokenizer(model_args), load_config(model_args)
     settle_smiles_form(config, data_args)
+    if METHODS[peft_args.peft_method].targets and training_args.do_train:
+        with torch.device("meta"):  # what does not fit is named before the data are read
+            find_targets(MolformerForRegression(config), peft_args)
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
     parts = select_parts(order_labels(molecules, config, training_args), data_args)
 
     # Model and trainer
-    if peft_args.peft_method != "full" and training_args.do_train:
-        check_base(model_args)
-        check_base_name(model_args, peft_args, training_args)
-        model_args.redraw_features = False
     if training_args.learning_rate is None and data_args.protocol == "default":
         training_args.learning_rate = METHODS[peft_args.peft_method].learning_rate
     check_split(config, digest, data_args, checkpoint)

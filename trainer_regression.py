@@ -3,7 +3,7 @@
     from trainer_regression import RegressionTrainer, load_model, load_tokenizer
 
 `MolformerTrainer` adds what MoLFormer needs (random features equal on all processes in evaluation, batches of like
-length that resume exactly, a learning rate for the head); `RegressionTrainer` adds labels in their own unit.
+length that resume exactly, learning rates by layer); `RegressionTrainer` adds labels in their own unit.
 """
 
 import copy
@@ -13,6 +13,7 @@ import logging
 import pickle
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.utils import cached_file
 
 from arguments import (
@@ -215,6 +217,40 @@ def portable_path(source):
     return path.relative_to(ROOT).as_posix() if ROOT in path.parents else str(path)
 
 
+def weights_digest(folder):
+    """Returns a hash of the weights in a local folder; `None` where they are not in one file there."""
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def check_base_fits(source, base, base_hub, config):
+    """Raises `InputError` if a base has other shapes than an adapter, or other weights than it was trained on."""
+    if base is None:
+        raise InputError(f"The configuration of the adapter in {source} names no base. Enter its folder or Hub name.")
+    try:
+        other = MolformerConfig.from_pretrained(base, **base_hub)
+    except UNLOADABLE as error:
+        raise InputError(
+            f"The base of {source} cannot be loaded. {_not_loaded('model', str(base), error)} Or correct its name in "
+            "the adapter's configuration."
+        ) from error
+    for name in (*SHAPE_FIELDS, "num_random_features"):
+        if getattr(other, name) != getattr(config, name):
+            raise InputError(
+                f"The adapter {source} does not fit its base {base}: {name} is {getattr(config, name)} there and "
+                f"{getattr(other, name)} in the base. Correct the base's name in the adapter's configuration."
+            )
+    digest, now = getattr(config, "base_weights", None), weights_digest(base)
+    if digest and now and digest != now:
+        raise InputError(
+            f"The adapter {source} was trained on other weights than those that {base} holds now. Bring those back, "
+            "correct the base's name in the adapter's configuration, or train the adapter again."
+        )
+
+
 def _load_adapted(model_class, source, found, hub, values, merge):
     """Returns the base of a checkpoint of adapters, or of some parameters, with these in it or merged into it.
 
@@ -231,6 +267,8 @@ def _load_adapted(model_class, source, found, hub, values, merge):
         model.config.split_hash = getattr(adapted.config, "split_hash", None)
         return model
     config = MolformerConfig.from_pretrained(source, **hub, **values)
+    check_base_fits(source, base, {name: base_hub[name] for name in ("cache_dir", "revision")}, config)
+    vars(config).pop("base_weights", None)  # of the adapter alone
     try:
         model = model_class.from_pretrained(base, config=config, **base_hub)
     except (*UNLOADABLE, TypeError) as error:
@@ -415,8 +453,34 @@ class SetEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
+class Stopwatch(TrainerCallback, ExportableState):
+    """Counts seconds and peak memory of a training over its interruptions; the checkpoints keep both."""
+
+    def __init__(self):
+        self.seconds_before = self.memory_before = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = time.monotonic()
+        kept = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint, when one is resumed
+        if kept:
+            self.seconds_before, self.memory_before = kept["attributes"].values()
+
+    @property
+    def seconds(self):
+        return self.seconds_before + time.monotonic() - self.begun
+
+    @property
+    def peak_memory(self):
+        return max(self.memory_before, peak_memory())
+
+    def state(self):
+        begun = hasattr(self, "begun")
+        attributes = {"seconds": self.seconds, "memory": self.peak_memory} if begun else {"seconds": 0, "memory": 0}
+        return {"args": {}, "attributes": attributes}
+
+
 class MolformerTrainer(Trainer):
-    """Trainer for MoLFormer: exact resumption, equal random features on all processes, a head learning rate.
+    """Trainer for MoLFormer: exact resumption, equal random features on all processes, rates by layer.
 
     `partial_method` names the method if some of the model's own parameters are trained; only these are saved then.
     """
@@ -440,25 +504,47 @@ class MolformerTrainer(Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def create_optimizer(self, model=None):
-        """Creates the optimizer; the head (`classifier`) gets `--head_learning_rate`."""
+        """Creates the optimizer, with `--head_learning_rate` for the head and `--layer_rate_decay` for the encoder."""
         optimizer = super().create_optimizer(model)
-        head_rate = getattr(self.args, "head_learning_rate", None)
-        if head_rate is None:
-            return optimizer
         model = self.model if model is None else model
-        head = {id(p) for name, p in model.named_parameters() if "classifier." in name}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in list(optimizer.param_groups):
-            params = [p for p in group["params"] if id(p) in head]
-            if params:
-                group["params"] = [p for p in group["params"] if id(p) not in head]
-                options = {key: value for key, value in group.items() if key != "params"}
-                optimizer.add_param_group({**options, "params": params, "lr": head_rate})
+            by_rate = {group["lr"]: []}  # the group that was there keeps its rate, which is the one that is logged
+            for parameter in group["params"]:
+                by_rate.setdefault(self._learning_rate(names[id(parameter)]), []).append(parameter)
+            options = {key: value for key, value in group.items() if key != "params"}
+            group["params"] = by_rate.pop(group["lr"])
+            for rate, parameters in by_rate.items():
+                optimizer.add_param_group({**options, "params": parameters, "lr": rate})
         return optimizer
 
+    def _learning_rate(self, name):
+        """Returns the peak learning rate of the parameter of this name."""
+        head_rate = getattr(self.args, "head_learning_rate", None)
+        decay = getattr(self.args, "layer_rate_decay", None)
+        if "classifier." in name:
+            return head_rate or self.args.learning_rate
+        if decay is None:
+            return self.args.learning_rate
+        layer = re.search(r"\.layer\.(\d+)\.", name)
+        num_layers = self.model.config.num_hidden_layers
+        below = num_layers - int(layer[1]) if layer else (num_layers + 1) * ("embeddings." in name)
+        return self.args.learning_rate * decay**below
+
     def train(self, *args, **kwargs):
-        """Trains as the library does; from then on the model computes in float32, as it will for whoever loads it."""
+        """Trains as the library does; from then on the model computes in float32, as it will for whoever loads it.
+
+        Time and mean loss of a training that was resumed are those of all its pieces.
+        """
+        self.stopwatch = Stopwatch()
+        self.add_callback(self.stopwatch)
         result = super().train(*args, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        result.metrics["train_runtime"] = self.stopwatch.seconds
+        logged = [(entry["step"], entry["loss"]) for entry in self.state.log_history if "loss" in entry]
+        if self._initial_global_step and logged and logged[-1][0] == self.state.global_step:
+            steps = np.diff([0, *(step for step, _ in logged)])
+            result.metrics["train_loss"] = float(np.average([loss for _, loss in logged], weights=steps))
         return result
 
     def evaluation_loop(self, *args, **kwargs):
@@ -493,14 +579,20 @@ class MolformerTrainer(Trainer):
         if not self.args.should_save:
             return
         if self.partial_method is not None:
-            values = {"method": self.partial_method, "base": portable_path(self.model.name_or_path)}
+            base = self.model.name_or_path
+            values = {"method": self.partial_method, "base": portable_path(base)}
             values |= {"revision": self.base_revision, "parameters": sorted(trained)}
             write_json(values, folder / PARTIAL_FILE)
         elif hasattr(self.model, "peft_config"):  # with the scale of the labels, pooling and head
             self.model.get_base_model().config.save_pretrained(folder)
             values = read_json(folder / "adapter_config.json")
-            values["base_model_name_or_path"] = portable_path(values["base_model_name_or_path"])
+            base = values["base_model_name_or_path"]
+            values["base_model_name_or_path"] = portable_path(base)
             write_json(values, folder / "adapter_config.json")
+        else:
+            return
+        values = {**read_json(folder / "config.json"), "base_weights": weights_digest(base)}
+        write_json(values, folder / "config.json")
 
 
 def restore_class(model):

@@ -1,13 +1,16 @@
 """What each parameter-efficient method reaches, with how many parameters, memory and time.
 
-    python studies/peft_comparison.py --tune            # first: three learning rates a method, by validation
+    python studies/peft_comparison.py --tune            # first: learning rates of every method, by validation
     python studies/peft_comparison.py --jobs 2          # hours; finished cells are not trained again
 
-Runs run_peft.py: every method with its default rate on the same splits and seeds (split and seed vary together), five
+With --tune: three rates a method, and while the least or the largest is best, one beyond it, five at most; two seeds,
+20 % of the training side held out, which judges the model of the last epoch; the test set is not read. Writes
+results/peft_tuning.json, of which the best rates are the defaults of run_peft.py.
+
+Then run_peft.py: every method with its best rate on the same splits and seeds (split and seed vary together), five
 seeds for full fine-tuning, LoRA, BitFit, (IA)³ and the winner, three for the rest; the winner and full fine-tuning on
 the scaffold split too; and one learning rate for all, as the paper has it, with this project's protocol otherwise.
-Writes results/peft_comparison.json (.csv, .md, .png), and with --tune results/peft_tuning.json, of which the best
-rates are the defaults of run_peft.py.
+Writes results/peft_comparison.json (.csv, .md, .png).
 """
 
 import csv
@@ -30,8 +33,9 @@ PAPER = {  # test MSE and final training loss of its appendix
     "lora": (0.7456, 0.778),
 }
 PAPER_RATE = "1e-4"
+START = "models/molformer-mini"
 ALL_SEEDS = ("full", "lora", "bitfit", "ia3")  # and the winner
-RATES = {  # that are tried with --tune, as many for each method
+RATES = {  # that are tried first with --tune
     "full": (3e-4, 6e-4, 1.2e-3),
     "head": (1e-3, 3e-3, 9e-3),
     "bitfit": (1e-3, 3e-3, 9e-3),
@@ -47,6 +51,7 @@ RATES = {  # that are tried with --tune, as many for each method
     "hira": (7e-4, 2e-3, 6e-3),
     "shira": (4e-4, 1e-3, 3e-3),
 }
+MOST_RATES = 5  # of a method
 TUNING_SEEDS = (0, 1)  # of split and training; each has validation molecules of its own
 MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
 NUMBERS = (
@@ -60,15 +65,18 @@ NUMBERS += ("checkpoint_bytes", "train_runtime", "final_train_mse", "eval_mse", 
 
 
 def run(cell, args, threads):
-    """Runs one cell (method, split, seed, flags), unless it is finished, and returns its numbers."""
-    method, split, seed, name, flags = cell
+    """Runs one cell (method, split, seed, name, rate, flags), unless it is finished, and returns its numbers."""
+    method, split, seed, name, rate, flags = cell
     folder = args.folder / f"{name}-{split}-{seed}"
-    command = ["run_peft.py", "--peft_method", method, "--split", split, "--seed", str(seed)]
-    command += [*flags, *shlex.split(args.extra)]
+    # what run_peft.py would take by itself is named, so that a cell of other defaults is not taken for this one
+    command = ["run_peft.py", "--peft_method", method, "--model_name_or_path", START, "--learning_rate", f"{rate:g}"]
+    if METHODS[method].rank:
+        command += ["--peft_rank", str(METHODS[method].rank)]
+    command += ["--split", split, "--seed", str(seed), *flags, *shlex.split(args.extra)]
     values = run_script(command, folder, threads)
     print(name, split, seed, {key: values.get(key) for key in ("eval_mse", "test_mse")}, flush=True)
-    row = {"method": method, "name": name, "split": split, "seed": seed, "command": as_text(command)}
-    return row | {key: values[key] for key in NUMBERS if key in values}
+    row = {"method": method, "name": name, "split": split, "seed": seed, "learning_rate": rate}
+    return row | {"command": as_text(command)} | {key: values[key] for key in NUMBERS if key in values}
 
 
 def run_cells(cells, args):
@@ -77,36 +85,59 @@ def run_cells(cells, args):
 
 def tune(args):
     """Trains every method at its rates and writes validation errors; the test set is not read."""
-    cells = [
-        (
-            method,
-            "random",
-            seed,
-            f"tune-{method}-{rate:g}",
-            ["--learning_rate", f"{rate:g}", "--do_train", "--do_eval"],
-        )
-        for method in args.methods
-        for rate in RATES[method]
-        for seed in TUNING_SEEDS
-    ]
-    runs = run_cells(cells, args)
-    tuned = best_rates(runs)
+    flags = ["--do_train", "--do_eval", "--validation_fraction", "0.2", "--load_best_model_at_end", "false"]
+    runs, rates = [], {method: RATES[method] for method in args.methods}
+    while rates:
+        cells = [
+            (method, "random", seed, f"tune-{method}-{rate:g}", rate, flags)
+            for method in rates
+            for rate in rates[method]
+            for seed in TUNING_SEEDS
+        ]
+        runs += run_cells(cells, args)
+        tuned = best_rates(runs)
+        rates = {method: [rate] for method in rates if (rate := next_rate(method, tuned[method])) is not None}
     write_report(args.output.with_name("peft_tuning.json"), {"tuned": tuned, "runs": runs}, args.jobs)
     print(json.dumps(tuned, indent=2))
 
 
 def best_rates(runs):
-    """Returns for each method the rate of lowest mean validation error, the errors, and if it is the least or most."""
+    """Returns for each method the rate of lowest mean validation error, and the error of every rate.
+
+    A rate counts if it has a finite error for every seed.
+    """
     tuned = {}
     for method in dict.fromkeys(row["method"] for row in runs):
         errors = {}
-        for rate in RATES[method]:
-            values = [row["eval_mse"] for row in runs if row["name"] == f"tune-{method}-{rate:g}"]
-            errors[rate] = float(np.mean(values)) if values else float("inf")
-        best = min(errors, key=errors.get)
-        at_edge = best in (RATES[method][0], RATES[method][-1])
-        tuned[method] = {"learning_rate": best, "validation_mse": errors[best], "at_edge": at_edge}
+        for row in runs:
+            if row["method"] == method:
+                errors.setdefault(row["learning_rate"], {})[row["seed"]] = row["eval_mse"]
+        means = {
+            rate: float(np.mean(list(errors[rate].values())))
+            for rate in sorted(errors)
+            if len(errors[rate]) == len(TUNING_SEEDS) and np.isfinite(list(errors[rate].values())).all()
+        }
+        if not means:
+            raise SystemExit(f"{method} has no rate at which all seeds have a validation error. See the logs.")
+        best = min(means, key=means.get)
+        tuned[method] = {"learning_rate": best, "validation_mse": means[best], "tried": means}
     return tuned
+
+
+def next_rate(method, found):
+    """Returns the rate beyond the least or the largest one tried where that is the best; `None` if it is not."""
+    tried, step = list(found["tried"]), RATES[method][1] / RATES[method][0]
+    if len(tried) >= MOST_RATES or found["learning_rate"] not in (tried[0], tried[-1]):
+        return None
+    beyond = found["learning_rate"] * step if found["learning_rate"] == tried[-1] else found["learning_rate"] / step
+    return float(f"{beyond:.1g}")
+
+
+def rates_of(args):
+    """Returns the rate of every method: that of the tuning, where there was one, else the default of run_peft.py."""
+    report = args.output.with_name("peft_tuning.json")
+    tuned = json.loads(report.read_text())["tuned"] if report.exists() else {}
+    return {name: tuned.get(name, {}).get("learning_rate", METHODS[name].learning_rate) for name in METHODS}
 
 
 def winner_of(runs, seeds):
@@ -117,8 +148,11 @@ def winner_of(runs, seeds):
         few = share <= MOST_PERCENT and row["method"] not in ("full", "head")
         if few and row["name"] == row["method"] and row["split"] == "random" and row["seed"] in seeds:
             errors.setdefault(row["method"], []).append(row["eval_mse"])
+    errors = {method: values for method, values in errors.items() if len(values) == len(seeds)}  # none that failed
     if not errors:
-        raise SystemExit(f"None of the methods trains at most {MOST_PERCENT} %. Add one to --methods.")
+        raise SystemExit(
+            f"None of the methods that trains at most {MOST_PERCENT} % has finished. Add one to --methods."
+        )
     return min(errors, key=lambda method: np.mean(errors[method]))
 
 
@@ -141,13 +175,25 @@ def summarize(runs):
         paper = PAPER.get(row["method"]) if split == "random" else None
         row["paper_test_mse"], row["paper_train_mse"] = paper or (None, None)
         rows.append(row)
-    return sorted(rows, key=lambda row: (row["split"], row["name"].startswith("paper"), row["test_mse"]))
+
+    # by the ratio: those of three seeds stand beside those of five, whose splits are harder or easier
+    def place(row):
+        return row["split"], row["name"].startswith("paper"), row.get("of_full", 1.0)
+
+    return sorted(rows, key=place)
 
 
 def to_markdown(rows):
     """Returns the table of the README: one line a method and split, means and 95 % intervals."""
     header = ("method", "split", "n", "test MSE", "of full's", "validation MSE", "training MSE")
-    header += ("trained parameters", "of the base", "on disk", "peak memory", "minutes", "paper's test, training MSE")
+    header += (
+        "trained parameters",
+        "of the base",
+        "weights on disk",
+        "memory of the process",
+        "minutes",
+        "paper's test, training MSE",
+    )
     lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
     for row in rows:
         error = with_interval((row["test_mse"], row["half_width"]))
@@ -197,19 +243,22 @@ def main():
     args = parser.parse_args()
     if args.tune:
         return tune(args)
+    rates = rates_of(args)
     cells = [
-        (method, "random", seed, method, [])
+        (method, "random", seed, method, rates[method], [])
         for method in args.methods
         for seed in (args.seeds if method in ALL_SEEDS else args.seeds[:3])
     ]
     runs = run_cells(cells, args)
     winner = winner_of(runs, args.seeds[:3])
-    cells = [(winner, "random", seed, winner, []) for seed in args.seeds[3:] if winner not in ALL_SEEDS]
+    cells = [(winner, "random", seed, winner, rates[winner], []) for seed in args.seeds[3:] if winner not in ALL_SEEDS]
     cells += [
-        (method, "scaffold", seed, method, []) for method in dict.fromkeys(("full", winner)) for seed in args.seeds
+        (method, "scaffold", seed, method, rates[method], [])
+        for method in dict.fromkeys(("full", winner))
+        for seed in args.seeds
     ]
     cells += [
-        (method, "random", seed, f"paper-{method}", ["--learning_rate", PAPER_RATE])
+        (method, "random", seed, f"paper-{method}", float(PAPER_RATE), [])
         for method in ("full", *PAPER) if method in args.methods
         for seed in args.seeds[:3]
     ]  # fmt: skip

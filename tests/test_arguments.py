@@ -418,6 +418,10 @@ def test_an_unknown_flag_is_named(capsys, args, named):
             for name in ("learning_rate", "head_learning_rate")
             for value, shown in (("0", "0.0"), ("-0.1", "-0.1"), ("nan", "nan"), ("inf", "inf"))
         ),
+        *(
+            (["--layer_rate_decay", value], f"--layer_rate_decay is {shown}; give a number above 0, at most 1.")
+            for value, shown in (("0", "0.0"), ("1.1", "1.1"), ("nan", "nan"))
+        ),
         (["--num_train_epochs", "0"], "--num_train_epochs is 0.0; give a positive number."),
         (
             ["--dataset_name", "someone/molecules", "--train_file", "my.csv"],

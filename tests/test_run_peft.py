@@ -98,8 +98,8 @@ def test_exactly_the_intended_parameters_are_trained(method, base, batch):
         if name not in trainable:
             assert torch.equal(tensor, before[name]), name
     still = [name for name in trainable if torch.equal(model.state_dict()[name], before[name])]
-    # the biases of keys: what the loss does not depend on, or so little that rounding hides it
-    assert all(method in ("full", "bitfit") for _ in still), still
+    # the loss does not depend on the biases of keys, or so little that rounding hides it
+    assert all(name.endswith("attention.self.key.bias") for name in still), still
     if method != "pissa":  # which rewrites its base
         for name, tensor in start.items():
             kept = [model.state_dict()[other] for other in model.state_dict() if plain_name(other) == name]
@@ -310,9 +310,24 @@ def test_a_killed_run_resumes_to_the_same_metrics(method, tiny_checkpoint, small
     )
     assert resumed.returncode == 0, resumed.stderr
     values, expected = results(folder), results(tmp_path / "whole")
+    one, other = (json.loads((path / "all_results.json").read_text()) for path in (folder, tmp_path / "whole"))
+    assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)  # of the whole training
+    assert one["peak_memory_bytes"] > 0.9 * other["peak_memory_bytes"]
     assert values.pop("peft_method") == expected.pop("peft_method") == method
     for name in expected:
         assert values[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_time_and_loss_of_a_finished_run_stay_when_it_is_merged_later(tiny_checkpoint, small_table, tmp_path):
+    flags = (*given(tiny_checkpoint, small_table), *QUICK, "--output_dir", tmp_path / "out")
+    call_main(*flags)
+    before = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    call_main(*flags, "--resume_from_checkpoint", "true", "--merge_adapter")
+    after = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-6)
+    assert after["final_train_loss"] == before["final_train_loss"]
+    assert 0.5 * before["train_runtime"] < after["train_runtime"]
+    assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
 
 
 def test_influence_accepts_an_adapter(finished_run, tiny_checkpoint, small_table, tmp_path, run_script):
@@ -379,6 +394,9 @@ def test_new_molecules_are_left_to_run_regression(finished_run, tmp_path):
         ({"peft_method": "ia3", "peft_rank": 4}, "has no rank"),
         ({"peft_rank": 0}, "--peft_rank is 0"),
         ({"peft_dropout": 1.0}, "--peft_dropout is 1.0"),
+        ({"base_hub_name": "no name"}, "no name"),
+        ({"base_hub_name": "a/b", "merge_adapter": True}, "none is written"),
+        ({"base_hub_name": "a/b", "peft_method": "full"}, "none is written"),
     ],
 )
 def test_arguments_are_checked(values, message):
@@ -404,8 +422,48 @@ def test_an_adapter_whose_base_is_gone_or_other_is_refused(finished_run, tmp_pat
     with pytest.raises(InputError, match="The base of .*adapter cannot be loaded.*gone/base"):
         call_regression(*flags)
     path.write_text(json.dumps({**values, "base_model_name_or_path": str(ROOT / "models" / "molformer-mini")}))
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="does not fit its base .*: hidden_size is 32 there and 320 in the base"):
         call_regression(*flags)
+    path.write_text(json.dumps({**values, "base_model_name_or_path": None}))
+    with pytest.raises(InputError, match="names no base"):
+        call_regression(*flags)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_an_adapter_whose_base_was_trained_on_since_is_refused(method, tiny_checkpoint, small_table, tmp_path):
+    """Its shapes fit, so the predictions would be wrong and nothing would say so."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_checkpoint, base)
+    call_main(*given(base, small_table), *QUICK, "--peft_method", method, "--max_steps", "1", "--do_train",
+              "--output_dir", folder)  # fmt: skip
+    model_args, tokenizer = ModelArguments(model_name_or_path=str(folder)), build_tokenizer()
+    model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
+    model.save_pretrained(tmp_path / "plain")
+    assert "base_weights" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    changed = MolformerForRegression.from_pretrained(base)
+    changed.molformer.embeddings.word_embeddings.weight.data += 1
+    changed.save_pretrained(base)
+    with pytest.raises(InputError, match="adapter was trained on other weights than those that .*base holds now"):
+        load_model(MolformerForRegression, model_args, tokenizer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_in_bfloat16(method, base, batch):
+    """As it does by default where the hardware has it; a module of the adapter could lack it."""
+    model = adapt(base, arguments_of(method))
+    before = model(**batch).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        train_steps(model, batch)
+    after = model(**batch).logits
+    assert after.isfinite().all() and not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "full"])
+def test_the_rate_of_a_method_is_its_own(method, tiny_checkpoint, small_table, tmp_path):
+    call_main(*given(tiny_checkpoint, small_table), "--peft_method", method, "--max_steps", "1", "--do_train",
+              "--max_train_samples", "16", "--disable_tqdm", "true", "--output_dir", tmp_path / "out")  # fmt: skip
+    values = json.loads((tmp_path / "out" / "arguments.json").read_text())
+    assert values["learning_rate"] == METHODS[method].learning_rate
 
 
 @pytest.mark.parametrize("other", [("--peft_method", "rslora"), ("--peft_method", "bitfit"), ("--peft_rank", "8")])

@@ -350,6 +350,8 @@ def test_the_winner_trains_few_parameters_and_is_chosen_on_validation():
     assert peft_comparison.winner_of(runs, [0]) == "ia3"
     with pytest.raises(SystemExit, match="None of the methods"):
         peft_comparison.winner_of(runs[:3], [0])
+    with pytest.raises(SystemExit, match="None of the methods"):  # each failed with one seed
+        peft_comparison.winner_of(runs, [0, 1])
 
 
 def test_methods_are_compared_with_full_fine_tuning_of_the_same_seed():
@@ -367,12 +369,47 @@ def test_methods_are_compared_with_full_fine_tuning_of_the_same_seed():
 def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
     errors = {3e-4: (0.5, 0.5), 6e-4: (0.3, 0.5), 1.2e-3: (0.45, 0.4)}
     runs = [
-        peft_run("full", seed, 0.0, name=f"tune-full-{rate:g}", eval_mse=values[seed])
+        peft_run("full", seed, 0.0, learning_rate=rate, eval_mse=values[seed])
         for rate, values in errors.items()
         for seed in (0, 1)
     ]
-    tuned = peft_comparison.best_rates(runs)
-    assert tuned == {"full": {"learning_rate": 6e-4, "validation_mse": pytest.approx(0.4), "at_edge": False}}
+    tuned = peft_comparison.best_rates(runs)["full"]
+    assert tuned["learning_rate"] == 6e-4 and tuned["validation_mse"] == pytest.approx(0.4)
+    assert tuned["tried"] == pytest.approx({3e-4: 0.5, 6e-4: 0.4, 1.2e-3: 0.425})
+    # what failed or diverged with one seed is no rate to take, however easy the other seed is
+    runs += [peft_run("full", 0, 0.0, learning_rate=2.4e-3, eval_mse=0.1)]
+    runs += [peft_run("full", seed, 0.0, learning_rate=1e-5, eval_mse=(float("nan"), 0.1)[seed]) for seed in (0, 1)]
+    assert peft_comparison.best_rates(runs)["full"] == tuned
+    with pytest.raises(SystemExit, match="full has no rate"):
+        peft_comparison.best_rates(runs[-3:])
+
+
+@pytest.mark.parametrize(
+    ("tried", "best", "expected"),
+    [
+        ((7e-4, 2e-3, 6e-3), 2e-3, None),
+        ((7e-4, 2e-3, 6e-3), 6e-3, 2e-2),
+        ((7e-4, 2e-3, 6e-3), 7e-4, 2e-4),
+        ((7e-4, 2e-3, 6e-3, 2e-2), 2e-2, 6e-2),
+        ((7e-4, 2e-3, 6e-3, 2e-2, 6e-2), 6e-2, None),  # five are enough
+    ],
+)
+def test_the_grid_grows_where_its_edge_is_best(tried, best, expected):
+    found = {"learning_rate": best, "tried": dict.fromkeys(tried, 0.5)}
+    assert peft_comparison.next_rate("lora", found) == expected
+
+
+def test_a_cell_of_the_comparison_names_its_defaults(monkeypatch, tmp_path):
+    """So that one of another rate, rank or checkpoint is not taken for it; the rates are those of the tuning."""
+    found = []
+    monkeypatch.setattr(peft_comparison, "run_script", lambda command, *args: found.append(command) or {})
+    (tmp_path / "peft_tuning.json").write_text(json.dumps({"tuned": {"lora": {"learning_rate": 5e-3}}}))
+    args = argparse.Namespace(folder=tmp_path, extra="", output=tmp_path / "peft_comparison.json")
+    rates = peft_comparison.rates_of(args)
+    assert rates["lora"] == 5e-3 and rates["ia3"] == peft_comparison.METHODS["ia3"].learning_rate
+    peft_comparison.run(("lora", "random", 1, "lora", rates["lora"], []), args, threads=1)
+    assert found[0][1:9] == ["--peft_method", "lora", "--model_name_or_path", "models/molformer-mini",
+                             "--learning_rate", "0.005", "--peft_rank", "4"]  # fmt: skip
 
 
 def test_every_method_is_tuned_with_as_many_rates():

@@ -97,6 +97,23 @@ def test_head_gets_its_own_learning_rate(tiny_checkpoint, molecules, tmp_path):
         assert rates[id(parameter)] == (5e-2 if name.startswith("classifier.") else 1e-3), name
 
 
+def test_learning_rate_falls_from_layer_to_layer(tiny_checkpoint, molecules, tmp_path):
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, layer_rate_decay=0.5, weight_decay=0.1))
+    optimizer = trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert trainer.model.config.num_hidden_layers == 2
+    found = {name: rates.pop(id(parameter)) for name, parameter in trainer.model.named_parameters()}
+    assert not rates
+    for name, rate in found.items():
+        below = {"layer.1.": 1, "layer.0.": 2, "embeddings.": 3}
+        power = next((power for part, power in below.items() if part in name), 0)
+        assert rate == pytest.approx(1e-3 * 0.5**power), name
+    assert sum(rate == 1e-3 for rate in found.values()) >= 4  # head and last LayerNorm
+    for name, parameter in trainer.model.named_parameters():
+        assert decays[id(parameter)] == (0.0 if "bias" in name or "norm" in name.lower() else 0.1), name
+
+
 def test_batches_hold_molecules_of_like_length_in_an_order_set_by_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(10, 90, 2000).tolist()
     sampler = LengthGroupedBatchSampler(16, lengths, seed=1)
