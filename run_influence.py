@@ -15,6 +15,7 @@ The mathematics, with its sources, is in utils_influence.py.
 
 import logging
 import math
+import shlex
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ from utils_report import finish_run, save_figure
 # chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding
 DEFAULTS = {"output_dir": "outputs/influence", "per_device_eval_batch_size": 16}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
+KIND = ("pooling", "regression_head", "redraw_features")
 NO_FORWARD_MODE = ("shira",)  # adapters whose sparse tensors have none; merged, the model has
 PAPER_LOSSES = (0.581, 0.318, 0.198, 0.105, 0.071, 0.048, 0.046)  # evaluation loss by epoch, the paper's Table 2
 SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
@@ -79,10 +81,13 @@ class InfluenceArguments:
     external_label_column: str | None = field(
         default=None, metadata={"help": "Its column of labels. Default: the one called label, exp, y or target."}
     )
-    pool_size: int = field(
-        default=300, metadata={"help": "Training molecules that are taken out as a pool, without --external_file."}
+    pool_size: int | None = field(
+        default=None,
+        metadata={"help": "Training molecules taken out as a pool, without --external_file. Default: 300."},
     )
-    pool_noise: float = field(default=0.3, metadata={"help": "Share of the pool whose labels are permuted."})
+    pool_noise: float | None = field(
+        default=None, metadata={"help": "Share of the pool whose labels are permuted. Default: 0.3."}
+    )
     pretrained_model: str | None = field(
         default=None,
         metadata={
@@ -105,8 +110,9 @@ class InfluenceArguments:
     damping: float | None = field(
         default=None, metadata={"help": "What is added to the curvature. Default: by --relative_damping."}
     )
-    relative_damping: float = field(
-        default=0.03, metadata={"help": "Damping as a share of the largest eigenvalue of the curvature."}
+    relative_damping: float | None = field(
+        default=None,
+        metadata={"help": "Damping as a share of the largest eigenvalue of the curvature. Default: 0.03."},
     )
     scale: str = field(
         default="auto",
@@ -148,8 +154,12 @@ class InfluenceArguments:
         },
     )
     num_selected: int | None = field(default=None, metadata={"help": "For top_k. Default: half of the molecules."})
-    threshold: float = field(default=0.0, metadata={"help": "For threshold: the score that is needed."})
-    fraction: float = field(default=0.5, metadata={"help": "For fraction: the share that is selected."})
+    threshold: float | None = field(
+        default=None, metadata={"help": "For threshold: the score that is needed. Default: 0."}
+    )
+    fraction: float | None = field(
+        default=None, metadata={"help": "For fraction: the share that is selected. Default: 0.5."}
+    )
     controls: list[str] = field(
         default_factory=lambda: ["none", "all", "random"],
         metadata={
@@ -164,6 +174,20 @@ class InfluenceArguments:
             raise InputError(f"--num_selected {self.num_selected} is more than the {count} molecules to choose from.")
 
     def __post_init__(self):
+        modes = {"num_selected": "top_k", "threshold": "threshold", "fraction": "fraction"}
+        for name, mode in modes.items():
+            if getattr(self, name) is not None and self.select != mode:
+                raise ValueError(f"--{name} goes with --select {mode}, not with --select {self.select}.")
+        if self.damping is not None and self.relative_damping is not None:
+            raise ValueError("--damping and --relative_damping: give one of them.")
+        defaults = {"pool_size": 300, "pool_noise": 0.3, "relative_damping": 0.03, "threshold": 0.0, "fraction": 0.5}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"--threshold is {self.threshold}; give a number.")
+        if self.fraction == 0:
+            raise ValueError("--fraction is 0: nothing would be selected. Give more.")
         for name in ("pool_size", "num_repeats", "hessian_batch_size", "num_selected"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -249,8 +273,14 @@ def load_external(tokenizer, data_args, influence_args, molecules):
             "influence_scores.csv lists them", len(excluded) - len(dropped), len(table), path,
         )  # fmt: skip
     if not len(external):
-        raise InputError(f"No molecule of {path} is left: all are validation or test molecules. Give others.")
-    return external.reset_index(drop=True), excluded
+        raise InputError(
+            f"No molecule of {path} is left: {len(excluded) - len(dropped)} are validation or test molecules, "
+            f"{len(dropped)} cannot be used. Give others."
+        )
+    known = external["group"].isin(set(molecules.loc[molecules["split"] == "train", "group"]))
+    if known.any():
+        logger.info("%d of the external molecules are, stereo aside, training molecules too", known.sum())
+    return external.assign(in_training=known).reset_index(drop=True), excluded
 
 
 def select_molecules(table, influence_args):
@@ -294,6 +324,7 @@ def detection(table):
     if "corrupted" not in table or table["corrupted"].nunique() < 2:
         return {}
     suspicion = {"influence": -table["score"], "gradient_dot": -table["gradient_dot"], "loss": table["loss"]}
+    suspicion["random"] = np.random.default_rng(0).random(len(table))  # what chance alone gives
     return {f"auc_{name}": float(roc_auc_score(table["corrupted"], values)) for name, values in suspicion.items()}
 
 
@@ -316,9 +347,10 @@ def write_influence(output_dir, parts, table, excluded, report):
 def write_scores(output_dir, table, excluded):
     """Writes influence_scores.csv: every external molecule, those that were left out at the end with their reason."""
     names = ("row", "smiles", "label", "prediction", "loss", "score", "score_sd", "rank", "gradient_dot", "selected")
-    names += ("corrupted",)
+    names += ("corrupted", "in_training")
     scores = table[[name for name in names if name in table]].assign(excluded="")
-    left_out = excluded.rename(columns={"reason": "excluded"}).assign(selected=False)
+    left_out = excluded.reindex(columns=["row", "smiles", "reason"])
+    left_out = left_out.rename(columns={"reason": "excluded"}).assign(selected=False)
     scores = pd.concat([scores, left_out], ignore_index=True)
     scores["rank"] = scores["rank"].astype("Int64")  # those that were left out have none
     write_csv(scores.rename(columns={"smiles": "SMILES"}), output_dir / "influence_scores.csv")
@@ -383,7 +415,7 @@ def plot_convergence(report, path):
         if "norm" in rows:
             axes.plot(rows["step"], rows["norm"] / trace["norm"].max(), color="tab:orange", alpha=0.7,
                       label="norm, relative to the largest" if number == 0 else None)  # fmt: skip
-    axes.set(xlabel="step", yscale="log")
+    axes.set(xlabel="step", yscale="log", ylabel=f"of the last iterate, on {report['trace_molecules']} molecules")
     axes.legend(frameon=False)
     save_figure(figure, path)
 
@@ -533,22 +565,32 @@ def main(model_args, data_args, influence_args, training_args):
     if influence_args.external_file is None:
         pool_seed = seed if data_args.split_seed is None else data_args.split_seed
         molecules, external = take_pool(molecules, influence_args.pool_size, influence_args.pool_noise, pool_seed)
-        excluded, digest = external.iloc[:0], split_hash(molecules, molecules["split"])
+        whole, excluded, digest = digest, external.iloc[:0], split_hash(molecules, molecules["split"])
     else:
+        whole = None
         external, excluded = load_external(tokenizer, data_args, influence_args, molecules)
     parts = select_parts(molecules, data_args)
     if influence_args.score_split not in parts:
-        raise InputError("--protocol paper has no validation molecules. Pass --score_split test, or leave it out.")
+        raise InputError(
+            "--protocol paper has no validation molecules to score for. Pass --score_split test (the paper's way, "
+            "which leaks), or leave --protocol paper out."
+        )
     influence_args.check_selection(len(external))
     set_learning_rate(training_args, data_args)
 
     # Model: a fine-tuned one, or the pre-trained one from which it is made
     model = load_model(MolformerForRegression, model_args, tokenizer, merge=NO_FORWARD_MODE, num_labels=1)
+    check_pool(model, whole, model_args, data_args)
     check_split(model.config, digest, data_args)
     if model.head_is_new and not training_args.do_train:
         prepare_head(model, parts["train"], digest, data_args, training_args)  # says that there is no head
     names = choose_parameters(model, influence_args.influence_params)
     start_args = model_args
+    if model.head_is_new and influence_args.pretrained_model is not None:
+        raise InputError(
+            f"{model_args.model_name_or_path} has no regression head: it is fine-tuned itself, and --pretrained_model "
+            "would not be used. Leave it out."
+        )
     if training_args.do_train and not model.head_is_new:
         start_args = pretrained_arguments(model_args, influence_args, model)
         check_split(load_config(start_args), digest, data_args)
@@ -557,6 +599,7 @@ def main(model_args, data_args, influence_args, training_args):
         known = {"pool": external, "corrupted": external[external["corrupted"]]} if "corrupted" in external else {}
         write_splits(output_dir, {**parts, **known}, digest, data_args)
     comparison = Comparison(start_args, data_args, training_args, tokenizer, parts, digest)
+    scored_args = model_args
     if model.head_is_new:
         folder = comparison.fine_tune("none", external.iloc[:0])
         scored_args = replace(model_args, model_name_or_path=str(folder), config_name=None)
@@ -568,7 +611,8 @@ def main(model_args, data_args, influence_args, training_args):
     problem = MoleculeProblem(model, tokenizer, names, chunk_size, influence_args.curvature)
     with full_float32():
         table, report = compute_scores(problem, parts, external, influence_args, training_args)
-    report |= {"split_hash": digest, "excluded": len(excluded)}
+    report |= {"split_hash": digest, "excluded": len(excluded), "model": str(scored_args.model_name_or_path)}
+    report |= {"fine_tuned_from": str(start_args.model_name_or_path)} if training_args.do_train else {}
     if training_args.should_save:
         write_influence(output_dir, parts, table, excluded, report)
     del model, problem
@@ -586,16 +630,52 @@ def main(model_args, data_args, influence_args, training_args):
             plot_selection(results, output_dir / "influence_selection.png", data_args.label_name)
             print(results_table(results, report["leakage"]))
             print(losses_table(results["selected"]["eval_losses"]))
-        write_json({"influence": report, "results": results}, output_dir / "all_results.json")
-        validation = f"--validation_file {output_dir / 'validation.csv'} " if "validation" in parts else ""
-        print(
-            f"To learn the selected molecules elsewhere: python run_regression.py --train_file "
-            f"{output_dir / 'merged_train.csv'} {validation}"
-            f"--test_file {output_dir / 'test.csv'} --output_dir outputs/merged"
-        )
+        if not report.get("converged", True):
+            print(f"The scores are not converged: residual {report['residual']:.3g}, see influence.json.")
+        losses = {"paper": PAPER_LOSSES}
+        losses |= {"selected": results["selected"]["eval_losses"]} if "selected" in results else {}
+        values = {"influence": report, "results": results, "evaluation_losses": losses}
+        write_json(values, output_dir / "all_results.json")
+        if table["selected"].any():
+            print(merged_command(output_dir, parts, start_args, data_args, report["leakage"]))
         (output_dir / "influence_state.safetensors").unlink(missing_ok=True)
     models = [("", output_dir / "finetune-selected")] if "selected" in results else []
     finish_run(training_args, "influence", [*models, ("", output_dir)])
+
+
+def merged_command(output_dir, parts, start_args, data_args, leakage):
+    """Returns the command that learns the selected molecules elsewhere, from the same start."""
+    files = {"train": "merged_train.csv", "validation": "validation.csv", "test": "test.csv"}
+    command = ["python", "run_regression.py", "--model_name_or_path", str(start_args.model_name_or_path)]
+    for part, name in files.items():
+        command += [f"--{part}_file", str(output_dir / name)] if part in parts else []
+    command += [] if data_args.smiles_form == "canonical" else ["--smiles_form", data_args.smiles_form]
+    leak = " (chosen by the test molecules, whose error there will be optimistic too)" if leakage else ""
+    return (
+        f"To learn the selected molecules elsewhere{leak}: {shlex.join([*command, '--output_dir', 'outputs/merged'])}"
+    )
+
+
+def check_pool(model, whole, model_args, data_args):
+    """Says of a fine-tuned checkpoint what is known of the molecules that it learned.
+
+    Args:
+        whole (`str`, *optional*): hash of the split before a pool was taken out; `None` without a pool.
+    Raises:
+        InputError: if it has learned the pool, unless `--ignore_split_mismatch`.
+    """
+    known = getattr(model.config, "split_hash", None)
+    if known is None and not model.head_is_new:
+        logger.warning(
+            "%s does not say which molecules it learned. If those to score are among them, or validation or test "
+            "molecules, the scores and errors mislead.", model_args.model_name_or_path,
+        )  # fmt: skip
+    if known is not None and known == whole and not data_args.ignore_split_mismatch:
+        raise InputError(
+            f"{model_args.model_name_or_path} was trained on all training molecules of this split, those of the pool "
+            "among them. Start from a pre-trained checkpoint, which is fine-tuned without them, give an "
+            "--external_file, or pass --ignore_split_mismatch."
+        )
 
 
 def pretrained_arguments(model_args, influence_args, model):
@@ -607,7 +687,10 @@ def pretrained_arguments(model_args, influence_args, model):
     from trainer_regression import load_config
 
     source = influence_args.pretrained_model or EMBEDDED_CHECKPOINT
-    pretrained_args = replace(model_args, model_name_or_path=source, config_name=None)
+    # of the same kind as the model that is scored
+    kind = {name: getattr(model.config, name) for name in KIND if getattr(model_args, name) is None}
+    kind |= {"model_name_or_path": source, "config_name": None, "model_revision": "main"}
+    pretrained_args = replace(model_args, **kind)
     config = load_config(pretrained_args)
     sizes = [
         name for name in ("hidden_size", "num_hidden_layers") if getattr(config, name) != getattr(model.config, name)

@@ -463,14 +463,18 @@ def measure_curvature(problem, fixed, batches, influence_args, show_progress):
         raise InputError("The curvature is zero: none of the chosen parameters changes a prediction. Pass --damping.")
     if hessian and smallest + damping <= 0:
         logger.warning(
-            "The Hessian has eigenvalues down to %.3g, and damping is %.3g: the scores mean little. Pass --damping "
-            "%.2g or more, or --curvature ggn.",
-            smallest, damping, -1.1 * smallest,
+            "On %d training molecules the Hessian has eigenvalues down to %.3g, and damping is %.3g: the scores mean "
+            "little. Pass --damping %.2g or more, or --curvature ggn.",
+            len(fixed), smallest, damping, -1.1 * smallest,
         )  # fmt: skip
     values["damping"] = damping
     if lissa:
         automatic = 1.5 * max(values["largest_eigenvalue_of_batches"]) + damping
         values["scale"] = automatic if influence_args.scale == "auto" else float(influence_args.scale)
+        least = (max(values["largest_eigenvalue_of_batches"]) + damping) / 2
+        if values["scale"] <= least:
+            text = "--scale %.3g is too small for LiSSA to converge. Give more than %.3g."
+            logger.warning(text, values["scale"], least)
     return values
 
 
@@ -481,7 +485,7 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
         train (`pandas.DataFrame`): molecules whose mean loss has the curvature C.
         state_file (`Path`, *optional*): where an interrupted solution is kept, and continued from.
     Raises:
-        InputError: if LiSSA diverges, or conjugate gradients meet negative curvature.
+        InputError: if LiSSA diverges, conjugate gradients meet negative curvature, or the answer is worse than none.
     """
     report = {"ihvp": influence_args.ihvp, "curvature": influence_args.curvature, "parameters": len(gradient)}
     if influence_args.ihvp == "identity":
@@ -516,7 +520,13 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
         more = " Or use --curvature ggn." if influence_args.curvature == "hessian" else ""
         raise InputError(f"{error}{more if influence_args.ihvp == 'lissa' else ''}") from error
     report |= {"residual": residual(answers.mean(dim=0), train), "tolerance": influence_args.tolerance}
-    report["trace"] = file.values["trace"]
+    if not report["residual"] < 1:
+        raise InputError(
+            f"The relative residual is {report['residual']:.3g}, and that of no solution at all is 1: the scores "
+            "would mean nothing. Raise --scale, --damping or --hessian_batch_size, or use --curvature ggn."
+        )
+    report |= {"trace_molecules": len(train) if influence_args.ihvp == "cg" else len(fixed)}
+    report["trace"] = file.values["trace"]  # of the last iterate, on these; `residual` is of the answer, on all
     # conjugate gradients stop by a residual that they carry along, which in float32 is not quite the true one
     solved = report["residual"] <= influence_args.tolerance * (2 if influence_args.ihvp == "cg" else 1)
     report["converged"] = solved and report.get("smallest_eigenvalue", 0.0) + damping > 0
@@ -667,7 +677,8 @@ def score_molecules(problem, external, solutions, gradient, influence_args):
     if len(repeats) > 1:
         table["score_sd"] = repeats.std(axis=0, ddof=1)
     table["gradient_dot"] = problem.each(function, external, gradient).cpu().numpy()
-    broken = ~np.isfinite(table[["prediction", "loss", "score", "gradient_dot"]]).all(axis=1)
+    numbers = [name for name in ("prediction", "loss", "score", "score_sd", "gradient_dot") if name in table]
+    broken = ~np.isfinite(table[numbers]).all(axis=1)
     if broken.any():
         raise InputError(
             f"The scores of {broken.sum()} molecules are not finite, first at row {table['row'][broken].iloc[0]}: the "
@@ -692,8 +703,9 @@ def mean_agreement(correlations):
 @contextlib.contextmanager
 def full_float32():
     """Has GPUs multiply float32 in float32, as the mathematics needs it, until the block ends."""
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before

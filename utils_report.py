@@ -357,6 +357,19 @@ def results_section(run):
             lines.append(f"| {name} | {row['added']} | {' | '.join(texts)} |")
         if results.get("influence", {}).get("leakage"):
             lines += ["", "Molecules were chosen by the loss of the test set, so its numbers are optimistic."]
+        if not results.get("influence", {}).get("converged", True):
+            lines += ["", "The scores are not converged: `influence.json` has the residual."]
+        losses = results.get("evaluation_losses", {})
+        if "selected" in losses:
+            lines += [
+                "",
+                "Evaluation loss by epoch after the selection (standardized labels), and the source paper's:",
+            ]
+            epochs = range(1, max(map(len, losses.values())) + 1)
+            lines += ["", f"| epoch | {' | '.join(map(str, epochs))} |", "| --- |" + " ---: |" * len(epochs)]
+            for name, values in (("ours", losses["selected"]), ("paper", losses["paper"])):
+                texts = [f"{value:.3f}" for value in values] + [""] * (len(epochs) - len(values))
+                lines.append(f"| {name} | {' | '.join(texts)} |")
         return "\n".join(lines)
     rows = [("this model", part, "") for part in ("train", "validation", "test")]
     rows += [("ridge regression on Morgan fingerprints", "test", "_fingerprint_ridge")]

@@ -53,6 +53,9 @@ def study_parser(description, folder, output):
     return parser
 
 
+FAILED = []  # commands of the cells that did, for the report
+
+
 def run_all(run, cells, jobs):
     """Returns `run(cell, threads)` of all cells, `jobs` at a time, which share the cores; without those that fail."""
     threads = max(1, os.cpu_count() // jobs)
@@ -61,7 +64,8 @@ def run_all(run, cells, jobs):
         try:
             return run(cell, threads)
         except subprocess.CalledProcessError as error:
-            print(f"Failed, and left out of the table: {as_text(error.cmd[1:])}. Its log stands beside its folder.")
+            FAILED.append(as_text(error.cmd[1:]))
+            print(f"Failed, and left out of the table: {FAILED[-1]}. Its log stands beside its folder.")
 
     with ThreadPoolExecutor(jobs) as executor:
         return [result for result in executor.map(attempt, cells) if result is not None]
@@ -71,6 +75,7 @@ def write_report(path, values, jobs=None, unit="logD7.4"):
     """Writes a study's results as JSON, with the command, the unit, versions and hardware."""
     threads = {"threads_a_run": max(1, os.cpu_count() // jobs)} if jobs else {}
     report = {"command": as_text(sys.argv), "unit": unit, "machine": machine() | threads}
+    report |= {"failed": FAILED} if FAILED else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report | values, indent=2) + "\n")
 

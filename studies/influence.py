@@ -7,16 +7,21 @@ Runs run_influence.py for pools with wrong labels and, if given, an external fil
 several seeds (split, pool and training vary together), with controls of the same size; and the paper's variant, in
 which molecules are chosen by the loss of the test molecules (a leak). Writes results/influence_study.json (.md, .png):
 areas under the ROC curve of finding wrong labels, test errors after the selection, paired differences with 95 %
-intervals of Student's t distribution.
+intervals that allow for what the seeds' splits have in common, and how like the scores are to those by conjugate
+gradients.
 """
 
+import json
+import os
 import shlex
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from common import as_text, interval, run_all, run_script, study_parser, with_interval, write_report
 
 
+START = "models/molformer-mini"
 CONTROLS = ("none", "all", "random")
 MORE_CONTROLS = ("bottom", "smallest_loss", "gradient_dot")
 SEEDS_OF_MORE = 3  # seeds that have these too, and the variant that leaks
@@ -32,25 +37,52 @@ NAMES = {
 }
 
 
-def run(cell, args, threads):
-    """Runs one cell (pool, split, seed, variant), unless it is finished, and returns its results."""
+def command_of(cell, args):
+    """Returns the folder and the command of a cell (pool, split, seed, variant)."""
     pool, split, seed, leaks = cell
     folder = args.folder / "-".join((pool, split, str(seed), *(["leakage"] if leaks else [])))
     controls = (*CONTROLS, *(MORE_CONTROLS if seed in args.seeds[:SEEDS_OF_MORE] else ()))
     controls = ["none"] if leaks else controls
-    command = ["run_influence.py", "--split", split, "--seed", str(seed)]
+    command = ["run_influence.py", "--model_name_or_path", START, "--split", split, "--seed", str(seed)]
     command += ["--controls", *controls, *shlex.split(args.extra)]
     command += ["--external_file", str(Path(args.external_file).resolve())] if pool == "external" else []
     command += ["--score_split", "test", "--select", "positive"] if leaks else []
+    return folder, command
+
+
+def run(cell, args, threads):
+    """Runs one cell, unless it is finished, and returns its results."""
+    pool, split, seed, leaks = cell
+    folder, command = command_of(cell, args)
     values = run_script(command, folder, threads)
-    return {
-        "pool": pool,
-        "split": split,
-        "seed": seed,
-        "leakage": leaks,
-        "command": as_text(command),
-        **values,
-    }
+    row = {"pool": pool, "split": split, "seed": seed, "leakage": leaks, "command": as_text(command), **values}
+    return row | {"excluded": excluded_molecules(folder)}
+
+
+def excluded_molecules(folder):
+    """Returns the external molecules that were left out, with the reason (`list[dict]`)."""
+    table = pd.read_csv(folder / "influence_scores.csv")
+    left_out = table[table["excluded"].notna()]
+    return left_out[["row", "SMILES", "excluded"]].to_dict("records")
+
+
+def compare_with_exact(args):
+    """Scores the pool of the first seed again, by conjugate gradients, and returns how like the stochastic scores are.
+
+    Returns:
+        `dict` with the rank correlation and the correlation of the scores, and the residuals of both.
+    """
+    folder, command = command_of(("corrupted", "random", args.seeds[0], False), args)
+    model = ["--model_name_or_path", str(folder / "finetune-none"), "--pretrained_model", START, "--do_predict"]
+    solver = ["--ihvp", "cg", "--tolerance", "1e-2", "--recursion_depth", "100"]
+    command = [command[0], *model, *command[3:], *solver]
+    exact = run_script(command, args.folder / "exact", os.cpu_count())
+    tables = [pd.read_csv(path / "influence_scores.csv").set_index("row") for path in (folder, args.folder / "exact")]
+    scores = [tables[0]["score"], tables[1]["score"].loc[tables[0].index]]
+    before = json.loads((folder / "influence.json").read_text())
+    row = {"rank_correlation": float(scores[0].corr(scores[1], "spearman")), "correlation": scores[0].corr(scores[1])}
+    return row | {"residual": before["residual"], "residual_of_exact": exact["influence"]["residual"],
+                  "command": as_text(command)}  # fmt: skip
 
 
 def summarize(runs):
@@ -82,21 +114,18 @@ def detection_rows(runs):
     rows = []
     for split in sorted({r["split"] for r in runs}):
         here = [r for r in runs if r["split"] == split and r["pool"] == "corrupted" and not r["leakage"]]
-        for score in ("influence", "gradient_dot", "loss"):
+        for score in ("influence", "gradient_dot", "loss", "random"):
             values = {r["seed"]: r["influence"][f"auc_{score}"] for r in here}
             if values:
                 mean, half = interval(list(values.values()))
                 rows.append({"split": split, "score": score, "auc": values, "mean": mean, "half_width": half})
-        if here:
-            rows.append(
-                {"split": split, "score": "random (by definition)", "auc": {}, "mean": 0.5, "half_width": None}
-            )
     return rows
 
 
 def to_markdown(rows, detected):
     """Returns both tables as Markdown."""
-    lines = ["| pool | split | added | n | test MSE | top-k minus this |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    lines = ["| pool | split | added | n | test MSE | top-k minus this, of the same seeds |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: |"]
     for row in rows:
         paired = with_interval(row["selected_minus_this"], signed=True) if "selected_minus_this" in row else ""
         error = with_interval((row["mean"], row["half_width"]))
@@ -141,7 +170,10 @@ def main():
         cells += [(pool, "random", seed, True) for seed in args.seeds[:SEEDS_OF_MORE] for pool in pools]
     runs = run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs)
     rows, detected = summarize(runs), detection_rows(runs)
-    write_report(args.output, {"selection": rows, "detection": detected, "runs": runs}, args.jobs)
+    values = {"selection": rows, "detection": detected, "runs": runs}
+    if "random" in args.splits:
+        values["exact"] = compare_with_exact(args)
+    write_report(args.output, values, args.jobs)
     args.output.with_suffix(".md").write_text(to_markdown(rows, detected))
     plot(rows, args.output.with_suffix(".png"))
     print(to_markdown(rows, detected))

@@ -13,12 +13,14 @@ seeds are not repeated.
 
 import argparse
 import copy
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import ROOT, interval, with_interval, write_report
+from run_once import checksums
 from scipy import stats
 
 
@@ -38,7 +40,7 @@ from utils_influence import (  # noqa: E402
 from utils_molecules import load_molecules, read_json, write_json  # noqa: E402
 
 
-BATCH, EPOCHS, RATE = 32, 7, 3e-4
+BATCH, EPOCHS, RATE = 32, 7, 6e-4
 SOLVERS = {
     "lissa": {"ihvp": "lissa"},
     "cg": {"ihvp": "cg", "recursion_depth": 60, "tolerance": 1e-2},
@@ -127,7 +129,10 @@ def study_seed(seed, args):
     model = MolformerForRegression.from_pretrained(args.model).eval()
     labels = parts["train"]["label"].to_numpy()
     model.config.label_mean, model.config.label_std = [float(labels.mean())], [float(labels.std())]
-    parts = {name: add_states(model, tokenizer, part.head(args.molecules)) for name, part in parts.items()}
+    parts = {
+        name: add_states(model, tokenizer, part.sample(min(args.molecules, len(part)), random_state=seed))
+        for name, part in parts.items()
+    }
     start, pool = upper_part(model), parts["train"]
     whole = train(start, pool, seed)
 
@@ -184,7 +189,9 @@ def main():
     args = parser.parse_args()
     rows, losses = [], {}
     for seed in args.seeds:
-        settings = [args.model, args.subsets, args.trainings, args.molecules]
+        weights = checksums([args.model])  # the same path has held other ones
+        settings = [weights, args.subsets, args.trainings, args.molecules, BATCH, EPOCHS, RATE, list(SOLVERS.items())]
+        settings = json.loads(json.dumps(settings))  # as the file has them
         file = args.folder / f"seed-{seed}.json"
         kept = read_json(file)
         if kept.get("settings") != settings:

@@ -26,6 +26,8 @@ RECIPES = {
     "rate 1.2e-3": ["--learning_rate", "1.2e-3"],
     "head rate 3e-3": ["--head_learning_rate", "3e-3"],
     "15 epochs": ["--num_train_epochs", "15"],
+    "layer rates 0.8": ["--layer_rate_decay", "0.8"],
+    "15 epochs, layer rates 0.8": ["--num_train_epochs", "15", "--layer_rate_decay", "0.8"],
     "state of <bos>": ["--pooling", "cls"],
     "published head": ["--regression_head", "molformer"],
     "redrawn features": ["--redraw_features", "true"],

@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +65,6 @@ def table():
         ({"select": "threshold", "threshold": 0.5}, [2]),
         ({"select": "threshold", "threshold": -0.5}, [0, 2, 3, 4, 5]),
         ({"select": "fraction", "fraction": 0.34}, [0, 2]),
-        ({"select": "fraction", "fraction": 0.0}, []),
     ],
 )
 def test_molecules_are_selected_by_score(table, values, expected):
@@ -95,6 +96,7 @@ def test_wrong_labels_are_found_by_low_scores_and_high_losses(table):
     assert detection(table)["auc_loss"] == 1.0
     table["corrupted"] = table["gradient_dot"] > 2.5
     assert detection(table)["auc_gradient_dot"] == 0.0
+    assert 0 <= detection(table)["auc_random"] <= 1
     table["corrupted"] = True
     assert detection(table) == {}
 
@@ -122,6 +124,8 @@ def test_left_out_molecules_keep_their_reason_and_ranks_are_whole_numbers(table,
     assert lines[0] == "row,SMILES,label,prediction,loss,score,rank,gradient_dot,selected,excluded"
     assert lines[1] == "10,C,0.0,0.0,1.0,0.5,2,-1.0,True,"
     assert lines[-1] == "3,CC,,,,,,,False,is a test molecule"
+    write_scores(tmp_path, table, table.iloc[:0].assign(text="", reason=""))  # nothing left out: no further columns
+    assert (tmp_path / "influence_scores.csv").read_text().splitlines()[0] == lines[0]
 
 
 def test_tables_show_the_papers_losses_and_say_where_the_test_set_has_chosen():
@@ -205,6 +209,10 @@ def test_the_table_is_consistent(finished_run, small_table):
     std = json.loads((finished_run / "finetune-none" / "config.json").read_text())["label_std"][0]
     assert np.allclose(table["loss"], ((table["prediction"] - table["label"]) / std) ** 2, rtol=1e-3, atol=1e-6)
     assert (table["score_sd"] >= 0).all()
+    assert table.columns.tolist() == [
+        "row", "SMILES", "label", "prediction", "loss", "score", "score_sd", "rank", "gradient_dot", "selected",
+        "corrupted", "excluded",
+    ]  # fmt: skip
 
 
 def test_the_report_says_how_the_scores_were_computed(finished_run):
@@ -219,6 +227,11 @@ def test_the_report_says_how_the_scores_were_computed(finished_run):
     assert report["split_hash"] == config["split_hash"] and report["label_std"] == config["label_std"]
     splits = json.loads((finished_run / "splits.json").read_text())
     assert report["training_molecules"] == len(splits["train"])
+    assert report["model"].endswith("finetune-none") and report["fine_tuned_from"].endswith("checkpoint")
+    values = json.loads((finished_run / "all_results.json").read_text())
+    assert values["evaluation_losses"]["selected"] == values["results"]["selected"]["eval_losses"]
+    assert values["evaluation_losses"]["paper"] == list(PAPER_LOSSES)
+    assert "| paper | 0.581 |" in (finished_run / "README.md").read_text()
 
 
 def test_scores_foretell_the_loss_after_a_step(finished_run, small_table, tmp_path, scoring):
@@ -361,6 +374,7 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     table = pd.read_csv(tmp_path / "out" / "influence_scores.csv").sort_values("row")
     assert table["excluded"].fillna("").tolist() == ["is a test molecule", "is a validation molecule", "", "", ""]
     assert table["score"].notna().tolist() == [False, False, True, True, True]
+    assert table["in_training"].fillna("").tolist() == ["", "", True, False, False]
     external.write_text("SMILES,Label\nCCO,1\n")
     call_main(*scoring, *split, "--output_dir", tmp_path / "single")
     assert json.loads((tmp_path / "single" / "influence.json").read_text())["agreement_of_ranks"] is None
@@ -413,10 +427,68 @@ def test_a_checkpoint_that_knows_the_pool_is_refused(tiny_checkpoint, small_tabl
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     given = ("--model_name_or_path", tmp_path / "model", "--train_file", small_table, *QUICK)
-    with pytest.raises(InputError, match="another split"):
+    with pytest.raises(InputError, match="trained on all training molecules of this split, those of the pool among"):
         call_main(*given, "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match="another split"):
+        call_main(*given, "--split_seed", "3", "--output_dir", tmp_path / "out")
     with pytest.raises(InputError, match="is fine-tuned, and not from models/molformer-mini.*--pretrained_model"):
         call_main(*given, "--ignore_split_mismatch", "--output_dir", tmp_path / "out")
+
+
+def test_a_checkpoint_that_says_nothing_of_its_molecules_is_warned_of(finished_run, scoring, tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(finished_run / "finetune-none", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("split_hash")
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ("--model_name_or_path", folder, "--ihvp", "identity", "--output_dir", tmp_path / "out")
+    with caplog.at_level("WARNING"):
+        call_main(*scoring, *flags)
+    assert "does not say which molecules it learned" in caplog.text
+
+
+def test_the_models_of_the_comparison_are_of_the_kind_that_is_scored(flags, tiny_checkpoint, small_table, tmp_path):
+    """The published head and pooling, which the pre-trained checkpoint does not ask for by itself."""
+    kind = ("--regression_head", "molformer", "--pooling", "cls")
+    call_main(*flags, *kind, "--controls", "none", "--select", "fraction", "--fraction", "0.1", "--num_train_epochs",
+              "1", "--influence_params", "head", "--output_dir", tmp_path / "first")  # fmt: skip
+    again = ("--model_name_or_path", tmp_path / "first" / "finetune-none", "--train_file", small_table, *QUICK)
+    call_main(*again, "--pretrained_model", tiny_checkpoint, "--controls", "none", "--influence_params", "head",
+              "--num_train_epochs", "1", "--output_dir", tmp_path / "second")  # fmt: skip
+    for folder in ("first", "second"):
+        config = json.loads((tmp_path / folder / "finetune-selected" / "config.json").read_text())
+        assert (config["regression_head"], config["pooling"]) == ("molformer", "cls")
+    with pytest.raises(InputError, match="has no regression head: it is fine-tuned itself"):
+        call_main(*flags, "--pretrained_model", tiny_checkpoint, "--output_dir", tmp_path / "third")
+
+
+def test_a_diverging_run_ends_with_a_message_and_no_table(scoring, tmp_path, run_script):
+    done = run_script("run_influence.py", *scoring, "--scale", "1e-3", "--output_dir", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"LiSSA diverged: norm .* at step \d+ of 20 with scale=0.001.*Raise --scale", done.stderr)
+    assert re.search(r"--scale 0.001 is too small for LiSSA to converge. Give more than \d", done.stderr)
+    assert not list((tmp_path / "out").glob("*.csv"))
+
+
+def test_a_run_killed_in_its_recursion_goes_on_to_equal_bits(scoring, tmp_path, run_script):
+    """Reference: the uninterrupted run. SIGKILL as soon as the state file is there."""
+    depth = ("--recursion_depth", "400")
+    call_main(*scoring, *depth, "--output_dir", tmp_path / "whole")
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "run_influence.py"), *map(str, (*scoring, *depth, "--output_dir", folder))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not (folder / "influence_state.safetensors").exists() and time.time() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "influence_scores.csv").exists()
+    done = run_script("run_influence.py", *scoring, *depth, "--output_dir", folder, "--resume_from_checkpoint", "true")
+    assert done.returncode == 0 and "Going on from" in done.stderr, done.stderr
+    scores = [pd.read_csv(path / "influence_scores.csv")["score"] for path in (folder, tmp_path / "whole")]
+    assert np.allclose(*scores, rtol=1e-5, atol=1e-8)
 
 
 def test_a_model_without_head_is_refused_where_nothing_is_trained(flags, tmp_path):
@@ -444,6 +516,11 @@ def test_the_test_set_as_target_is_called_leakage(scoring, tmp_path, caplog):
         ({"controls": ["none", "luck"]}, "--controls luck is unknown. Choose from none, all"),
         ({"tolerance": math.nan}, "--tolerance is nan"),
         ({"tolerance": 1.0, "ihvp": "cg"}, "--tolerance is 1.0; give a number below 1"),
+        ({"threshold": 0.5}, "--threshold goes with --select threshold, not with --select top_k"),
+        ({"num_selected": 5, "select": "fraction"}, "--num_selected goes with --select top_k"),
+        ({"threshold": math.nan, "select": "threshold"}, "--threshold is nan"),
+        ({"fraction": 0.0, "select": "fraction"}, "--fraction is 0: nothing would be selected"),
+        ({"damping": 0.1, "relative_damping": 0.1}, "--damping and --relative_damping: give one of them"),
     ],
 )
 def test_arguments_are_checked(values, message):

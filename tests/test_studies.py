@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import run_influence
 from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import LEARNING_RATES, build_tokenizer
@@ -281,7 +282,7 @@ def test_the_quick_form_of_the_paper_ends_in_its_tables(tmp_path):
 
 
 def influence_run(seed, errors, split="random", pool="corrupted", leakage=False):
-    aucs = {"auc_influence": 0.8, "auc_gradient_dot": 0.6, "auc_loss": 0.9}
+    aucs = {"auc_influence": 0.8, "auc_gradient_dot": 0.6, "auc_loss": 0.9, "auc_random": 0.45}
     results = {name: {"test_mse": error} for name, error in errors.items()}
     return {
         "pool": pool, "split": split, "seed": seed, "leakage": leakage,
@@ -301,7 +302,7 @@ def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
     assert mean == pytest.approx(-0.11) and half == pytest.approx(4.3027 * 0.01 * math.sqrt(1 / 3 + 1 / 4), rel=1e-3)
     detected = influence.detection_rows(runs)
     means = {row["score"]: row["mean"] for row in detected[:3]}
-    assert means == pytest.approx({"influence": 0.8, "gradient_dot": 0.6, "loss": 0.9})
+    assert means == pytest.approx({"influence": 0.8, "gradient_dot": 0.6, "loss": 0.9, "random": 0.45})
     text = influence.to_markdown(list(rows.values()), detected)
     assert "| corrupted | random | random-k | 3 | 0.520 ± 0.066 | -0.110 ± 0.033 |" in text
     influence.plot(list(rows.values()), tmp_path / "study.png")
@@ -320,6 +321,26 @@ def test_the_upper_part_answers_as_the_whole_model(tiny_checkpoint):
     assert torch.allclose(answers, model(**batch).logits, atol=1e-5)
 
 
+def test_the_commands_of_the_influence_study_are_taken_by_the_script(tmp_path):
+    args = argparse.Namespace(folder=tmp_path, extra="--num_train_epochs 1", seeds=[0, 1, 2, 3], external_file="x.csv")
+    folders = set()
+    for cell in (
+        ("corrupted", "random", 0, False),
+        ("external", "scaffold", 3, False),
+        ("external", "random", 0, True),
+    ):
+        folder, command = influence.command_of(cell, args)
+        folders.add(folder)
+        assert command[:3] == ["run_influence.py", "--model_name_or_path", "models/molformer-mini"]
+        parsed = parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=command[1:])
+        _, data_args, influence_args, training_args = parsed
+        assert (data_args.split, training_args.seed, training_args.num_train_epochs) == (*cell[1:3], 1)
+        assert (influence_args.external_file is None) == (cell[0] == "corrupted")
+        assert influence_args.score_split == ("test" if cell[3] else "validation")
+        assert len(influence_args.controls) == (1 if cell[3] else 6 if cell[2] < 3 else 3)
+    assert len(folders) == 3
+
+
 def test_the_datamodeling_score_is_a_rank_correlation_with_its_interval():
     measured = np.random.default_rng(0).normal(size=60)
     assert influence_lds.correlation(measured**3, measured)["lds"] == pytest.approx(1.0)
@@ -327,13 +348,17 @@ def test_the_datamodeling_score_is_a_rank_correlation_with_its_interval():
     assert noisy["low"] < noisy["lds"] < noisy["high"] < 1
 
 
-def test_a_cell_that_fails_is_left_out_of_a_study(capsys):
+def test_a_cell_that_fails_is_left_out_of_a_study(capsys, monkeypatch, tmp_path):
     def run(cell, threads):
         subprocess.run([sys.executable, "-c", f"raise SystemExit({cell})"], check=True)
         return cell
 
+    monkeypatch.setattr(common, "FAILED", [])
     assert common.run_all(run, [0, 3, 0], jobs=2) == [0, 0]
     assert "Failed, and left out" in capsys.readouterr().out
+    common.write_report(tmp_path / "report.json", {"rows": []})
+    (failed,) = json.loads((tmp_path / "report.json").read_text())["failed"]
+    assert "raise SystemExit(3)" in failed
 
 
 def peft_run(method, seed, test_mse, name=None, split="random", trained=100, **values):
