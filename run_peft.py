@@ -36,8 +36,8 @@ from arguments import (
 
 DEFAULTS = {"output_dir": "outputs/peft"}
 
-# What --peft_method means: learning rate, rank, target modules. The rates were found on validation for the embedded
-# checkpoint (`python studies/peft_comparison.py --tune`).
+# What --peft_method means: learning rate, rank, target modules. The rates are for the embedded
+# checkpoint; `python studies/peft_comparison.py --tune` finds them on validation.
 LAYER = r"molformer\.encoder\.layer\.\d+\."
 ALL_LINEAR = LAYER + r"(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
 
