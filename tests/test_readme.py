@@ -9,21 +9,47 @@ import sys
 import pytest
 from conftest import ROOT
 
+import bench
 from arguments import parse_arguments
 from trainer_regression import LEARNING_RATES
 
 
 sys.path.insert(0, str(ROOT / "studies"))
 
+import influence  # noqa: E402
+import influence_lds  # noqa: E402
+import peft_comparison  # noqa: E402
+import pretraining_trials  # noqa: E402
+import recipes  # noqa: E402
+import table1  # noqa: E402
+from readme_tables import BLOCK  # noqa: E402
 from ship_checkpoint import table  # noqa: E402
-from table1 import markdown  # noqa: E402
 
 
-def test_results_table_is_that_of_the_runs():
-    """Reference: results/table1.md, which `./reproduce_table1.sh` wrote with table1.json."""
-    report = json.loads((ROOT / "results" / "table1.json").read_text())
-    text = markdown(report["rows"], report["paired_differences"])
-    assert text == (ROOT / "results" / "table1.md").read_text() and text in (ROOT / "README.md").read_text()
+# each table of results/ as its study writes it, from its numbers
+TABLES = {
+    "table1": lambda report: table1.markdown(report["rows"], report["paired_differences"]),
+    "recipes": lambda report: recipes.to_markdown(report["rows"]),
+    "pretraining_trials": lambda report: pretraining_trials.to_markdown(report["rows"]),
+    "influence_study": lambda report: influence.to_markdown(report["selection"], report["detection"]),
+    "influence_lds": lambda report: influence_lds.to_markdown(report["summary"]),
+    "peft_comparison": lambda report: peft_comparison.to_markdown(report["rows"]),
+    "bench": bench.to_markdown,
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.md")), ids=lambda path: path.stem)
+def test_tables_are_those_of_the_numbers(path):
+    """Reference: the JSON file that the same command wrote."""
+    assert path.read_text() == TABLES[path.stem](json.loads(path.with_suffix(".json").read_text()))
+
+
+def test_the_readme_has_the_tables_of_the_results():
+    """As `python studies/readme_tables.py` puts them there."""
+    blocks = {block["name"]: block["table"] for block in BLOCK.finditer((ROOT / "README.md").read_text())}
+    assert "table1" in blocks
+    for name, text in blocks.items():
+        assert text == (ROOT / "results" / f"{name}.md").read_text(), name
 
 
 def test_pretraining_is_clearly_better_than_from_scratch():
