@@ -5,7 +5,7 @@
 
 Writes results/paper_tables.json, and results/paper_tables.md: regression and masked language modeling (Table 1),
 evaluation loss by epoch after the selection (Table 2), parameter-efficient fine-tuning (appendix); means over seeds
-with 95 % intervals of Student's t distribution, in logD units, and the command of every row.
+with 95 % intervals that allow for what the splits share, in logD units, and the command of every row.
 """
 
 import argparse
