@@ -294,6 +294,10 @@ class TrainingArguments(transformers.TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether losses that are no numbers are left out of the log; a GPU is then waited for."},
+    )
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
     bf16: bool = field(  # the parser takes a bare --bf16 for this type alone
         default=None,
@@ -313,7 +317,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default="group_by_length",
         metadata={
             "choices": ["random", "sequential", "group_by_length"],
-            "help": "Order of the training molecules. Batches of like length save a quarter of the work.",
+            "help": "Order of the training molecules. Batches of like length save a third of the tokens.",
         },
     )
 
@@ -325,7 +329,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.bf16 is None:
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # of accelerate launch
             fast = self.do_train and not self.fp16 and has_bfloat16(self.use_cpu)
-            self.bf16 = launched == "bf16" if launched else fast
+            self.bf16 = self.do_train and launched == "bf16" if launched else fast
+            if not (self.bf16 or self.fp16):
+                os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # predictions alone are in float32, however launched
         do_eval = self.do_eval
         super().__post_init__()
         self.do_eval = do_eval  # the library sets it wherever there is an evaluation during training

@@ -634,6 +634,8 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         descriptors=None,
         atom_descriptors=None,
         environments=None,
+        labeled_rows=None,
+        atom_rows=None,
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
@@ -651,6 +653,8 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             descriptors (`torch.Tensor`, *optional*): shape (B, M), in the units of RDKit.
             atom_descriptors (`torch.Tensor`, *optional*): shape (B, T, A), likewise; goes with `environments`.
             environments (`torch.LongTensor`, *optional*): shape (B, T, R), classes, -100 where there is no atom.
+            labeled_rows, atom_rows (`torch.LongTensor`, *optional*): shape (N,), where in the B * T tokens those with
+                a label, and the atoms, are. Without them they are looked for, and a GPU is waited for.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): labeled tokens in all accumulated batches; the
                 sum of cross-entropies is then divided by it. It says nothing of other targets: where there are some,
                 set `accepts_loss_kwargs` to `False`, and every batch counts alike.
@@ -672,7 +676,7 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         if labels is not None or (descriptors is None and environments is None):
             labeled_states = states
             if labels is not None and self.training:
-                rows = (labels.flatten() != -100).nonzero()[:, 0]  # (N,)
+                rows = (labels.flatten() != -100).nonzero()[:, 0] if labeled_rows is None else labeled_rows  # (N,)
                 labeled_states, labels = states.flatten(0, 1)[rows], labels.flatten()[rows]  # (N, C), (N,)
             logits = self.lm_head(labeled_states)
         if labels is not None:
@@ -692,7 +696,9 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             self._check_targets("environments", environments, (*shape, len(self.config.environment_buckets or ())))
             expected = (*shape, len(self.config.atom_descriptor_names or ()))
             self._check_targets("atom_descriptors", atom_descriptors, expected)
-            rows = (environments[..., 0].flatten() != -100).nonzero()[:, 0]  # (N,), of the atoms
+            rows = atom_rows  # (N,)
+            if rows is None:
+                rows = (environments[..., 0].flatten() != -100).nonzero()[:, 0]
             atom_states = states.flatten(0, 1)[rows]  # (N, C)
             atom_logits = self.atom_head(atom_states)  # (N, A)
             environment_logits = self.atom_head.environments(atom_states)

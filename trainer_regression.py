@@ -553,7 +553,10 @@ class MolformerTrainer(Trainer):
             for name, buffer in self.model.named_buffers():
                 if name.endswith("feature_map.weight"):
                     torch.distributed.broadcast(buffer, src=0)
-        return super().evaluation_loop(*args, **kwargs)
+        half = torch.bfloat16 if self.args.bf16 and self.is_in_train else None
+        # one block for all batches: the weights are then cast once
+        with torch.autocast(self.args.device.type, half, enabled=half is not None):
+            return super().evaluation_loop(*args, **kwargs)
 
     def save_metrics(self, split, metrics, combined=True):
         """Saves metrics as the library does, but every file whole or not at all."""

@@ -343,7 +343,10 @@ class PretrainingCollator:
         return batch if self.mlm_probability is None else self.mask(batch)
 
     def place_atoms(self, examples, ids):
-        """Returns the numbers of atoms at the places of their tokens, (B, T, A) and (B, T, R); -100 elsewhere."""
+        """Returns the numbers of atoms at the places of their tokens, (B, T, A) and (B, T, R); -100 elsewhere.
+
+        And where the atoms are among the B * T tokens, (N,).
+        """
         atoms = self.is_atom[ids.numpy()]  # (B, T)
         atoms[[not len(e["environments"]) for e in examples]] = False
         placed = {}
@@ -352,10 +355,12 @@ class PretrainingCollator:
             values = np.full((*atoms.shape, self.widths[name]), -100, dtype=dtype)
             values[atoms] = flat.reshape(-1, self.widths[name])
             placed[name] = torch.from_numpy(values)
+        # found here: where they are looked for on a GPU, it is waited for
+        placed["atom_rows"] = torch.from_numpy(atoms.ravel().nonzero()[0])
         return placed
 
     def mask(self, batch):
-        """Returns the batch with masked `input_ids` (B, T), and `labels` (B, T) that are -100 elsewhere."""
+        """Returns the batch with masked `input_ids` (B, T), `labels` (B, T), -100 elsewhere, and their places (N,)."""
         ids = batch["input_ids"]
         generator = torch.Generator().manual_seed(zlib.crc32(ids.numpy().tobytes(), self.seed % 2**32))
         specials = torch.tensor(
@@ -366,6 +371,7 @@ class PretrainingCollator:
         whole = torch.randperm(len(ids), generator=generator)[max(1, round(self.masked_share * len(ids))) :]
         chosen[whole] = False
         batch["labels"] = torch.where(chosen, ids, -100)
+        batch["labeled_rows"] = chosen.flatten().nonzero()[:, 0]
         batch["input_ids"] = torch.where(chosen & (fates < 0.8), self.tokenizer.mask_token_id, ids)
         others = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
         batch["input_ids"] = torch.where(chosen & (fates >= 0.9), others, batch["input_ids"])

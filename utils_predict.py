@@ -41,7 +41,7 @@ from utils_molecules import (
 REPORTED = ("rmse", "mae", "r2")
 STATUS = {"invalid": "invalid SMILES", "lost": "unknown token", "unknown": "unknown token", "too_long": "too long"}
 PIECE = 20_000  # rows that are read at a time
-INLINE = 2_000  # rows below which worker processes do not pay
+INLINE = 40_000  # rows that this process prepares itself: worker processes take as long to start
 ADDED = ("prediction", "prediction_sd", "augment_sd")
 
 logger = logging.getLogger("molformer.predict")
@@ -208,14 +208,15 @@ def prepare(smiles, tokenizer, form, max_length, num_forms, seed):
     return forms, reasons
 
 
-def prepared_pieces(pieces, smiles_column, arguments, workers):
-    """Yields every piece with what `prepare` makes of it; worker processes prepare the next one meanwhile."""
-    pool = None
+def prepared_pieces(pieces, smiles_column, arguments, workers, share=slice(None)):
+    """Yields every piece with what `prepare` makes of a `share` of it; workers prepare the next one meanwhile."""
+    pool, seen = None, 0
 
     def start(piece):
-        nonlocal pool
-        smiles = [text.strip() for text in piece[smiles_column]]
-        if len(smiles) < INLINE or workers < 2:
+        nonlocal pool, seen
+        smiles = [text.strip() for text in piece[smiles_column][share]]
+        seen += len(smiles)
+        if seen <= INLINE or workers < 2:
             return [prepare(smiles, *arguments)]
         if pool is None:  # spawned: a fork of a process whose threads compute may hang
             pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
@@ -242,7 +243,7 @@ def prepared_pieces(pieces, smiles_column, arguments, workers):
 
 
 class Predictor:
-    """One or several models that predict labels from token ids, on all processes.
+    """One or several models that predict labels from token ids, on the device of this process.
 
     Args:
         models (`list[MolformerForRegression]`): members of an ensemble; of embeddings the first one's count.
@@ -267,26 +268,54 @@ class Predictor:
         mine = []
         # one block for all batches: the weights are then cast once
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            # every process takes each N-th batch, so that all have long and short ones
-            for rows in batches[self.state.process_index :: self.state.num_processes]:
+            for rows in batches:
                 batch = self.tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, return_tensors="pt")
                 mine.append((rows, *self.predict_batch(batch.to(self.device), with_states)))
                 if bar is not None:
                     bar.update(len(rows) * self.state.num_processes)
         # a GPU is waited for here, not after each batch
-        mine = [
-            (rows, values.double().cpu().numpy(), None if pooled is None else pooled.float().cpu().numpy())
-            for rows, values, pooled in mine
-        ]
-        done = gather_object(mine) if self.state.num_processes > 1 else mine
         count, outputs = len(encoded), self.models[0].num_labels
         predictions = np.empty((count, len(self.models), outputs))  # every row is filled below
         states = np.empty((count, self.models[0].config.hidden_size), dtype=np.float32) if with_states else None
-        for rows, values, pooled in done:
-            predictions[rows] = values
+        for rows, values, pooled in mine:
+            predictions[rows] = values.double().cpu().numpy()
             if with_states:
-                states[rows] = pooled
+                states[rows] = pooled.float().cpu().numpy()
         return predictions, states
+
+    def predict_forms(self, forms, reasons, num_forms, with_states=False, bar=None):
+        """Returns the answers to a piece of N rows, of which every process gives the part that it has prepared.
+
+        Args:
+            forms (`list[list[list[int]]]`): token ids of the rows of this process, see `share`, `num_forms` a row.
+            reasons (`list[str | None]`): what is wrong with each of them.
+        Returns:
+            what is wrong with each row of the piece; predictions (N, forms, members, K), NaN where something is; and
+            pooled states (N, C) or `None`, likewise.
+        """
+        usable = [row for row, reason in enumerate(reasons) if reason is None]
+        predictions, states = self.predict([ids for row in usable for ids in forms[row]], with_states, bar)
+        values = np.full((len(reasons), num_forms, *predictions.shape[1:]), np.nan)
+        values[usable] = predictions.reshape(len(usable), *values.shape[1:])
+        pooled = np.full((len(reasons), self.models[0].config.hidden_size), np.nan, dtype=np.float32)
+        if with_states:
+            pooled[usable] = states[::num_forms]
+        parts, total = [(reasons, values, pooled)], self.state.num_processes
+        if total > 1:
+            parts = gather_object(parts)
+        count = sum(len(part[0]) for part in parts)
+        whole = [np.empty((count, *array.shape[1:]), array.dtype) for array in (values, pooled)]
+        all_reasons = [None] * count
+        for rank, (reasons, *arrays) in enumerate(parts):
+            all_reasons[rank::total] = reasons
+            for array, part in zip(whole, arrays, strict=True):
+                array[rank::total] = part
+        return all_reasons, whole[0], whole[1] if with_states else None
+
+    @property
+    def share(self):
+        """Which rows of a piece this process prepares and predicts (`slice`)."""
+        return slice(self.state.process_index, None, self.state.num_processes)
 
     def predict_batch(self, batch, with_states):
         """Returns predictions of all models, shape (B, members, K), and the first one's pooled states, or `None`."""
@@ -354,15 +383,15 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     writer = Writer(path) if main else None
     statuses, measured, total = {}, [], 0
     bar = tqdm(desc="Predicting", unit=" SMILES", disable=training_args.disable_tqdm or not training_args.should_log)
-    workers = regression_args.preprocessing_num_workers
-    for piece, forms, reasons in prepared_pieces(pieces, smiles_column, arguments, workers):
+    workers = max(1, regression_args.preprocessing_num_workers // predictor.state.num_processes)
+    for piece, forms, reasons in prepared_pieces(pieces, smiles_column, arguments, workers, predictor.share):
+        reasons, values, states = predictor.predict_forms(forms, reasons, num_forms + 1, exported is not None, bar)
         usable = [row for row, reason in enumerate(reasons) if reason is None]
-        flat = [ids for row in usable for ids in forms[row]]
-        values, states = predictor.predict(flat, exported is not None, bar)
+        values = values[usable]
         broken = int((~np.isfinite(values)).sum())
         if broken:
             raise InputError(f"{broken} predictions are not finite: the checkpoint is broken. Use another one.")
-        members = values.reshape(len(usable), num_forms + 1, *values.shape[1:]).transpose(2, 0, 1, 3)
+        members = values.transpose(2, 0, 1, 3)
         prediction, spreads = summarize_predictions(list(members))
         if any(labels):
             measured.append(np.stack([prediction, measured_labels(piece, labels)[usable]]))
@@ -376,7 +405,7 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
         if main:
             writer.write(piece)
             if embeddings is not None:
-                embeddings.write(usable, states[:: num_forms + 1], len(piece))
+                embeddings.write(usable, states[usable], len(piece))
         total += len(piece)
     bar.close()
     if main:

@@ -103,6 +103,7 @@ def test_the_defaults_of_training_are_the_papers():
         (None, ["--do_predict", "--bf16"], True, True),
         ("no", ["--do_train"], True, False),
         ("bf16", ["--do_train"], False, True),
+        ("bf16", ["--do_predict"], True, False),
     ],
 )
 def test_training_is_in_bfloat16_where_it_is_fast_and_nobody_says_otherwise(
