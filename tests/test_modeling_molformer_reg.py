@@ -1327,3 +1327,39 @@ def test_atom_targets_that_fit_no_head_are_refused(numbers, radii):
 def test_half_an_atom_head_is_refused():
     with pytest.raises(ValueError, match="go together"):
         MolformerForMaskedLM(MolformerConfig(**TINY, atom_descriptor_names=["a"]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_places_that_are_given_are_those_that_would_be_found(training):
+    """Where tokens have labels and where the atoms are; the dropout is the same."""
+    model = MolformerForMaskedLM(MolformerConfig(**TINY, **ATOM_HEAD)).train(training)
+    ids = torch.randint(4, 40, (2, 9))
+    labels, environments = torch.where(torch.rand(2, 9) < 0.3, ids, -100), torch.randint(0, 5, (2, 9, 2))
+    environments[:, ::2] = -100
+    targets = {"labels": labels, "environments": environments, "atom_descriptors": torch.randn(2, 9, 3)}
+    rows = {"labeled_rows": (labels.flatten() != -100).nonzero()[:, 0]}
+    rows["atom_rows"] = (environments[..., 0].flatten() != -100).nonzero()[:, 0]
+    losses = []
+    for given in ({}, rows):
+        torch.manual_seed(1)
+        losses.append(model(ids, **targets, **given).loss)
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_forward_waits_for_the_device(training):
+    """Tensors without values refuse whatever must read one: an `item`, a `nonzero`, a branch on a number."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        ids = torch.full((2, 9), 5)
+        regression = MolformerForRegression(MolformerConfig(**TINY)).train(training)
+        assert regression(ids, torch.ones_like(ids), labels=torch.zeros(2, 1)).loss.shape == ()
+        model = MolformerForMaskedLM(MolformerConfig(**TINY, **ATOM_HEAD)).train(training)
+        batch = {"labels": ids, "environments": torch.zeros(2, 9, 2, dtype=torch.long)}
+        batch |= {
+            "atom_descriptors": torch.zeros(2, 9, 3),
+            "labeled_rows": torch.arange(4),
+            "atom_rows": torch.arange(3),
+        }
+        assert model(ids, **batch).loss.shape == ()
