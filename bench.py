@@ -1,13 +1,13 @@
 """Times and memory of what the scripts do, side by side in one run, on the lengths of the real molecules.
 
-    python bench.py                        # tables on the screen, results/bench.json, .md and .png
-    python bench.py --sizes mini --rounds 3
-    python bench.py --corpus               # also reads a corpus of a million SMILES
+    python bench.py --corpus               # everything; tables on the screen, results/bench.json, .md and .png
+    python bench.py --sizes mini --rounds 3 --no-memory      # a quick look, to work/bench
 
 All cases of a size are built first and then timed in turn, round after round in a new order; a number is the median of
 the rounds. Beside our steps: the published way to run the model (molecules in random order, padded, float32, one QR a
-layer at each forward), BERT and ModernBERT of the same width and depth from transformers, and the matrix products of
-the same real tokens alone, which nothing can beat. Weights are random, learning rates 0. Peak memory is that of a
+layer at each forward), BERT and ModernBERT of the same width and depth from transformers (ModernBERT's feed-forward
+layer is gated, and does about a seventh more arithmetic), and the matrix products of the same real tokens alone, which
+nothing can beat. Weights are random, learning rates 0. Peak memory is that of a
 process of its own, with about half a gigabyte of libraries (the case "nothing").
 """
 
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from transformers import (  # noqa: E402
     ModernBertForSequenceClassification,
 )
 
-from arguments import TrainingArguments  # noqa: E402
+from arguments import TrainingArguments, has_bfloat16  # noqa: E402
 from modeling_molformer_reg import (  # noqa: E402
     MolformerConfig,
     MolformerForMaskedLM,
@@ -189,10 +190,10 @@ def eval_step(model, batches, bf16=False, before=None):
     @torch.inference_mode()
     def step():
         model.eval()
-        for batch in batches:
-            if before is not None:
-                before(model)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):  # one block, as in our trainer
+            for batch in batches:
+                if before is not None:
+                    before(model)
                 model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
 
     return step
@@ -201,14 +202,19 @@ def eval_step(model, batches, bf16=False, before=None):
 def products(size, batches, bf16, training):
     """Returns a function that does the matrix products of the real tokens of all batches, and nothing else.
 
-    Nothing is allocated, and all layers take the same inputs and weights, which thus stay in the caches: it is a
-    little faster than any model can be. The products of keys with values and of queries with these are done as one
-    tall product in place of one for each molecule and head.
+    Nothing is allocated, and products of one shape take the same inputs and weights in all layers and batches, which
+    thus stay in the caches as far as they fit: it is a little faster than any model can be. The products of keys with
+    values and of queries with these are done as one tall product in place of one for each molecule and head.
     """
     config, dtype = MolformerConfig(**SIZES[size]), torch.bfloat16 if bf16 else torch.float32
     width, inner, features = config.hidden_size, config.intermediate_size, config.num_random_features
     heads = config.num_attention_heads
-    work = []
+    work, kept = [], {}
+
+    def tensor(shape):
+        kept.setdefault(shape, torch.randn(shape, device=DEVICE, dtype=dtype))
+        return kept[shape]
+
     for lengths in batches:
         tokens = sum(lengths)
         linear = 4 * [(tokens, width, width)] + [(tokens, width, inner), (tokens, inner, width)]
@@ -216,8 +222,11 @@ def products(size, batches, bf16, training):
         # the first two are the feature maps, whose weights are not trained
         for number, (rows, inputs, outputs) in enumerate([*attention, *linear]):
             shapes = {"x": (rows, inputs), "w": (inputs, outputs), "y": (rows, outputs)}
-            tensors = {name: torch.randn(shape, device=DEVICE, dtype=dtype) for name, shape in shapes.items()}
-            outs = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+            tensors = {name: tensor(shape) for name, shape in shapes.items()}
+            outs = {
+                name: kept.setdefault(("out", *shape), torch.empty_like(tensors[name]))
+                for name, shape in shapes.items()
+            }
             work.append((tensors, outs, number >= 2))
 
     @torch.no_grad()
@@ -241,7 +250,7 @@ def masked_batch(batch):
 
 
 def predict_step(model, batches, bf16):
-    """Returns a function that predicts molecules, as run_regression.py predicts a file."""
+    """Returns a function that predicts molecules whose tokens are there, as run_regression.py does in a file."""
     arguments = TrainingArguments(output_dir=tempfile.gettempdir(), bf16=bf16)
     arguments.per_device_eval_batch_size = len(batches[0])
     predictor = Predictor([model], build_tokenizer(), arguments)
@@ -313,11 +322,11 @@ class Case:
         return sum(map(sum, self.batches))
 
 
-def cases_of(size, lengths, methods, batch_size):
-    """Returns every `Case` by its name."""
+def cases_of(size, lengths, methods, batch_size, predict_batch_size=64):
+    """Returns every `Case` by its name; those in bfloat16 where the hardware has it."""
     count = BATCHES[size]
     grouped, shuffled = (choose_batches(lengths, count, batch_size, kind) for kind in ("grouped", "shuffled"))
-    predicted = choose_batches(lengths, count // 2, 64, "sorted")
+    predicted = choose_batches(lengths, count // 2, predict_batch_size, "sorted")
     regression = partial(build, MolformerForRegression, size)
     cases = {"nothing": Case(lambda: lambda: None, [])}
 
@@ -327,7 +336,7 @@ def cases_of(size, lengths, methods, batch_size):
 
         cases[name] = Case(make, batches, bound)
 
-    for kind, bf16 in (("fp32", False), ("bf16", True)):
+    for kind, bf16 in (("fp32", False), ("bf16", True))[: 2 if has_bfloat16(DEVICE.type == "cpu") else 1]:
         for what, step in (("training", train_step), ("evaluation", eval_step)):
             bound = f"products alone, {what}, {kind}"
             cases[bound] = Case(partial(products, size, grouped, bf16, what == "training"), grouped)
@@ -336,11 +345,14 @@ def cases_of(size, lengths, methods, batch_size):
                 add(f"{what}, {kind}, {name}", step, partial(peer, size), bf16=bf16)
         add(f"masked language modeling, {kind}", train_step, partial(build, MolformerForMaskedLM, size),
             prepare=masked_batch, bf16=bf16)  # fmt: skip
+        bound = f"products alone, prediction, {kind}"
+        cases[bound] = Case(partial(products, size, predicted, bf16, False), predicted)
         make = partial(lambda bf16: predict_step(regression(), predicted, bf16), bf16)
-        cases[f"prediction, {kind}"] = Case(make, predicted, f"products alone, evaluation, {kind}")
+        cases[f"prediction, {kind}"] = Case(make, predicted, bound)
     frozen = partial(regression, redraw_features=False)
     for what, step in (("training", train_step), ("evaluation", eval_step)):
-        add(f"{what}, the published way", step, frozen, batches=shuffled, before=redraw_as_published)
+        bound = f"products alone, {what}, fp32"  # of real tokens, of which both have as many a second
+        add(f"{what}, the published way", step, frozen, batches=shuffled, bound=bound, before=redraw_as_published)
     for method in methods:
         add(f"{method}, training, fp32", train_step, partial(peft_model, size, method))
     middle = grouped[len(grouped) // 2]
@@ -363,6 +375,10 @@ def length_cases(size):
 
 
 # -------------------------------------------------------------------------------------------------------------- timing
+
+
+def device_name():
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else str(DEVICE)
 
 
 def synchronize():
@@ -427,23 +443,39 @@ def ratios(rows):
                 row = {"size": size, "case": first, "against": second}
                 row["ratio"] = one["tokens_per_second"] / other["tokens_per_second"]
                 if "peak_memory_bytes" in one and "peak_memory_bytes" in other:
-                    libraries = found[size, "nothing"]["peak_memory_bytes"]
+                    # a GPU holds none of them
+                    libraries = found[size, "nothing"]["peak_memory_bytes"] if DEVICE.type == "cpu" else 0
                     ours, theirs = (case["peak_memory_bytes"] - libraries for case in (one, other))
                     row["memory"] = ours / theirs if theirs > 0 else None
                 rows.append(row)
     return rows
 
 
-def peak_of(size, name, batch_size, lengths_file):
+def child(command, **environment):
+    """Returns what a command prints; what it says of an error is not lost."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def peak_of(size, name, args, lengths_file):
     """Returns the peak memory of a case in a process of its own, in bytes."""
-    command = [sys.executable, __file__, "--sizes", size, "--batch_size", str(batch_size)]
-    command += ["--one", name, "--lengths_file", str(lengths_file)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command = [__file__, "--sizes", size, "--batch_size", args.batch_size]
+    command += ["--predict_batch_size", args.predict_batch_size, "--one", name, "--lengths_file", lengths_file]
+    return int(child(command).split()[-1])
 
 
-def run_one(size, name, batch_size, lengths_file):
+def run_one(size, name, args):
     """Runs one case alone, twice, and prints the peak memory of this process."""
-    step = cases_of(size, json.loads(Path(lengths_file).read_text()), METHODS, batch_size)[name].build()
+    lengths = json.loads(Path(args.lengths_file).read_text())
+    step = cases_of(size, lengths, METHODS, args.batch_size, args.predict_batch_size)[name].build()
     for _ in range(2):
         step()
     print(peak_memory())
@@ -468,48 +500,77 @@ def compilation(size, lengths, batch_size, rounds):
     """Returns what torch.compile takes and gives: seconds until the steps are compiled, and those of a step."""
     batches = [make_batch(rows) for rows in choose_batches(lengths, BATCHES[size], batch_size, "grouped")]
     model = build.__wrapped__(MolformerForRegression, size, redraw_features=False)
-    compiled = torch.compile(model, dynamic=True)
-    start = time.perf_counter()
-    steps = {"plain": train_step(model, batches), "compiled": train_step(compiled, batches)}
-    steps["compiled"]()
-    values, seconds = {"compile_seconds": time.perf_counter() - start}, {name: [] for name in steps}
-    for _ in range(rounds):
+    steps = {"plain": train_step(model, batches), "compiled": train_step(torch.compile(model, dynamic=True), batches)}
+    first, seconds = {}, {name: [] for name in steps}
+    for number in range(rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             synchronize()
-            seconds[name].append((time.perf_counter() - start) / len(batches))
-    values |= {f"{name}_step_seconds": statistics.median(found) for name, found in seconds.items()}
+            taken = time.perf_counter() - start
+            if number:
+                seconds[name].append(taken / len(batches))
+            else:
+                first[name] = taken
+    values = {f"{name}_step_seconds": statistics.median(found) for name, found in seconds.items()}
+    values["compile_seconds"] = first["compiled"] - len(batches) * values["compiled_step_seconds"]
     gain = values["plain_step_seconds"] - values["compiled_step_seconds"]
     return values | {"pays_after_steps": values["compile_seconds"] / gain if gain > 0 else None}
 
 
-def processes():
-    """Returns molecules a second of run_regression.py in one process of one core, of two, and in two of one each."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
-    forms = {"1 process, 1 thread": ([], 1, 16), "1 process, 2 threads": ([], 2, 16),
-             "2 processes, 1 thread each": (launcher, 1, 8)}  # fmt: skip
+def processes(rounds=5):
+    """Returns molecules a second of run_regression.py in one process and in several, medians of interleaved runs.
+
+    On CPUs one process of one core, one of two, and two of one each; with several GPUs one, and one on each. The batch
+    of a step is the same. 60 steps, the first ones among them.
+    """
+    count = torch.accelerator.device_count() if DEVICE.type != "cpu" else 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    forms = {"1 process, 1 thread": ([], 1, 16, ["--use_cpu"]), "1 process, 2 threads": ([], 2, 16, ["--use_cpu"]),
+             "2 processes, 1 thread each": ([*launcher, 2], 1, 8, ["--use_cpu"])}  # fmt: skip
+    if count > 1:
+        forms = {"1 GPU": ([*launcher, 1], 4, 16 * count, []), f"{count} GPUs": ([*launcher, count], 4, 16, [])}
+    speeds = {name: [] for name in forms}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            for name, (launch, threads, batch, more) in forms.items():
+                out = Path(folder) / f"{name}-{number}"
+                flags = ["--do_train", "--max_steps", "60", "--eval_strategy", "no", "--save_strategy", "no", *more]
+                flags += ["--load_best_model_at_end", "false", "--per_device_train_batch_size", batch]
+                command = [*launch, ROOT / "run_regression.py", *flags, "--output_dir", out]
+                child(command, OMP_NUM_THREADS=str(threads))
+                found = json.loads((out / "train_results.json").read_text())
+                speeds[name].append(found["train_samples_per_second"])
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+def predicted_files(counts=(4_200, 50_000), rounds=3):
+    """Returns rows a second of run_regression.py --do_predict on files of so many rows, from file to file."""
+    smiles = read_table(ROOT / "data" / "lipophilicity.csv")["smiles"].tolist()
     speeds = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, (launch, threads, batch)) in enumerate(forms.items()):
-            out = Path(folder) / str(number)
-            flags = ["--do_train", "--max_steps", "60", "--eval_strategy", "no", "--save_strategy", "no"]
-            flags += ["--load_best_model_at_end", "false", "--per_device_train_batch_size", str(batch), "--use_cpu"]
-            subprocess.run(
-                [sys.executable, *launch, str(ROOT / "run_regression.py"), *flags, "--output_dir", str(out)],
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=True, capture_output=True,
-            )  # fmt: skip
-            speeds[name] = json.loads((out / "train_results.json").read_text())["train_samples_per_second"]
+        path, out = Path(folder) / "molecules.csv", Path(folder)
+        model = build(MolformerForRegression, "mini", label_mean=[2.0], label_std=[1.0], smiles_form="canonical")
+        model.save_pretrained(out / "model")
+        build_tokenizer().save_pretrained(out / "model")
+        for count in counts:
+            path.write_text("\n".join(["SMILES", *(smiles[row % len(smiles)] for row in range(count))]) + "\n")
+            values = []
+            for _ in range(rounds):
+                flags = ["--model_name_or_path", out / "model", "--test_file", path, "--output_dir", out / "predicted"]
+                child([ROOT / "run_regression.py", "--do_predict", *flags, "--overwrite_output_dir"])
+                found = json.loads((out / "predicted" / "all_results.json").read_text())
+                values.append(found["predict_samples_per_second"])
+            speeds[f"{count:,} rows"] = statistics.median(values)
     return speeds
 
 
-def read_corpus(count=1_000_000):
+def read_corpus(count):
     """Returns seconds and peak memory of canonicalizing and encoding a corpus of `count` SMILES in processes.
 
     The memory is that of the largest process.
     """
-    lines = (ROOT / "data" / "lipophilicity.csv").read_text().splitlines()[1:]
-    smiles = [line.split(",")[0] for line in lines]
+    smiles = read_table(ROOT / "data" / "lipophilicity.csv")["smiles"].tolist()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.txt"
         path.write_text("\n".join(smiles[i % len(smiles)] for i in range(count)) + "\n")
@@ -523,15 +584,11 @@ def read_corpus(count=1_000_000):
             "workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024\n"
             "print(time.time() - start, max(peak_memory(), workers))"
         )
-        environment = {**os.environ, "HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
-        ran = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
-        )
-    seconds, peak = ran.stdout.split()[-2:]
+        seconds, peak = child(["-c", code], HF_HOME=folder, HF_HUB_OFFLINE="1").split()[-2:]
     return {"molecules": count, "seconds": float(seconds), "peak_memory_bytes": int(peak)}
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------------------------- reports
 
 
 def to_markdown(report):
@@ -540,10 +597,12 @@ def to_markdown(report):
     for size in dict.fromkeys(row["size"] for row in report["rows"]):
         lines += [f"### {size}", "", *speed_table(report, size), "", *ratio_table(report, size), ""]
         lines += [*length_table(report, size), "", *compile_line(report, size)]
-    lines += [f"- run_regression.py, {name}: {speed:.0f} molecules/s" for name, speed in report["processes"].items()]
-    lines += [f"- {name}: {seconds:.2f} s" for name, seconds in report["start_up"].items()]
-    if "corpus" in report:
-        corpus = report["corpus"]
+    for name, speed in report.get("processes", {}).items():
+        lines.append(f"- run_regression.py, {name}: {speed:.0f} molecules/s")
+    lines += [f"- {name}: {seconds:.2f} s" for name, seconds in report.get("start_up", {}).items()]
+    for name, speed in report.get("predicted_files", {}).items():
+        lines.append(f"- run_regression.py --do_predict, a file of {name}: {speed:,.0f} rows/s, start-up left out")
+    for corpus in report.get("corpus", []):
         seconds, memory = f"{corpus['seconds']:.0f} s", f"{corpus['peak_memory_bytes'] / 1e9:.2f} GB"
         lines.append(f"- corpus of {corpus['molecules']:,} SMILES, canonicalized and encoded: {seconds}, {memory}")
     return "\n".join(lines) + "\n"
@@ -618,40 +677,58 @@ def main():
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=16, help="molecules of a training or evaluation batch")
+    parser.add_argument("--predict_batch_size", type=int, default=64, help="molecules of a prediction batch")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="of run_peft.py")
     parser.add_argument("--corpus", action="store_true", help="also read a corpus of a million SMILES")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench.json")
+    parser.add_argument("--output", type=Path, help="default: results/bench.json, of a part work/bench/bench.json")
     for name, what in (("memory", "measure peak memory"), ("compile", "measure torch.compile"),
-                       ("processes", "measure several processes")):  # fmt: skip
+                       ("processes", "measure start-up, several processes and the prediction of files")):  # fmt: skip
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{what} too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--lengths_file", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        return run_one(args.sizes[0], args.one, args.batch_size, args.lengths_file)
+        return run_one(args.sizes[0], args.one, args)
+    whole = args.sizes == list(SIZES) and args.rounds >= 5 and args.memory and args.compile and args.processes
+    output = args.output or ROOT / ("results" if whole else "work/bench") / "bench.json"
     lengths, started = real_lengths(), time.monotonic()
-    report = {"load_before": os.getloadavg(), "threads": torch.get_num_threads(), "device": str(DEVICE)}
-    report |= {"rounds": args.rounds, "batch_size": args.batch_size, "rows": [], "lengths": [], "compilation": {}}
+    report = {"load_before": os.getloadavg(), "threads": torch.get_num_threads(), "device": device_name()}
+    report |= {"rounds": args.rounds, "batch_size": args.batch_size, "predict_batch_size": args.predict_batch_size}
+    report |= {"rows": [], "ratios": [], "lengths": [], "compilation": {}}
+    if report["load_before"][0] > 0.5:
+        print(f"The load is {report['load_before'][0]:.1f}: other work on this machine will be measured too.")
+
+    def save():  # after every part: an hour's work is not lost with the next one
+        report["bench_seconds"] = time.monotonic() - started
+        write_report(output, report, unit="seconds, bytes")
+        output.with_suffix(".md").write_text(to_markdown(report))
+        plot_lengths(report["lengths"], output.with_suffix(".png"))
+
     with tempfile.TemporaryDirectory() as folder:
-        lengths_file = Path(folder) / "lengths.json"
-        lengths_file.write_text(json.dumps(lengths))
+        args.lengths_file = Path(folder) / "lengths.json"
+        args.lengths_file.write_text(json.dumps(lengths))
         for size in args.sizes:
-            cases = cases_of(size, lengths, args.methods, args.batch_size)
+            cases = cases_of(size, lengths, args.methods, args.batch_size, args.predict_batch_size)
             measured = [name for name in cases if args.memory and not name.startswith("products")]
-            memory = {name: peak_of(size, name, args.batch_size, lengths_file) for name in measured}
+            memory = {name: peak_of(size, name, args, args.lengths_file) for name in measured}
             report["rows"] += rows_of(size, cases, time_cases(cases, args.rounds), memory)
+            report["ratios"] = ratios(report["rows"])
             cases = length_cases(size)
             report["lengths"] += rows_of(size, cases, time_cases(cases, args.rounds))
             if args.compile:
                 report["compilation"][size] = compilation(size, lengths, args.batch_size, args.rounds)
-    report |= {"ratios": ratios(report["rows"]), "start_up": start_up()}
-    report["processes"] = processes() if args.processes else {}
+            save()
+    if args.processes:
+        report["start_up"] = start_up()
+        save()
+        report["processes"] = processes()
+        save()
+        report["predicted_files"] = predicted_files()
+        save()
     if args.corpus:
-        report["corpus"] = read_corpus()
-    report |= {"load_after": os.getloadavg(), "bench_seconds": time.monotonic() - started}
-    write_report(args.output, report, unit="seconds, bytes")
-    args.output.with_suffix(".md").write_text(to_markdown(report))
-    plot_lengths(report["lengths"], args.output.with_suffix(".png"))
+        report["corpus"] = [read_corpus(count) for count in (100_000, 1_000_000)]
+    report["load_after"] = os.getloadavg()
+    save()
     print(to_markdown(report))
 
 

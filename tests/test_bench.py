@@ -31,7 +31,9 @@ def test_batches_have_the_lengths_and_the_padding_of_the_data(lengths, kind, cou
     assert [len(rows) for rows in batches] == [16] * count
     assert bench.real_share(batches) == pytest.approx(bench.real_share(epoch), abs=0.01)
     assert sum(map(sum, batches)) / (16 * count) == pytest.approx(sum(lengths) / len(lengths), rel=0.02)
-    assert (bench.real_share(epoch) > 0.9) == (kind != "shuffled")
+    # a third of random batches is padding, 3 % of those of like length: the README says so
+    expected = {"shuffled": 0.656, "grouped": 0.968, "sorted": 0.995}[kind]
+    assert bench.real_share(epoch) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -113,13 +115,19 @@ def test_a_step_of_every_method_can_be_timed(monkeypatch, method):
     bench.train_step(bench.peft_model("small", method), [bench.make_batch([10, 12])])()
 
 
+def test_what_a_child_says_of_its_error_is_not_lost():
+    with pytest.raises(SystemExit, match="no such thing"):
+        bench.child(["-c", "raise SystemExit('no such thing')"])
+
+
 @pytest.mark.slow
 def test_every_case_runs(run_script, tmp_path):
     flags = ["--sizes", "mini", "--rounds", "1", "--methods", "head", "--output", tmp_path / "bench.json"]
-    ran = run_script("bench.py", *flags, timeout=900)
+    ran = run_script("bench.py", *flags, timeout=1800)
     assert ran.returncode == 0, ran.stderr
     report = json.loads((tmp_path / "bench.json").read_text())
     assert all(row["tokens_per_second"] > 0 for row in report["rows"] + report["lengths"])
     assert all("peak_memory_bytes" in row for row in report["rows"] if not row["case"].startswith("products"))
+    assert all(speed > 0 for speed in (report["processes"] | report["predicted_files"] | report["start_up"]).values())
     assert {"training, fp32", "GGN product of a batch"} <= {ratio["case"] for ratio in report["ratios"]}
     assert (tmp_path / "bench.md").exists() and (tmp_path / "bench.png").exists()
