@@ -373,6 +373,28 @@ def test_a_sharded_model_trains_as_a_whole_one_and_carries_our_file(tiny_checkpo
     assert (tmp_path / "saved" / "modeling_molformer_reg.py").exists()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_the_configurations(path):
+    """As `accelerate launch` reads them; the layer that FSDP is to wrap is one of ours."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 and config.distributed_type.value in ("MULTI_GPU", "FSDP")
+    wrapped = (config.fsdp_config or {}).get("fsdp_transformer_layer_cls_to_wrap")
+    assert wrapped is None or [wrapped] == MolformerForRegression._no_split_modules
+
+
+@pytest.mark.slow
+def test_a_compiled_training_ends_as_a_plain_one(tiny_checkpoint, small_table, tmp_path):
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--disable_tqdm", "true", *QUICK)
+    for name, more in (("plain", ()), ("compiled", ("--torch_compile",))):
+        call_main(*flags, *more, "--hidden_dropout_prob", "0", "--embedding_dropout_prob", "0", "--output_dir",
+                  tmp_path / name)  # fmt: skip
+    plain, compiled = (results(tmp_path / name) for name in ("plain", "compiled"))
+    assert compiled["test_mse"] == pytest.approx(plain["test_mse"], rel=1e-2)
+    MolformerForRegression.from_pretrained(tmp_path / "compiled")
+
+
 def test_fsdp_without_gpus_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="FSDP needs GPUs"):
