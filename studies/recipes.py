@@ -2,6 +2,7 @@
 
     python studies/recipes.py --jobs 2                    # hours; finished runs are not repeated
     python studies/recipes.py --recipes reference "15 epochs" --seeds 0 1
+    python studies/recipes.py --finished                  # the table of the runs that are there; trains nothing
 
 Every recipe trains run_regression.py on the same splits and seeds, with 20 % of the training side held out, which
 judges the model of the last epoch; the test set is not read. Writes results/recipes.json (.md): flags, validation MSE
@@ -12,6 +13,7 @@ import shlex
 import statistics
 
 from common import as_text, interval, run_all, run_script, study_parser, with_interval, write_report
+from run_once import is_done
 
 
 START = "models/molformer-mini"
@@ -47,33 +49,41 @@ RECIPES = {
 }
 
 
-def run(cell, args, threads):
-    """Trains one recipe with one seed, unless it is finished, and returns its row."""
+def trainings_of(cell, args):
+    """Returns the trainings of a recipe with one seed, in their order: command and folder of each."""
     name, seed = cell
     flags = [*RECIPES[name], *shlex.split(args.extra)]
     start, split = START, ["--validation_fraction", "0.2", "--seed", str(seed)]
-    commands = []
+    trainings = []
     if flags[:1] == ["--start"]:  # masked language modeling of the training molecules first
         objective, flags = flags[1], flags[2:]
         start = args.folder / f"adapted-{objective.replace('+', '-')}-{seed}"
-        commands.append(["run_mlm.py", "--model_name_or_path", START, "--objective", objective, *split])
-        run_script(commands[-1], start, threads)
-        commands[-1] += ["--output_dir", str(start)]
+        trainings.append((["run_mlm.py", "--model_name_or_path", START, "--objective", objective, *split], start))
     model = [] if flags[:1] == SCRATCH[:1] else ["--model_name_or_path", str(start)]
     # the last epoch counts: the best one would be chosen by the molecules that are to judge
     last = ["--load_best_model_at_end", "false"]
     rate = [] if "--learning_rate" in flags else RATE
-    commands.append(["run_regression.py", *model, "--do_train", "--do_eval", *split, *last, *rate, *flags])
+    command = ["run_regression.py", *model, "--do_train", "--do_eval", *split, *last, *rate, *flags]
     folder = args.folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
-    values = run_script(commands[-1], folder, threads)
+    return [*trainings, (command, folder)]
+
+
+def run(cell, args, threads):
+    """Trains one recipe with one seed, unless it is finished, and returns its row."""
+    name, seed = cell
+    *first, last = trainings_of(cell, args)
+    for command, folder in first:
+        run_script(command, folder, threads)
+    values = run_script(*last, threads)
     error = values.get("validation_mse", values["eval_mse"])  # the mean over random SMILES, where there are some
     print(name, seed, round(error, 4), flush=True)
+    commands = [as_text([*command, "--output_dir", str(folder)]) for command, folder in first]
     return {"name": name, "seed": seed, "validation_mse": error, "minutes": values["train_runtime"] / 60,
-            "command": " && ".join(map(as_text, commands))}  # fmt: skip
+            "command": " && ".join([*commands, as_text(last[0])])}  # fmt: skip
 
 
 def summarize(runs):
-    """Returns a row for each recipe: errors by seed, mean, paired difference to the reference, best first."""
+    """Returns a row for each recipe: errors by seed, mean, paired difference to the reference; the best first."""
     errors = {}
     for row in runs:
         errors.setdefault(row["name"], {})[row["seed"]] = row["validation_mse"]
@@ -86,7 +96,8 @@ def summarize(runs):
         row["minutes"] = statistics.mean(r["minutes"] for r in runs if r["name"] == name)
         row["command"] = next(r["command"] for r in runs if r["name"] == name)
         rows.append(row)
-    return sorted(rows, key=lambda row: row["mean"])
+    # by the pairs: seeds of their own make means higher or lower
+    return sorted(rows, key=lambda row: row.get("minus_reference", [0.0])[0])
 
 
 def to_markdown(rows):
@@ -103,9 +114,14 @@ def main():
     parser = study_parser(__doc__, "recipes", "recipes.json")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
     parser.add_argument("--extra", default="", help="further flags of run_regression.py for all, as one text")
     args = parser.parse_args()
     cells = [(name, seed) for seed in args.seeds for name in dict.fromkeys(["reference", *args.recipes])]
+    if args.finished:
+        cells = [
+            cell for cell in cells if all(is_done(folder, command) for command, folder in trainings_of(cell, args))
+        ]
     rows = summarize(run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs))
     write_report(args.output, {"rows": rows}, args.jobs)
     args.output.with_suffix(".md").write_text(to_markdown(rows))

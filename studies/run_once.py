@@ -40,6 +40,20 @@ def checksums(command):
     return [f"# {path.name}: {zlib.crc32(path.read_bytes()):08x}" for path in named if path.is_file()]
 
 
+def note_of(folder, command):
+    """Returns the file that says how a folder was made, and what it says if this command made it."""
+    folder = Path(folder).resolve()
+    command = [*command, "--output_dir", str(folder)]
+    text = "\n".join([as_text(command), *checksums(command[1:-1])]) + "\n"
+    return folder.with_name(f"{folder.name}.command"), text
+
+
+def is_done(folder, command):
+    """Returns whether this very command has finished in a folder (see `run_once`)."""
+    note, text = note_of(folder, command)
+    return note.exists() and note.read_text() == text and is_finished(folder)
+
+
 def run_once(folder, command, threads=None):
     """Runs a script with `--output_dir folder`, as far as that is not done.
 
@@ -49,10 +63,9 @@ def run_once(folder, command, threads=None):
     Raises:
         subprocess.CalledProcessError: if the script fails.
     """
+    note, text = note_of(folder, command)
     folder = Path(folder).resolve()
     command = [*command, "--output_dir", str(folder)]
-    note = folder.with_name(f"{folder.name}.command")
-    text = "\n".join([as_text(command), *checksums(command[1:-1])]) + "\n"
     if not note.exists() and folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} holds something that no run of a study made. Remove it, or give another folder.")
     if not note.exists() or note.read_text() != text:
