@@ -464,6 +464,7 @@ class Stopwatch(TrainerCallback, ExportableState):
         kept = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint, when one is resumed
         if kept:
             self.seconds_before, self.memory_before = kept["attributes"].values()
+        state.stateful_callbacks[type(self).__name__] = self.state()  # one of an older checkpoint is not there
 
     @property
     def seconds(self):
