@@ -328,12 +328,13 @@ class TrainingArguments(transformers.TrainingArguments):
             self.do_train = self.do_eval = self.do_predict = True
         if self.bf16 is None:
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # of accelerate launch
-            fast = self.do_train and not self.fp16 and has_bfloat16(self.use_cpu)
-            self.bf16 = self.do_train and launched == "bf16" if launched else fast
-            if not (self.bf16 or self.fp16):
-                os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # predictions alone are in float32, however launched
+            wanted = launched or ("bf16" if has_bfloat16(self.use_cpu) else "no")
+            self.bf16 = self.do_train and not self.fp16 and wanted == "bf16"
+            self.fp16 = self.fp16 or (self.do_train and wanted == "fp16")
         do_eval = self.do_eval
         super().__post_init__()
+        # the library takes the launcher's where no flag is set: predictions alone are in float32, however launched
+        self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         self.do_eval = do_eval  # the library sets it wherever there is an evaluation during training
         # one push at the end, of what `finish_run` names; the library would push at every save
         self.push_when_done, self.push_to_hub = self.push_to_hub, False
@@ -485,6 +486,9 @@ def setup_run(training_args, data_args=None, in_pieces=False):
     for name in training_args.report_to:
         if name in ("tensorboard", "trackio", "wandb", "mlflow") and importlib.util.find_spec(name) is None:
             raise InputError(f"--report_to {name} needs a package: pip install {name}, or leave the flag out.")
+    if training_args.n_gpu > 1:  # the library would copy the model to each and cut every tensor of a batch
+        logger.info("One of %d GPUs is used; accelerate launch uses all of them", training_args.n_gpu)
+        training_args._n_gpu = 1
     logger.info(
         "Device %s, processes %d, bf16 %s, output folder %s",
         training_args.device,

@@ -672,7 +672,13 @@ def plot_lengths(rows, path):
     figure.savefig(path, dpi=150)
 
 
-def main():
+def is_whole(args, parser):
+    """Returns whether the arguments ask for all that results/bench.json is to hold."""
+    chosen = ("sizes", "methods", "batch_size", "predict_batch_size", "memory", "compile", "processes")
+    return args.rounds >= 5 and args.corpus and all(getattr(args, name) == parser.get_default(name) for name in chosen)
+
+
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
@@ -686,11 +692,15 @@ def main():
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{what} too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--lengths_file", help=argparse.SUPPRESS)
+    return parser
+
+
+def main():
+    parser = make_parser()
     args = parser.parse_args()
     if args.one:
         return run_one(args.sizes[0], args.one, args)
-    whole = args.sizes == list(SIZES) and args.rounds >= 5 and args.memory and args.compile and args.processes
-    output = args.output or ROOT / ("results" if whole else "work/bench") / "bench.json"
+    output = args.output or ROOT / ("results" if is_whole(args, parser) else "work/bench") / "bench.json"
     lengths, started = real_lengths(), time.monotonic()
     report = {"load_before": os.getloadavg(), "threads": torch.get_num_threads(), "device": device_name()}
     report |= {"rounds": args.rounds, "batch_size": args.batch_size, "predict_batch_size": args.predict_batch_size}

@@ -634,7 +634,7 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         descriptors=None,
         atom_descriptors=None,
         environments=None,
-        labeled_rows=None,
+        masked_rows=None,
         atom_rows=None,
         output_attentions=None,
         output_hidden_states=None,
@@ -653,7 +653,7 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
             descriptors (`torch.Tensor`, *optional*): shape (B, M), in the units of RDKit.
             atom_descriptors (`torch.Tensor`, *optional*): shape (B, T, A), likewise; goes with `environments`.
             environments (`torch.LongTensor`, *optional*): shape (B, T, R), classes, -100 where there is no atom.
-            labeled_rows, atom_rows (`torch.LongTensor`, *optional*): shape (N,), where in the B * T tokens those with
+            masked_rows, atom_rows (`torch.LongTensor`, *optional*): shape (N,), where in the B * T tokens those with
                 a label, and the atoms, are. Without them they are looked for, and a GPU is waited for.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): labeled tokens in all accumulated batches; the
                 sum of cross-entropies is then divided by it. It says nothing of other targets: where there are some,
@@ -676,7 +676,7 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         if labels is not None or (descriptors is None and environments is None):
             labeled_states = states
             if labels is not None and self.training:
-                rows = (labels.flatten() != -100).nonzero()[:, 0] if labeled_rows is None else labeled_rows  # (N,)
+                rows = (labels.flatten() != -100).nonzero()[:, 0] if masked_rows is None else masked_rows  # (N,)
                 labeled_states, labels = states.flatten(0, 1)[rows], labels.flatten()[rows]  # (N, C), (N,)
             logits = self.lm_head(labeled_states)
         if labels is not None:

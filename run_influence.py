@@ -591,8 +591,8 @@ def main(model_args, data_args, influence_args, training_args):
             f"{model_args.model_name_or_path} has no regression head: it is fine-tuned itself, and --pretrained_model "
             "would not be used. Leave it out."
         )
-    if training_args.do_train and not model.head_is_new:
-        start_args = pretrained_arguments(model_args, influence_args, model)
+    if not model.head_is_new:
+        start_args = pretrained_arguments(model_args, influence_args, model, training_args.do_train)
         check_split(load_config(start_args), digest, data_args)
     begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped, replace=checkpoint is None)
     if training_args.should_save:
@@ -612,7 +612,8 @@ def main(model_args, data_args, influence_args, training_args):
     with full_float32():
         table, report = compute_scores(problem, parts, external, influence_args, training_args)
     report |= {"split_hash": digest, "excluded": len(excluded), "model": str(scored_args.model_name_or_path)}
-    report |= {"fine_tuned_from": str(start_args.model_name_or_path)} if training_args.do_train else {}
+    start = start_args.model_name_or_path or start_args.config_name
+    report |= {"fine_tuned_from": str(start)} if training_args.do_train else {}
     if training_args.should_save:
         write_influence(output_dir, parts, table, excluded, report)
     del model, problem
@@ -646,7 +647,10 @@ def main(model_args, data_args, influence_args, training_args):
 def merged_command(output_dir, parts, start_args, data_args, leakage):
     """Returns the command that learns the selected molecules elsewhere, from the same start."""
     files = {"train": "merged_train.csv", "validation": "validation.csv", "test": "test.csv"}
-    command = ["python", "run_regression.py", "--model_name_or_path", str(start_args.model_name_or_path)]
+    named = "model_name_or_path" if start_args.config_name is None else "config_name"
+    command = ["python", "run_regression.py", f"--{named}", str(getattr(start_args, named))]
+    for name, value in start_args.config_overrides().items():
+        command += [f"--{name}", str(value).lower()]
     for part, name in files.items():
         command += [f"--{part}_file", str(output_dir / name)] if part in parts else []
     command += [] if data_args.smiles_form == "canonical" else ["--smiles_form", data_args.smiles_form]
@@ -678,9 +682,11 @@ def check_pool(model, whole, model_args, data_args):
         )
 
 
-def pretrained_arguments(model_args, influence_args, model):
+def pretrained_arguments(model_args, influence_args, model, needed=True):
     """Returns the arguments of the model that is fine-tuned again, when the one that is scored is fine-tuned already.
 
+    Args:
+        needed (`bool`): whether it will be; if not, another size does not matter.
     Raises:
         InputError: if none was named, and the embedded checkpoint is of another size.
     """
@@ -695,12 +701,13 @@ def pretrained_arguments(model_args, influence_args, model):
     sizes = [
         name for name in ("hidden_size", "num_hidden_layers") if getattr(config, name) != getattr(model.config, name)
     ]
-    if sizes and influence_args.pretrained_model is None:
+    if sizes and needed and influence_args.pretrained_model is None:
         raise InputError(
             f"{model_args.model_name_or_path} is fine-tuned, and not from models/molformer-mini: {', '.join(sizes)} "
             "differ. Pass --pretrained_model with the checkpoint that the selection is to be fine-tuned from."
         )
-    logger.info("Models are fine-tuned again from %s; --pretrained_model names another start", source)
+    if needed:
+        logger.info("Models are fine-tuned again from %s; --pretrained_model names another start", source)
     return pretrained_args
 
 

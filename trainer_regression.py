@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import pickle
 import re
 import sys
@@ -454,16 +455,17 @@ class SetEpoch(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback, ExportableState):
-    """Counts seconds and peak memory of a training over its interruptions; the checkpoints keep both."""
+    """Counts seconds, peak memory and losses of a training over its interruptions; the checkpoints keep them."""
 
-    def __init__(self):
-        self.seconds_before = self.memory_before = 0
+    def __init__(self, trainer):
+        self.trainer, self.begun = trainer, None
+        self.seconds_before, self.memory_before, self.loss_before = 0.0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.begun = time.monotonic()
         kept = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint, when one is resumed
         if kept:
-            self.seconds_before, self.memory_before = kept["attributes"].values()
+            self.seconds_before, self.memory_before, self.loss_before = kept["attributes"].values()
         state.stateful_callbacks[type(self).__name__] = self.state()  # one of an older checkpoint is not there
 
     @property
@@ -474,10 +476,18 @@ class Stopwatch(TrainerCallback, ExportableState):
     def peak_memory(self):
         return max(self.memory_before, peak_memory())
 
+    @property
+    def loss_sum(self):
+        """The sum of the losses of all steps (`float`)."""
+        return self.loss_before + self.trainer._total_loss_scalar + float(self.trainer._tr_loss)
+
     def state(self):
-        begun = hasattr(self, "begun")
-        attributes = {"seconds": self.seconds, "memory": self.peak_memory} if begun else {"seconds": 0, "memory": 0}
-        return {"args": {}, "attributes": attributes}
+        if self.begun is None:
+            values = (0.0, 0, 0.0)
+        else:
+            values = (self.seconds, self.peak_memory, self.loss_sum)
+        names = ("seconds_before", "memory_before", "loss_before")
+        return {"args": {}, "attributes": dict(zip(names, values, strict=True))}
 
 
 class MolformerTrainer(Trainer):
@@ -507,6 +517,11 @@ class MolformerTrainer(Trainer):
     def create_optimizer(self, model=None):
         """Creates the optimizer, with `--head_learning_rate` for the head and `--layer_rate_decay` for the encoder."""
         optimizer = super().create_optimizer(model)
+        if (
+            getattr(self.args, "head_learning_rate", None) is None
+            and getattr(self.args, "layer_rate_decay", None) is None
+        ):
+            return optimizer
         model = self.model if model is None else model
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in list(optimizer.param_groups):
@@ -535,17 +550,26 @@ class MolformerTrainer(Trainer):
     def train(self, *args, **kwargs):
         """Trains as the library does; from then on the model computes in float32, as it will for whoever loads it.
 
-        Time and mean loss of a training that was resumed are those of all its pieces.
+        Time, rates and mean loss of a training that was resumed are those of all its pieces.
+
+        Raises:
+            InputError: if the training diverged.
         """
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(self)
         self.add_callback(self.stopwatch)
         result = super().train(*args, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        result.metrics["train_runtime"] = self.stopwatch.seconds
-        logged = [(entry["step"], entry["loss"]) for entry in self.state.log_history if "loss" in entry]
-        if self._initial_global_step and logged and logged[-1][0] == self.state.global_step:
-            steps = np.diff([0, *(step for step, _ in logged)])
-            result.metrics["train_loss"] = float(np.average([loss for _, loss in logged], weights=steps))
+        metrics, state, before = result.metrics, self.state, self.stopwatch.loss_before
+        metrics["train_runtime"] = seconds = self.stopwatch.seconds
+        if self._initial_global_step:
+            metrics["train_loss"] = (before + self._total_loss_scalar) / max(state.global_step, 1)
+            metrics["train_steps_per_second"] = state.global_step / seconds
+            metrics["train_samples_per_second"] = len(self.train_dataset) * state.epoch / seconds
+        if not math.isfinite(metrics["train_loss"]):
+            loss = metrics["train_loss"]
+            raise InputError(
+                f"The training diverged: its loss is {loss}. Lower --learning_rate, or pass --bf16 false."
+            )
         return result
 
     def evaluation_loop(self, *args, **kwargs):
@@ -555,7 +579,7 @@ class MolformerTrainer(Trainer):
                 if name.endswith("feature_map.weight"):
                     torch.distributed.broadcast(buffer, src=0)
         half = torch.bfloat16 if self.args.bf16 and self.is_in_train else None
-        # one block for all batches: the weights are then cast once
+        # one block for all batches: weights that are trained are then cast once
         with torch.autocast(self.args.device.type, half, enabled=half is not None):
             return super().evaluation_loop(*args, **kwargs)
 

@@ -371,7 +371,7 @@ class PretrainingCollator:
         whole = torch.randperm(len(ids), generator=generator)[max(1, round(self.masked_share * len(ids))) :]
         chosen[whole] = False
         batch["labels"] = torch.where(chosen, ids, -100)
-        batch["labeled_rows"] = chosen.flatten().nonzero()[:, 0]
+        batch["masked_rows"] = chosen.flatten().nonzero()[:, 0]
         batch["input_ids"] = torch.where(chosen & (fates < 0.8), self.tokenizer.mask_token_id, ids)
         others = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
         batch["input_ids"] = torch.where(chosen & (fates >= 0.9), others, batch["input_ids"])

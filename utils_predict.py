@@ -8,6 +8,7 @@ predicts this one. Every row of the file gives one row: its own columns, `predic
 
 import csv
 import logging
+import os
 import sys
 import time
 import warnings
@@ -266,7 +267,7 @@ class Predictor:
         order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
         batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
         mine = []
-        # one block for all batches: the weights are then cast once
+        # one block for all batches: weights that are trained are then cast once
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             for rows in batches:
                 batch = self.tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, return_tensors="pt")
@@ -297,20 +298,22 @@ class Predictor:
         predictions, states = self.predict([ids for row in usable for ids in forms[row]], with_states, bar)
         values = np.full((len(reasons), num_forms, *predictions.shape[1:]), np.nan)
         values[usable] = predictions.reshape(len(usable), *values.shape[1:])
-        pooled = np.full((len(reasons), self.models[0].config.hidden_size), np.nan, dtype=np.float32)
+        arrays = [values]
         if with_states:
+            pooled = np.full((len(reasons), self.models[0].config.hidden_size), np.nan, dtype=np.float32)
             pooled[usable] = states[::num_forms]
-        parts, total = [(reasons, values, pooled)], self.state.num_processes
+            arrays.append(pooled)
+        parts, total = [(reasons, *arrays)], self.state.num_processes
         if total > 1:
             parts = gather_object(parts)
         count = sum(len(part[0]) for part in parts)
-        whole = [np.empty((count, *array.shape[1:]), array.dtype) for array in (values, pooled)]
+        whole = [np.empty((count, *array.shape[1:]), array.dtype) for array in arrays]
         all_reasons = [None] * count
         for rank, (reasons, *arrays) in enumerate(parts):
             all_reasons[rank::total] = reasons
             for array, part in zip(whole, arrays, strict=True):
                 array[rank::total] = part
-        return all_reasons, whole[0], whole[1] if with_states else None
+        return all_reasons, *whole, *([] if with_states else [None])
 
     @property
     def share(self):
@@ -383,7 +386,8 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     writer = Writer(path) if main else None
     statuses, measured, total = {}, [], 0
     bar = tqdm(desc="Predicting", unit=" SMILES", disable=training_args.disable_tqdm or not training_args.should_log)
-    workers = max(1, regression_args.preprocessing_num_workers // predictor.state.num_processes)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine
+    workers = max(1, regression_args.preprocessing_num_workers // beside)
     for piece, forms, reasons in prepared_pieces(pieces, smiles_column, arguments, workers, predictor.share):
         reasons, values, states = predictor.predict_forms(forms, reasons, num_forms + 1, exported is not None, bar)
         usable = [row for row, reason in enumerate(reasons) if reason is None]

@@ -86,7 +86,15 @@ def run_cells(cells, args):
 def tune(args):
     """Trains every method at its rates and writes validation errors; the test set is not read."""
     flags = ["--do_train", "--do_eval", "--validation_fraction", "0.2", "--load_best_model_at_end", "false"]
-    runs, rates = [], {method: RATES[method] for method in args.methods}
+    path = args.output.with_name("peft_tuning.json")
+    before = json.loads(path.read_text()) if path.exists() else {"tuned": {}, "runs": []}
+    before["tuned"] = {name: found for name, found in before["tuned"].items() if name not in args.methods}
+    before["runs"] = [row for row in before["runs"] if row["method"] not in args.methods]
+    runs, tried, rates = (
+        [],
+        {method: [] for method in args.methods},
+        {method: RATES[method] for method in args.methods},
+    )
     while rates:
         cells = [
             (method, "random", seed, f"tune-{method}-{rate:g}", rate, flags)
@@ -95,42 +103,44 @@ def tune(args):
             for seed in TUNING_SEEDS
         ]
         runs += run_cells(cells, args)
-        tuned = best_rates(runs)
-        rates = {method: [rate] for method in rates if (rate := next_rate(method, tuned[method])) is not None}
-    write_report(args.output.with_name("peft_tuning.json"), {"tuned": tuned, "runs": runs}, args.jobs)
-    print(json.dumps(tuned, indent=2))
+        for method in rates:
+            tried[method] += rates[method]
+        tuned = {method: found for method in args.methods if (found := best_rate(method, tried[method], runs))}
+        values = {"tuned": before["tuned"] | tuned, "runs": before["runs"] + runs}
+        write_report(path, values, args.jobs)
+        rates = {method: [rate] for method in rates if (rate := next_rate(method, tuned.get(method))) is not None}
+    print(json.dumps(values["tuned"], indent=2))
+    for method in args.methods:
+        if method not in tuned:
+            print(f"{method} has no rate at which all seeds have a validation error, and keeps its default.")
 
 
-def best_rates(runs):
-    """Returns for each method the rate of lowest mean validation error, and the error of every rate.
+def best_rate(method, tried, runs):
+    """Returns the rate of lowest mean validation error, and the errors; `None` if there is none.
 
-    A rate counts if it has a finite error for every seed.
+    A rate counts if it has a finite error for every seed; the error of another one is `None`.
     """
-    tuned = {}
-    for method in dict.fromkeys(row["method"] for row in runs):
-        errors = {}
-        for row in runs:
-            if row["method"] == method:
-                errors.setdefault(row["learning_rate"], {})[row["seed"]] = row["eval_mse"]
-        means = {
-            rate: float(np.mean(list(errors[rate].values())))
-            for rate in sorted(errors)
-            if len(errors[rate]) == len(TUNING_SEEDS) and np.isfinite(list(errors[rate].values())).all()
-        }
-        if not means:
-            raise SystemExit(f"{method} has no rate at which all seeds have a validation error. See the logs.")
-        best = min(means, key=means.get)
-        tuned[method] = {"learning_rate": best, "validation_mse": means[best], "tried": means}
-    return tuned
+    means = {}
+    for rate in sorted(tried):
+        errors = [row["eval_mse"] for row in runs if (row["method"], row["learning_rate"]) == (method, rate)]
+        counts = len(errors) == len(TUNING_SEEDS) and np.isfinite(errors).all()
+        means[rate] = float(np.mean(errors)) if counts else None
+    known = {rate: error for rate, error in means.items() if error is not None}
+    if not known:
+        return None
+    best = min(known, key=known.get)
+    return {"learning_rate": best, "validation_mse": known[best], "tried": means}
 
 
 def next_rate(method, found):
     """Returns the rate beyond the least or the largest one tried where that is the best; `None` if it is not."""
-    tried, step = list(found["tried"]), RATES[method][1] / RATES[method][0]
-    if len(tried) >= MOST_RATES or found["learning_rate"] not in (tried[0], tried[-1]):
+    if found is None:
         return None
-    beyond = found["learning_rate"] * step if found["learning_rate"] == tried[-1] else found["learning_rate"] / step
-    return float(f"{beyond:.1g}")
+    tried, best = list(found["tried"]), found["learning_rate"]
+    step = RATES[method][1] / RATES[method][0]
+    if len(tried) >= MOST_RATES or best not in (tried[0], tried[-1]):
+        return None
+    return float(f"{best * step if best == tried[-1] else best / step:.1g}")
 
 
 def rates_of(args):

@@ -90,7 +90,9 @@ def summarize(runs):
     rows = []
     for name, values in errors.items():
         row = {"name": name, "validation_mse": values, "mean": statistics.mean(values.values())}
-        pairs = [value - errors["reference"][seed] for seed, value in values.items() if seed in errors["reference"]]
+        pairs = [
+            value - errors["reference"][seed] for seed, value in values.items() if seed in errors.get("reference", {})
+        ]
         if name != "reference" and pairs:
             row["minus_reference"] = interval(pairs)
         row["minutes"] = statistics.mean(r["minutes"] for r in runs if r["name"] == name)
@@ -122,6 +124,8 @@ def main():
         cells = [
             cell for cell in cells if all(is_done(folder, command) for command, folder in trainings_of(cell, args))
         ]
+    if not cells:
+        raise SystemExit(f"There is no finished run in {args.folder}.")
     rows = summarize(run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs))
     write_report(args.output, {"rows": rows}, args.jobs)
     args.output.with_suffix(".md").write_text(to_markdown(rows))

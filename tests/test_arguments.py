@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,11 @@ def test_the_defaults_of_training_are_the_papers():
         (None, ["--do_predict", "--bf16"], True, True),
         ("no", ["--do_train"], True, False),
         ("bf16", ["--do_train"], False, True),
+        ("bf16", ["--do_train", "--bf16", "false"], True, False),
+        ("bf16", ["--do_train", "--fp16"], True, False),
         ("bf16", ["--do_predict"], True, False),
+        ("fp16", ["--do_train"], True, False),
+        ("fp16", ["--do_predict"], True, False),
     ],
 )
 def test_training_is_in_bfloat16_where_it_is_fast_and_nobody_says_otherwise(
@@ -113,7 +118,12 @@ def test_training_is_in_bfloat16_where_it_is_fast_and_nobody_says_otherwise(
     if launched is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     monkeypatch.setattr(arguments, "has_bfloat16", lambda use_cpu: hardware)
-    assert parse(*flags)[2].bf16 is expected
+    training_args = parse(*flags)[2]
+    assert training_args.bf16 is expected
+    half = "--fp16" in flags or (launched == "fp16" and "--do_train" in flags)
+    assert training_args.fp16 is half
+    assert training_args.mixed_precision == ("bf16" if expected else "fp16" if half else "no")
+    assert os.environ.get("ACCELERATE_MIXED_PRECISION") == launched  # the next arguments of this process are free
 
 
 def test_the_processor_says_whether_it_has_bfloat16():

@@ -120,6 +120,16 @@ def test_what_a_child_says_of_its_error_is_not_lost():
         bench.child(["-c", "raise SystemExit('no such thing')"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "whole"),
+    [("--corpus", True), ("", False), ("--corpus --methods head", False), ("--corpus --rounds 3", False),
+     ("--corpus --batch_size 8", False), ("--corpus --no-memory", False), ("--corpus --sizes mini", False)],
+)  # fmt: skip
+def test_a_part_does_not_overwrite_the_results(flags, whole):
+    parser = bench.make_parser()
+    assert bool(bench.is_whole(parser.parse_args(flags.split()), parser)) is whole
+
+
 @pytest.mark.slow
 def test_every_case_runs(run_script, tmp_path):
     flags = ["--sizes", "mini", "--rounds", "1", "--methods", "head", "--output", tmp_path / "bench.json"]

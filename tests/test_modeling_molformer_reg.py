@@ -1337,13 +1337,20 @@ def test_places_that_are_given_are_those_that_would_be_found(training):
     labels, environments = torch.where(torch.rand(2, 9) < 0.3, ids, -100), torch.randint(0, 5, (2, 9, 2))
     environments[:, ::2] = -100
     targets = {"labels": labels, "environments": environments, "atom_descriptors": torch.randn(2, 9, 3)}
-    rows = {"labeled_rows": (labels.flatten() != -100).nonzero()[:, 0]}
+    rows = {"masked_rows": (labels.flatten() != -100).nonzero()[:, 0]}
     rows["atom_rows"] = (environments[..., 0].flatten() != -100).nonzero()[:, 0]
     losses = []
     for given in ({}, rows):
         torch.manual_seed(1)
         losses.append(model(ids, **targets, **given).loss)
     assert torch.equal(*losses)
+
+
+def test_the_librarys_trainer_finds_the_labels():
+    """It takes every argument whose name has "label" in it for one, and evaluates only where all are given."""
+    from transformers.utils.generic import find_labels
+
+    assert find_labels(MolformerForMaskedLM) == find_labels(MolformerForRegression) == ["labels"]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -1359,7 +1366,7 @@ def test_no_forward_waits_for_the_device(training):
         batch = {"labels": ids, "environments": torch.zeros(2, 9, 2, dtype=torch.long)}
         batch |= {
             "atom_descriptors": torch.zeros(2, 9, 3),
-            "labeled_rows": torch.arange(4),
+            "masked_rows": torch.arange(4),
             "atom_rows": torch.arange(3),
         }
         assert model(ids, **batch).loss.shape == ()

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "studies"))
 
 import influence  # noqa: E402
 import influence_lds  # noqa: E402
+import paper_tables  # noqa: E402
 import peft_comparison  # noqa: E402
 import pretraining_trials  # noqa: E402
 import recipes  # noqa: E402
@@ -32,9 +33,10 @@ TABLES = {
     "table1": lambda report: table1.markdown(report["rows"], report["paired_differences"]),
     "recipes": lambda report: recipes.to_markdown(report["rows"]),
     "pretraining_trials": lambda report: pretraining_trials.to_markdown(report["rows"]),
-    "influence_study": lambda report: influence.to_markdown(report["selection"], report["detection"]),
+    "influence_study": lambda report: influence.to_markdown(report["selection"], report["detection"], report["exact"]),
     "influence_lds": lambda report: influence_lds.to_markdown(report["summary"]),
     "peft_comparison": lambda report: peft_comparison.to_markdown(report["rows"]),
+    "paper_tables": lambda report: paper_tables.to_markdown(report["rows"]),
     "bench": bench.to_markdown,
 }
 

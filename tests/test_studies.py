@@ -393,20 +393,19 @@ def test_methods_are_compared_with_full_fine_tuning_of_the_same_seed():
 
 def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
     errors = {3e-4: (0.5, 0.5), 6e-4: (0.3, 0.5), 1.2e-3: (0.45, 0.4)}
-    runs = [
-        peft_run("full", seed, 0.0, learning_rate=rate, eval_mse=values[seed])
-        for rate, values in errors.items()
-        for seed in (0, 1)
-    ]
-    tuned = peft_comparison.best_rates(runs)["full"]
-    assert tuned["learning_rate"] == 6e-4 and tuned["validation_mse"] == pytest.approx(0.4)
-    assert tuned["tried"] == pytest.approx({3e-4: 0.5, 6e-4: 0.4, 1.2e-3: 0.425})
     # what failed or diverged with one seed is no rate to take, however easy the other seed is
-    runs += [peft_run("full", 0, 0.0, learning_rate=2.4e-3, eval_mse=0.1)]
-    runs += [peft_run("full", seed, 0.0, learning_rate=1e-5, eval_mse=(float("nan"), 0.1)[seed]) for seed in (0, 1)]
-    assert peft_comparison.best_rates(runs)["full"] == tuned
-    with pytest.raises(SystemExit, match="full has no rate"):
-        peft_comparison.best_rates(runs[-3:])
+    errors |= {2.4e-3: (0.1,), 1e-5: (float("nan"), 0.1)}
+    runs = [
+        peft_run("full", seed, 0.0, learning_rate=rate, eval_mse=value)
+        for rate, values in errors.items()
+        for seed, value in enumerate(values)
+    ]
+    tuned = peft_comparison.best_rate("full", list(errors), runs)
+    assert tuned["learning_rate"] == 6e-4 and tuned["validation_mse"] == pytest.approx(0.4)
+    expected = {1e-5: None, 3e-4: 0.5, 6e-4: 0.4, 1.2e-3: 0.425, 2.4e-3: None}
+    assert list(tuned["tried"]) == list(expected) and tuned["tried"] == pytest.approx(expected)
+    assert peft_comparison.best_rate("full", [2.4e-3], runs) is None
+    assert peft_comparison.next_rate("full", None) is None
 
 
 @pytest.mark.parametrize(
@@ -416,12 +415,33 @@ def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
         ((7e-4, 2e-3, 6e-3), 6e-3, 2e-2),
         ((7e-4, 2e-3, 6e-3), 7e-4, 2e-4),
         ((7e-4, 2e-3, 6e-3, 2e-2), 2e-2, 6e-2),
+        ((7e-4, 2e-3, 6e-3, 2e-2), 6e-3, None),  # what lies beyond has been tried, whatever came of it
         ((7e-4, 2e-3, 6e-3, 2e-2, 6e-2), 6e-2, None),  # five are enough
     ],
 )
 def test_the_grid_grows_where_its_edge_is_best(tried, best, expected):
     found = {"learning_rate": best, "tried": dict.fromkeys(tried, 0.5)}
     assert peft_comparison.next_rate("lora", found) == expected
+
+
+def test_tuning_ends_where_a_rate_diverges_and_keeps_what_was_tuned_before(monkeypatch, tmp_path):
+    """The largest rate of lora is the best, and the one beyond it diverges; all of bitfit fails."""
+
+    def run_cells(cells, args):
+        rows = [
+            peft_run(method, seed, 0.0, learning_rate=rate, eval_mse=1 / rate) for method, _, seed, _, rate, _ in cells
+        ]
+        rows = [row | {"eval_mse": float("nan")} if row["learning_rate"] > 1e-2 else row for row in rows]
+        return [row for row in rows if row["method"] != "bitfit"]
+
+    monkeypatch.setattr(peft_comparison, "run_cells", run_cells)
+    report = tmp_path / "peft_tuning.json"
+    report.write_text(json.dumps({"tuned": {"ia3": {"learning_rate": 1.0}, "lora": {}}, "runs": [{"method": "ia3"}]}))
+    args = argparse.Namespace(methods=["lora", "bitfit"], output=tmp_path / "peft_comparison.json", jobs=1)
+    peft_comparison.tune(args)
+    values = json.loads(report.read_text())
+    assert values["tuned"]["lora"]["learning_rate"] == 6e-3 and list(values["tuned"]["lora"]["tried"])[-1] == "0.02"
+    assert values["tuned"].keys() == {"ia3", "lora"} and values["runs"][0] == {"method": "ia3"}
 
 
 def test_a_cell_of_the_comparison_names_its_defaults(monkeypatch, tmp_path):

@@ -3,6 +3,8 @@
 python -m pytest tests/test_utils_predict.py
 """
 
+import argparse
+import contextlib
 import gzip
 import io
 import json
@@ -180,6 +182,36 @@ def test_two_processes_answer_as_one(run_script, table, fine_tuned, tmp_path):
     two = pd.read_csv(tmp_path / "two" / "predictions.csv")
     np.testing.assert_allclose(two["prediction"], one["prediction"], atol=1e-5)
     assert two["status"].tolist() == STATUS
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_answers_of_several_processes_come_in_the_order_of_the_rows(monkeypatch, fine_tuned, count, processes):
+    """Also where a process has no row. Reference: one process. Two forms a row; every third cannot be used."""
+    model = MolformerForRegression.from_pretrained(fine_tuned / "member-0")
+    training_args = argparse.Namespace(use_cpu=True, bf16=False, fp16=False, per_device_eval_batch_size=2)
+    predictor = utils_predict.Predictor([model], build_tokenizer(), training_args)
+    reasons = ["invalid" if row % 3 == 1 else None for row in range(count)]
+    forms = [[] if reason else [[0, 5 + row, 1], [0, 9 + row, 7, 1]] for row, reason in enumerate(reasons)]
+    expected = predictor.predict_forms(forms, reasons, 2, with_states=True)
+    parts = {}
+
+    def gather(mine):
+        parts[predictor.state.process_index] = mine[0]
+        if len(parts) < processes:
+            raise InterruptedError  # the others have yet to bring theirs
+        return list(parts.values())
+
+    monkeypatch.setattr(utils_predict, "gather_object", gather)
+    for rank in range(processes):
+        predictor.state = argparse.Namespace(process_index=rank, num_processes=processes)
+        share = predictor.share
+        with contextlib.suppress(InterruptedError):
+            answer = predictor.predict_forms(forms[share], reasons[share], 2, with_states=True)
+    assert answer[0] == expected[0] == reasons
+    np.testing.assert_allclose(answer[1], expected[1], atol=1e-6)
+    np.testing.assert_allclose(answer[2], expected[2], atol=1e-6)
+    assert np.isnan(expected[1]).all(axis=(1, 2, 3)).tolist() == [reason is not None for reason in reasons]
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
