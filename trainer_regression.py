@@ -465,7 +465,8 @@ class Stopwatch(TrainerCallback, ExportableState):
         self.begun = time.monotonic()
         kept = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint, when one is resumed
         if kept:
-            self.seconds_before, self.memory_before, self.loss_before = kept["attributes"].values()
+            for name, value in kept["attributes"].items():
+                setattr(self, name, value)
         state.stateful_callbacks[type(self).__name__] = self.state()  # one of an older checkpoint is not there
 
     @property
