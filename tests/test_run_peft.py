@@ -297,7 +297,7 @@ def test_two_processes_train_as_one(method, step_by_step, plain_runs, tmp_path, 
     assert two["test_mse"] == pytest.approx(one["test_mse"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "pissa", *ODD])
+@pytest.mark.parametrize("method", ["lora", pytest.param("bitfit", marks=pytest.mark.slow), "pissa", *ODD])
 def test_a_killed_run_resumes_to_the_same_metrics(method, tiny_checkpoint, small_table, tmp_path):
     """Reference: the run without interruption. SIGKILL when the first checkpoint is there."""
     command = [sys.executable, str(ROOT / "run_peft.py"), *with_method(method)]
