@@ -550,7 +550,8 @@ def predicted_files(counts=(4_200, 50_000), rounds=3):
     speeds = {}
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "molecules.csv", Path(folder)
-        model = build(MolformerForRegression, "mini", label_mean=[2.0], label_std=[1.0], smiles_form="canonical")
+        scale = {"label_mean": [2.0], "label_std": [1.0], "smiles_form": "canonical"}
+        model = build.__wrapped__(MolformerForRegression, "mini", **scale)
         model.save_pretrained(out / "model")
         build_tokenizer().save_pretrained(out / "model")
         for count in counts:
