@@ -680,6 +680,7 @@ def is_whole(args, parser):
 
 
 def make_parser():
+    """Returns the parser of the command line, apart from `main` so that its defaults can be asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)

@@ -627,21 +627,26 @@ def main(model_args, data_args, influence_args, training_args):
 
     # Report
     if training_args.should_save:
-        if "selected" in results:
-            plot_selection(results, output_dir / "influence_selection.png", data_args.label_name)
-            print(results_table(results, report["leakage"]))
-            print(losses_table(results["selected"]["eval_losses"]))
-        if not report.get("converged", True):
-            print(f"The scores are not converged: residual {report['residual']:.3g}, see influence.json.")
-        losses = {"paper": PAPER_LOSSES}
-        losses |= {"selected": results["selected"]["eval_losses"]} if "selected" in results else {}
-        values = {"influence": report, "results": results, "evaluation_losses": losses}
-        write_json(values, output_dir / "all_results.json")
+        write_comparison(output_dir, report, results, data_args)
         if table["selected"].any():
             print(merged_command(output_dir, parts, start_args, data_args, report["leakage"]))
         (output_dir / "influence_state.safetensors").unlink(missing_ok=True)
     models = [("", output_dir / "finetune-selected")] if "selected" in results else []
     finish_run(training_args, "influence", [*models, ("", output_dir)])
+
+
+def write_comparison(output_dir, report, results, data_args):
+    """Writes all_results.json and the plot of the fine-tuned models, and prints their tables."""
+    losses = {"paper": PAPER_LOSSES}
+    if "selected" in results:
+        losses["selected"] = results["selected"]["eval_losses"]
+        plot_selection(results, output_dir / "influence_selection.png", data_args.label_name)
+        print(results_table(results, report["leakage"]))
+        print(losses_table(losses["selected"]))
+    if not report.get("converged", True):
+        print(f"The scores are not converged: residual {report['residual']:.3g}, see influence.json.")
+    values = {"influence": report, "results": results, "evaluation_losses": losses}
+    write_json(values, output_dir / "all_results.json")
 
 
 def merged_command(output_dir, parts, start_args, data_args, leakage):

@@ -227,6 +227,13 @@ def weights_digest(folder):
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def _base_not_loaded(source, base, error):
+    return (
+        f"The base of {source} cannot be loaded. {_not_loaded('model', str(base), error)} Or correct its name in the "
+        "adapter's configuration."
+    )
+
+
 def check_base_fits(source, base, base_hub, config):
     """Raises `InputError` if a base has other shapes than an adapter, or other weights than it was trained on."""
     if base is None:
@@ -234,10 +241,7 @@ def check_base_fits(source, base, base_hub, config):
     try:
         other = MolformerConfig.from_pretrained(base, **base_hub)
     except UNLOADABLE as error:
-        raise InputError(
-            f"The base of {source} cannot be loaded. {_not_loaded('model', str(base), error)} Or correct its name in "
-            "the adapter's configuration."
-        ) from error
+        raise InputError(_base_not_loaded(source, base, error)) from error
     for name in (*SHAPE_FIELDS, "num_random_features"):
         if getattr(other, name) != getattr(config, name):
             raise InputError(
@@ -273,10 +277,7 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     try:
         model = model_class.from_pretrained(base, config=config, **base_hub)
     except (*UNLOADABLE, TypeError) as error:
-        raise InputError(
-            f"The base of {source} cannot be loaded. {_not_loaded('model', str(base), error)} Or correct its name in "
-            "the adapter's configuration."
-        ) from error
+        raise InputError(_base_not_loaded(source, base, error)) from error
     if found["partial"]:
         weights = load_file(cached_file(source, "model.safetensors", **hub))
         missing, unexpected = model.load_state_dict(weights, strict=False)

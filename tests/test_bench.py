@@ -112,7 +112,12 @@ def test_memory_is_compared_without_that_of_the_libraries():
 @pytest.mark.parametrize("method", run_peft.METHODS)
 def test_a_step_of_every_method_can_be_timed(monkeypatch, method):
     monkeypatch.setitem(bench.SIZES, "small", {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1})
-    bench.train_step(bench.peft_model("small", method), [bench.make_batch([10, 12])])()
+    model = bench.peft_model("small", method)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = []
+    trained[-1].register_hook(lambda gradient: gradients.append(gradient.shape))
+    bench.train_step(model, [bench.make_batch([10, 12])])()
+    assert len(trained) > 0 and gradients == [trained[-1].shape]
 
 
 def test_what_a_child_says_of_its_error_is_not_lost():
