@@ -167,7 +167,7 @@ def test_a_run_is_not_resumed_with_other_settings(tiny_checkpoint, corpus, tmp_p
     run_mlm.main(*parse(*resumed, "--logging_steps", "3"))  # what changes no result may change
 
 
-@pytest.mark.parametrize("objective", ["mlm", "mlm+mtr+atoms"])
+@pytest.mark.parametrize("objective", [pytest.param("mlm", marks=pytest.mark.slow), "mlm+mtr+atoms"])
 def test_run_killed_in_mid_epoch_resumes_to_the_same_metrics(objective, tiny_checkpoint, corpus, tmp_path):
     """Reference: the uninterrupted run."""
     run = Interruptible(tiny_checkpoint, corpus, tmp_path, "--redraw_features", "true", "--objective", objective)
@@ -183,7 +183,8 @@ def test_run_killed_in_mid_epoch_resumes_to_the_same_metrics(objective, tiny_che
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux to limit the files of another process")
-@pytest.mark.parametrize("share", [0.5, 1.5])  # of the weights' size: they, or the larger state of the optimizer, fail
+# of the weights' size: they, or the larger state of the optimizer, fail
+@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.slow), 1.5])
 def test_full_disk_while_saving_leaves_the_previous_checkpoint(share, tiny_checkpoint, corpus, tmp_path):
     """A limit on the size of files stands in for the full disk. Reference: the uninterrupted run."""
     limit = int(share * os.path.getsize(os.path.join(tiny_checkpoint, "model.safetensors")))
