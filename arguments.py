@@ -95,6 +95,13 @@ class ModelArguments:
             "help": "Dropout and linear, or the published residual head. Default: the checkpoint's, else linear.",
         },
     )
+    head_descriptors: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "RDKit descriptors that the head reads beside the pooled state: their names, or all. "
+            "Default: the checkpoint's, else none."
+        },
+    )
     redraw_features: bool | None = field(
         default=None,
         metadata={
@@ -121,10 +128,19 @@ class ModelArguments:
             self.model_name_or_path = EMBEDDED_CHECKPOINT
 
     def config_overrides(self):
-        """Returns the configuration values that the user named, as a dictionary."""
+        """Returns the configuration values that the user named, as a dictionary.
+
+        Raises:
+            InputError: if RDKit does not know a descriptor.
+        """
         names = ("pooling", "regression_head", "redraw_features", "hidden_dropout_prob", "embedding_dropout_prob")
         names += ("classifier_dropout_prob",)
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.head_descriptors is not None:
+            from utils_molecules import choose_descriptors  # RDKit, for which --help does not wait
+
+            values["head_descriptors"] = choose_descriptors(self.head_descriptors)
+        return values
 
 
 @dataclass

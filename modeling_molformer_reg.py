@@ -35,6 +35,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 ROTARY_BASE = 10000.0
 HEAD_PREFIXES = ("lm_head.", "descriptor_head.", "atom_head.", "classifier.")
 DESCRIPTOR_LIMIT = 10.0  # standard deviations; single molecules lie thousands of them away and would rule the loss
+MIXED_SIZE, MIXED_DROPOUT = 256, 0.1  # of the layers on pooled state and descriptors
 
 
 class MolformerConfig(PreTrainedConfig):
@@ -52,6 +53,8 @@ class MolformerConfig(PreTrainedConfig):
             mean, the default of the published head).
         regression_head (`str`, *optional*): `"linear"` (dropout and linear, the default) or `"molformer"` (the
             published residual head). While `pooling` and `regression_head` are `None`, the checkpoint's keys decide.
+        head_descriptors (`list[str]`, *optional*): M names of RDKit descriptors that the regression head reads beside
+            the pooled state; `None` for none.
         label_mean, label_std (`list[float]`, *optional*): K means and standard deviations of the training labels, in
             label units. `None` stands for 0 and 1.
         label_names (`list[str]`, *optional*): K names of the labels.
@@ -92,6 +95,7 @@ class MolformerConfig(PreTrainedConfig):
         redraw_features=True,
         pooling=None,
         regression_head=None,
+        head_descriptors=None,
         label_mean=None,
         label_std=None,
         label_names=None,
@@ -121,6 +125,7 @@ class MolformerConfig(PreTrainedConfig):
         self.redraw_features = redraw_features
         self.pooling = pooling
         self.regression_head = regression_head
+        self.head_descriptors = head_descriptors
         self.label_mean = label_mean
         self.label_std = label_std
         self.label_names = label_names
@@ -359,7 +364,7 @@ class MolformerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, MolformerDescriptorHead):
+        if isinstance(module, MolformerDescriptorScale):
             init.zeros_(module.mean)
             init.ones_(module.std)
         if isinstance(module, MolformerFeatureMap):
@@ -530,12 +535,11 @@ class MolformerLMHead(nn.Module):
         return self.decoder(self.transform(hidden_states))
 
 
-class MolformerDescriptorHead(nn.Module):
-    """A linear layer from states to M named numbers, whose means and standard deviations are saved with it."""
+class MolformerDescriptorScale(nn.Module):
+    """Means and standard deviations of M named numbers, saved with the weights."""
 
-    def __init__(self, config, names):
+    def __init__(self, names):
         super().__init__()
-        self.out_proj = nn.Linear(config.hidden_size, len(names))
         self.register_buffer("mean", torch.zeros(len(names)))
         self.register_buffer("std", torch.ones(len(names)))
 
@@ -550,6 +554,14 @@ class MolformerDescriptorHead(nn.Module):
         standardized = (descriptors - self.mean) / self.std
         standardized = torch.where(standardized.isfinite(), standardized, 0.0)
         return standardized.clamp(-DESCRIPTOR_LIMIT, DESCRIPTOR_LIMIT)
+
+
+class MolformerDescriptorHead(MolformerDescriptorScale):
+    """A linear layer from states to M named numbers."""
+
+    def __init__(self, config, names):
+        super().__init__(names)
+        self.out_proj = nn.Linear(config.hidden_size, len(names))
 
     def forward(self, states):
         return self.out_proj(states)
@@ -752,6 +764,28 @@ class MolformerResidualHead(nn.Module):
         return self.out_proj(pooled)
 
 
+class MolformerHeadBesideDescriptors(nn.Module):
+    """A head on the pooled state, plus two dense layers on that state and RDKit descriptors beside it."""
+
+    def __init__(self, config, head):
+        super().__init__()
+        self.head = head
+        self.size = config.hidden_size
+        self.scale = MolformerDescriptorScale(config.head_descriptors)
+        self.mix = nn.Linear(config.hidden_size + len(config.head_descriptors), MIXED_SIZE)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(MIXED_DROPOUT)
+        self.out_mix = nn.Linear(MIXED_SIZE, config.num_labels)
+
+    def join(self, pooled, descriptors):
+        """Returns what this head reads, (B, C + M): pooled states and descriptors as RDKit gives them, (B, M)."""
+        return torch.cat([pooled, self.scale.standardize(descriptors).to(pooled.dtype)], dim=1)
+
+    def forward(self, joined):
+        mixed = self.dropout(self.activation(self.mix(joined)))
+        return self.head(joined[:, : self.size]) + self.out_mix(mixed)
+
+
 def _classifier_dropout(config):
     return config.hidden_dropout_prob if config.classifier_dropout_prob is None else config.classifier_dropout_prob
 
@@ -780,6 +814,8 @@ class MolformerForRegression(MolformerPreTrainedModel):
         self.num_labels = config.num_labels
         self.molformer = MolformerModel(config)
         self.classifier = REGRESSION_HEADS[config.regression_head](config)
+        if config.head_descriptors:
+            self.classifier = MolformerHeadBesideDescriptors(config, self.classifier)
         self.post_init()
 
     @classmethod
@@ -805,20 +841,28 @@ class MolformerForRegression(MolformerPreTrainedModel):
         # filled on the device: a copy from the host would make it wait
         return tuple(torch.stack([reference.new_full((), value) for value in values]) for values in scales)
 
-    def pooled_state(self, outputs):
-        """Returns what the head reads of the encoder's outputs, shape (B, C): the state of `<bos>` or the mean."""
-        return outputs.last_hidden_state[:, 0] if self.config.pooling == "cls" else outputs.pooler_output
+    def pooled_state(self, outputs, descriptors=None):
+        """Returns what the head reads: the state of `<bos>` or the mean, (B, C), and descriptors beside it if it does.
+
+        Raises:
+            ValueError: if `descriptors` (B, M) do not fit the model.
+        """
+        pooled = outputs.last_hidden_state[:, 0] if self.config.pooling == "cls" else outputs.pooler_output
+        given, names = None if descriptors is None else tuple(descriptors.shape), self.config.head_descriptors
+        if given != ((len(pooled), len(names)) if names else None):
+            wanted = f"{len(names)} of each molecule, config.head_descriptors names them" if names else "none"
+            raise ValueError(f"descriptors have shape {given}; the head of this model reads {wanted}.")
+        return self.classifier.join(pooled, descriptors) if names else pooled
 
     def standardized_predictions(self, pooled):
-        """Returns standardized predictions (B, K) of pooled states (B, C), in float32 at least."""
+        """Returns standardized predictions (B, K) of what `pooled_state` returns, in float32 at least."""
         standardized = self.classifier(pooled)
         return standardized.to(torch.promote_types(standardized.dtype, torch.float32))
 
-    def predict_with_states(self, input_ids, attention_mask=None):
-        """Returns predictions (B, K) in label units and the pooled states (B, C) that they are of."""
-        pooled = self.pooled_state(
-            self.molformer(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
-        )
+    def predict_with_states(self, input_ids, attention_mask=None, descriptors=None):
+        """Returns predictions (B, K) in label units and what the head reads, see `pooled_state`."""
+        outputs = self.molformer(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        pooled = self.pooled_state(outputs, descriptors)
         standardized = self.standardized_predictions(pooled)
         mean, std = self.label_scale(standardized)
         return standardized * std + mean, pooled
@@ -829,6 +873,7 @@ class MolformerForRegression(MolformerPreTrainedModel):
         attention_mask=None,
         position_ids=None,
         inputs_embeds=None,
+        descriptors=None,
         labels=None,
         output_attentions=None,
         output_hidden_states=None,
@@ -838,12 +883,14 @@ class MolformerForRegression(MolformerPreTrainedModel):
         """Returns `SequenceClassifierOutput`: loss on standardized labels, and predictions (B, K) in label units.
 
         Args:
+            descriptors (`torch.Tensor`, *optional*): shape (B, M), those that `config.head_descriptors` names, as
+                RDKit gives them.
             labels (`torch.Tensor`, *optional*): shape (B,) or (B, K), in label units; one of several that is NaN is
                 missing and counts for nothing.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): labels in all accumulated batches; the loss is
                 then the sum of squared errors divided by it.
         Raises:
-            ValueError: if the shape of `labels` is not that of the predictions.
+            ValueError: if the shape of `labels` is not that of the predictions, or `descriptors` do not fit.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.molformer(
@@ -855,7 +902,7 @@ class MolformerForRegression(MolformerPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        standardized = self.standardized_predictions(self.pooled_state(outputs))  # (B, K)
+        standardized = self.standardized_predictions(self.pooled_state(outputs, descriptors))  # (B, K)
         mean, std = self.label_scale(standardized)
         loss = None
         if labels is not None:

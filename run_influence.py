@@ -42,6 +42,7 @@ from utils_influence import (
     score_molecules,
 )
 from utils_molecules import (
+    default_descriptors,
     load_molecules,
     prepare_molecules,
     read_table,
@@ -56,7 +57,7 @@ from utils_report import finish_run, save_figure
 # chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding
 DEFAULTS = {"output_dir": "outputs/influence", "per_device_eval_batch_size": 16}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
-KIND = ("pooling", "regression_head", "redraw_features")
+KIND = ("pooling", "regression_head", "head_descriptors", "redraw_features")
 NO_FORWARD_MODE = ("shira",)  # adapters whose sparse tensors have none; merged, the model has
 PAPER_LOSSES = (0.581, 0.318, 0.198, 0.105, 0.071, 0.048, 0.046)  # evaluation loss by epoch, the paper's Table 2
 SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
@@ -655,7 +656,9 @@ def merged_command(output_dir, parts, start_args, data_args, leakage):
     named = "model_name_or_path" if start_args.config_name is None else "config_name"
     command = ["python", "run_regression.py", f"--{named}", str(getattr(start_args, named))]
     for name, value in start_args.config_overrides().items():
-        command += [f"--{name}", str(value).lower()]
+        if name == "head_descriptors":
+            value = ["all"] if value == default_descriptors() else value
+        command += [f"--{name}", *(value if isinstance(value, list) else [str(value).lower()])]
     for part, name in files.items():
         command += [f"--{part}_file", str(output_dir / name)] if part in parts else []
     command += [] if data_args.smiles_form == "canonical" else ["--smiles_form", data_args.smiles_form]

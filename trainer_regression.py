@@ -56,6 +56,7 @@ from utils_molecules import (
     LABEL_PREFIX,
     SPLITS,
     baseline_predictions,
+    descriptors_of,
     encode_random_smiles,
     label_columns,
     label_metrics,
@@ -63,8 +64,10 @@ from utils_molecules import (
     labels_of,
     read_json,
     regression_metrics,
+    scale_of,
     to_text,
     update_results,
+    with_progress,
     write_csv,
     write_json,
     write_text,
@@ -359,6 +362,13 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
             "file is damaged. Use another checkpoint."
         )
     config = model.config
+    if values.get("head_descriptors") and not model.head_is_new:
+        own = MolformerConfig.from_pretrained(source, **hub).head_descriptors
+        if own != values["head_descriptors"]:
+            raise InputError(
+                f"The head of {source} has learned with other descriptors than --head_descriptors names. Leave the "
+                "flag out, or start from a checkpoint without a regression head."
+            )
     if len(tokenizer) != config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise InputError(
             f"Tokenizer and model do not belong together: {len(tokenizer)} tokens with padding id "
@@ -411,6 +421,25 @@ def _not_loaded(what, source, error):
 
 
 # ------------------------------------------------------------------------------------------------------------ trainers
+
+
+class MoleculeCollator(DataCollatorWithPadding):
+    """Pads a batch, and adds the RDKit descriptors of the SMILES in it if the head of a model reads some.
+
+    Args:
+        config (`MolformerConfig`): of that model.
+    """
+
+    def __init__(self, tokenizer, config):
+        super().__init__(tokenizer)
+        self.names = tuple(config.head_descriptors or ())
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        if self.names:
+            texts = [to_text(example["input_ids"], self.tokenizer) for example in features]
+            batch["descriptors"] = torch.from_numpy(np.stack([descriptors_of(text, self.names) for text in texts]))
+        return batch
 
 
 class LengthGroupedBatchSampler(Sampler):
@@ -598,6 +627,7 @@ class MolformerTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.partial_method is not None:
             trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            trained |= {name for name, _ in self.model.named_buffers() if name.startswith("classifier.")}
             whole = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in whole.items() if name in trained}
         restore_class(self.model)
@@ -641,7 +671,7 @@ class RegressionTrainer(MolformerTrainer):
     def __init__(self, *args, **kwargs):
         names = kwargs["model"].config.label_names or []
         kwargs.setdefault("compute_metrics", lambda output: label_metrics(output.predictions, output.label_ids, names))
-        kwargs.setdefault("data_collator", DataCollatorWithPadding(kwargs["processing_class"]))
+        kwargs.setdefault("data_collator", MoleculeCollator(kwargs["processing_class"], kwargs["model"].config))
         super().__init__(*args, **kwargs)
         self._check_best_metric()
 
@@ -805,6 +835,10 @@ def prepare_head(model, train, digest, data_args, training_args):
     # heads of the pre-training that this model does not have
     model.config.descriptor_names = model.config.atom_descriptor_names = model.config.environment_buckets = None
     model.config.smiles_form = data_args.smiles_form
+    names = tuple(model.config.head_descriptors or ())
+    if names and model.head_is_new:
+        texts = with_progress(train["text"], "Computing descriptors")
+        model.classifier.scale.set_scale(*scale_of([descriptors_of(text, names) for text in texts], "descriptors"))
 
 
 def set_learning_rate(training_args, data_args):

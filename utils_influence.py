@@ -29,9 +29,9 @@ from accelerate.utils import reduce
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding
 
 from arguments import InputError
+from trainer_regression import MoleculeCollator
 
 
 LISSA_SETTINGS = ("recursion_depth", "num_repeats", "tail_fraction", "hessian_batch_size")
@@ -279,7 +279,7 @@ class MoleculeProblem:
         # below a loss that is a function of the head alone, the states are constants, and need computing once
         head_only = all(name.startswith("classifier.") for name in self.params)
         self.states = {} if head_only and self.keeps_states else None
-        self.collator = DataCollatorWithPadding(tokenizer)
+        self.collator = MoleculeCollator(tokenizer, model.config)
         self.chunk_size = chunk_size
         self.curvature_product = PRODUCTS[curvature]
         self.process = PartialState()

@@ -8,7 +8,6 @@ numbers of atoms. The collator masks tokens and places the numbers of atoms at t
 
 import logging
 import math
-import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from utils_molecules import (
     compute_descriptors,
     default_descriptors,
     describe_unusable,
+    descriptors_of,
     encode_smiles,
     find_column,
     find_labels,
@@ -38,6 +38,7 @@ from utils_molecules import (
     load_molecules,
     parse_smiles,
     read_header,
+    scale_of,
     to_text,
 )
 
@@ -251,10 +252,9 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source):
 
 def describe_molecules(batch, tokenizer, names):
     """Returns the named descriptors of each molecule, for `datasets.Dataset.map`."""
-    molecules = (parse_smiles(to_text(ids, tokenizer)) for ids in batch["input_ids"])
-    # RDKit cannot read every SMILES that it wrote; such a molecule counts as the mean
-    unknown = np.full(len(names), np.nan, dtype=np.float32)
-    return {"descriptors": [unknown if m is None else compute_descriptors(m, names) for m in molecules]}
+    texts = (to_text(ids, tokenizer) for ids in batch["input_ids"])
+    # what RDKit cannot read counts as the mean
+    return {"descriptors": [descriptors_of.__wrapped__(text, names) for text in texts]}
 
 
 def describe_atoms(batch, tokenizer, names, buckets):
@@ -479,17 +479,7 @@ def measure_scale(dataset, column, width, sample=20_000):
     """
     sampled = dataset.select(range(0, len(dataset), max(1, len(dataset) // sample)))
     values = sampled.with_format("arrow")[column][:].combine_chunks().flatten()
-    values = values.to_numpy(zero_copy_only=False).reshape(-1, width).astype(np.float64)
-    broken = ~np.isfinite(values)
-    if broken.any():
-        logger.warning(
-            "%d of %d values in %s are missing or infinite; the mean stands in for them",
-            broken.sum(), values.size, column,
-        )  # fmt: skip
-    values[broken] = np.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a descriptor that is never finite
-        return np.nan_to_num(np.nanmean(values, axis=0)), np.nan_to_num(np.nanstd(values, axis=0))
+    return scale_of(values.to_numpy(zero_copy_only=False).reshape(-1, width), column)
 
 
 def choose_heads(config, objective_parts):

@@ -11,7 +11,9 @@ import json
 import logging
 import lzma
 import os
+import warnings
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -613,6 +615,20 @@ def default_descriptors():
     return [name for name, _ in Descriptors.descList if not name.startswith(SLOW_DESCRIPTORS)]
 
 
+def choose_descriptors(named):
+    """Returns the names of descriptors that a user named, `all` for `default_descriptors`.
+
+    Raises:
+        InputError: if the installed RDKit does not know a name, or one is there twice.
+    """
+    names = default_descriptors() if list(named) == ["all"] else list(named)
+    compute_descriptors(Chem.MolFromSmiles("C"), names)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"--head_descriptors has {', '.join(twice)} twice. Name each once.")
+    return names
+
+
 def compute_descriptors(molecule, names):
     """Returns the named RDKit descriptors of a molecule, shape (M,) in float32; one that RDKit cannot compute is NaN.
 
@@ -625,8 +641,8 @@ def compute_descriptors(molecule, names):
     unknown = [name for name in names if name not in functions]
     if unknown:
         raise InputError(
-            f"RDKit {rdBase.rdkitVersion} does not know the descriptors {', '.join(unknown[:5])}, which the "
-            "checkpoint was trained with. Install a version that has them, or use --objective mlm."
+            f"RDKit {rdBase.rdkitVersion} does not know the descriptors {', '.join(unknown[:5])}. Name others; or, if "
+            "the checkpoint was trained with them, install a version that has them, or use --objective mlm in run_mlm.py."
         )
     values = np.full(len(names), np.nan)
     for index, name in enumerate(names):
@@ -636,6 +652,38 @@ def compute_descriptors(molecule, names):
             continue
     with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite, and is imputed as NaN is
         return values.astype(np.float32)
+
+
+@lru_cache(maxsize=50_000)  # 40 MB; training reads the same molecules in every epoch
+def descriptors_of(text, names):
+    """Returns the named RDKit descriptors of a SMILES, shape (M,) in float32; NaN if RDKit cannot read it.
+
+    Args:
+        names (`tuple[str]`): as for `compute_descriptors`.
+    """
+    molecule = parse_smiles(text)
+    if molecule is None:  # RDKit cannot read every SMILES that it wrote, and the raw form is not looked at
+        return np.full(len(names), np.nan, dtype=np.float32)
+    return compute_descriptors(molecule, names)
+
+
+def scale_of(values, what):
+    """Returns mean and standard deviation of the columns of `values` (N, M); what is not finite does not count.
+
+    Args:
+        what (`str`): name of the values, for a message.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    broken = ~np.isfinite(values)
+    if broken.any():
+        logger.warning(
+            "%d of %d values in %s are missing or infinite; the mean stands in for them",
+            broken.sum(), values.size, what,
+        )  # fmt: skip
+    values = np.where(broken, np.nan, values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a descriptor that is never finite
+        return np.nan_to_num(np.nanmean(values, axis=0)), np.nan_to_num(np.nanstd(values, axis=0))
 
 
 # For each a function of the molecule that gives one number an atom; atoms in the order of the SMILES it was read from.

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from arguments import InputError, begin_writing
-from trainer_regression import summarize_predictions
+from trainer_regression import MoleculeCollator, summarize_predictions
 from utils_molecules import (
     SMILES_COLUMNS,
     UNREADABLE,
@@ -255,7 +255,7 @@ class Predictor:
         self.device = self.state.device
         self.dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
         self.models = [model.to(self.device).eval() for model in models]
-        self.tokenizer = tokenizer
+        self.collator = MoleculeCollator(tokenizer, models[0].config)
         self.batch_size = training_args.per_device_eval_batch_size
 
     def predict(self, encoded, with_states=False, bar=None):
@@ -270,7 +270,7 @@ class Predictor:
         # one block for all batches: weights that are trained are then cast once
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             for rows in batches:
-                batch = self.tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, return_tensors="pt")
+                batch = self.collator([{"input_ids": encoded[row]} for row in rows])
                 mine.append((rows, *self.predict_batch(batch.to(self.device), with_states)))
                 if bar is not None:
                     bar.update(len(rows) * self.state.num_processes)
@@ -323,7 +323,8 @@ class Predictor:
     def predict_batch(self, batch, with_states):
         """Returns predictions of all models, shape (B, members, K), and the first one's pooled states, or `None`."""
         answers = [model.predict_with_states(**batch) for model in self.models]
-        return torch.stack([values for values, _ in answers], dim=1), answers[0][1] if with_states else None
+        size = self.models[0].config.hidden_size  # descriptors beside the state are no embedding
+        return torch.stack([values for values, _ in answers], dim=1), answers[0][1][:, :size] if with_states else None
 
 
 def find_measured(columns, data_args, config, source):

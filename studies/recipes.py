@@ -19,6 +19,7 @@ from run_once import is_done
 START = "models/molformer-mini"
 SCRATCH = ["--config_name", "configs/molformer-mini.json"]
 RATE = ["--learning_rate", "6e-4"]  # of all recipes that name no other one
+DESCRIPTORS = ["--head_descriptors", "all"]
 RECIPES = {
     "reference": [],
     # each differs from the reference in one thing
@@ -30,6 +31,11 @@ RECIPES = {
     "15 epochs": ["--num_train_epochs", "15"],
     "layer rates 0.8": ["--layer_rate_decay", "0.8"],
     "15 epochs, layer rates 0.8": ["--num_train_epochs", "15", "--layer_rate_decay", "0.8"],
+    "descriptors": DESCRIPTORS,
+    "15 epochs, layer rates 0.8, descriptors": [
+        *"--num_train_epochs 15 --layer_rate_decay 0.8".split(),
+        *DESCRIPTORS,
+    ],
     "state of <bos>": ["--pooling", "cls"],
     "published head": ["--regression_head", "molformer"],
     "redrawn features": ["--redraw_features", "true"],
