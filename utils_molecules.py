@@ -642,7 +642,7 @@ def compute_descriptors(molecule, names):
     if unknown:
         raise InputError(
             f"RDKit {rdBase.rdkitVersion} does not know the descriptors {', '.join(unknown[:5])}. Name others; or, if "
-            "the checkpoint was trained with them, install a version that has them, or use --objective mlm in run_mlm.py."
+            "the checkpoint was trained with them, install a version that has them (run_mlm.py: or --objective mlm)."
         )
     values = np.full(len(names), np.nan)
     for index, name in enumerate(names):
