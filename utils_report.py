@@ -201,6 +201,7 @@ class Run:
         self.model_folder = next((path for path in found if (path / "config.json").exists()), None)
         config = read_json(self.model_folder / "config.json") if self.model_folder is not None else {}
         self.label_names = config.get("label_names") or []
+        self.head_descriptors = config.get("head_descriptors") or []
 
     def exists(self, name):
         return self.model_folder is not None and (self.model_folder / name).exists()
@@ -403,7 +404,10 @@ def usage_section(run):
             "## Use\n\nHere is what was trained, and the name of its base. With the MoLFormer fine-tuning scripts, "
             f"which find the base:\n\n{scripts}"
         )
-        return text + (USE_OF_ADAPTER.format(name=run.name) if run.exists("adapter_config.json") else "")
+        answer = ANSWER_BESIDE_DESCRIPTORS if run.head_descriptors else ANSWER
+        return text + (
+            USE_OF_ADAPTER.format(name=run.name, answer=answer) if run.exists("adapter_config.json") else ""
+        )
     auto = "AutoModelForMaskedLM" if run.kind == "mlm" else "AutoModelForSequenceClassification"
     member = run.model_folder.name if run.model_folder.name.startswith("member-") else None
     where = f'"{run.address}"' + (f', subfolder="{member}"' if member else "")
@@ -411,7 +415,7 @@ def usage_section(run):
     code += [f"model = {auto}.from_pretrained({where}, trust_remote_code=True).eval()"]
     code += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
     if run.kind != "mlm":
-        code += ['print(model(**tokenizer("CCO", return_tensors="pt")).logits)  # in the unit of the label']
+        code.append(ANSWER_BESIDE_DESCRIPTORS if run.head_descriptors else ANSWER)
     lines = "\n".join(code)
     first = " This is the first of the models whose mean the scripts predict." if member else ""
     return (
@@ -468,8 +472,16 @@ base = PeftConfig.from_pretrained("{name}").base_model_name_or_path
 model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
 model = PeftModel.from_pretrained(model, "{name}").eval()
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-print(model(**tokenizer("CCO", return_tensors="pt")).logits)  # in the unit of the label
+{answer}
 ```"""
+ANSWER = 'print(model(**tokenizer("CCO", return_tensors="pt")).logits)  # in the unit of the label'
+ANSWER_BESIDE_DESCRIPTORS = """
+import torch
+from rdkit.Chem import Descriptors, MolFromSmiles
+
+functions, molecule = dict(Descriptors.descList), MolFromSmiles("CCO")
+descriptors = torch.tensor([[functions[name](molecule) for name in model.config.head_descriptors]])
+print(model(**tokenizer("CCO", return_tensors="pt"), descriptors=descriptors).logits)  # in the unit of the label"""
 LIMITS = """## Intended use and limits
 
 For ranking and prioritizing molecules like those it was trained on, by people who can judge the answer. The error of a

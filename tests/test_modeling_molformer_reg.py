@@ -1208,10 +1208,45 @@ def test_twelve_sequences_are_learned_by_heart():
     assert_near(model.eval()(input_ids, mask).logits.squeeze(1), labels, 0.2)
 
 
-# ------------------------------------------------------------------------------------------------- descriptor head
+# ------------------------------------------------------------------------------------- descriptors beside the state
 
 
 NAMES = ["MolLogP", "TPSA", "HeavyAtomCount"]
+
+
+@pytest.mark.parametrize("head", ["linear", "molformer"])
+def test_descriptors_beside_the_state_are_read_as_written_down(head, tmp_path):
+    """Reference: the layers by hand, and the head alone; a value that is not finite counts as the mean."""
+    model = tiny_model(MolformerForRegression, head_descriptors=NAMES, regression_head=head).eval()
+    mean, std = torch.tensor([1.0, 50.0, 7.0]), torch.tensor([2.0, 10.0, 0.0])
+    model.classifier.scale.set_scale(mean, std)
+    (input_ids, mask), descriptors = tiny_batch(), torch.tensor([[2.0, 70.0, 7.0], [math.nan, 1e9, 9.0]])
+    input_ids, mask = input_ids[:2], mask[:2]
+    state = model.molformer(input_ids, attention_mask=mask)
+    state = state.last_hidden_state[:, 0] if model.config.pooling == "cls" else state.pooler_output
+    seen = torch.tensor([[0.5, 2.0, 0.0], [0.0, 10.0, 2.0]])  # the third never varied: it is only centered
+    part = model.classifier
+    mixed = torch.cat([state, seen], dim=1) @ part.mix.weight.T + part.mix.bias
+    expected = part.head(state) + torch.nn.functional.gelu(mixed) @ part.out_mix.weight.T + part.out_mix.bias
+    assert_near(model(input_ids, mask, descriptors=descriptors).logits, expected, 1e-6)
+    values, joined = model.predict_with_states(input_ids, mask, descriptors)
+    assert_near(values, expected, 1e-6)
+    assert torch.equal(joined[:, model.config.hidden_size :], seen)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert not again.head_is_new and again.config.head_descriptors == NAMES
+    assert_same_weights(again, model)  # the scale among them
+
+
+@pytest.mark.parametrize(("names", "given"), [(NAMES, None), (NAMES, (2, 4)), (None, (2, 3))])
+def test_descriptors_that_the_head_does_not_read_are_refused(names, given):
+    model = tiny_model(MolformerForRegression, head_descriptors=names)
+    descriptors = None if given is None else torch.randn(given)
+    with pytest.raises(ValueError, match=r"descriptors have shape (None|\(2, [34]\)); the head of this model reads"):
+        model(torch.randint(4, 40, (2, 6)), descriptors=descriptors)
+
+
+# ------------------------------------------------------------------------------------------------- descriptor head
 
 
 def descriptor_model(**changes):

@@ -129,6 +129,21 @@ def test_training_starts_from_the_base_model(method, base, batch):
     assert torch.allclose(model(**batch).logits, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_a_head_that_reads_descriptors_goes_with_its_adapter(method, tiny_checkpoint, small_table, tmp_path):
+    """Reference: the predictions of the run, from the adapter and from the merged checkpoint."""
+    rank = ("--peft_rank", 4) if method == "lora" else ()
+    call_main("--peft_method", method, *given(tiny_checkpoint, small_table), *rank, *QUICK, "--merge_adapter",
+              "--head_descriptors", "MolLogP", "TPSA", "--output_dir", tmp_path / "out")  # fmt: skip
+    expected = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    for name, tolerance in (("out", 0), ("out/merged", 1e-5)):
+        call_regression("--model_name_or_path", tmp_path / name, "--train_file", small_table, "--do_predict",
+                        "--disable_tqdm", "true", "--output_dir", tmp_path / "again",
+                        "--overwrite_output_dir")  # fmt: skip
+        again = pd.read_csv(tmp_path / "again" / "predictions.csv")
+        np.testing.assert_allclose(again["prediction"], expected["prediction"], rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
 def test_a_checkpoint_holds_what_was_trained_and_reloads_to_equal_bits(method, tiny_checkpoint, small_table, tmp_path):
     """Through the script; then loaded as every script loads it, merged, and by PEFT in a user's own code."""

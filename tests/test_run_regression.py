@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -50,6 +51,70 @@ def results(folder):
     """The metrics of a run, without those that tell time."""
     values = json.loads((folder / "all_results.json").read_text())
     return {name: value for name, value in values.items() if not any(time in name for time in TIMES)}
+
+
+@pytest.fixture(scope="module")
+def run_with_descriptors(tiny_checkpoint, small_table, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "descriptors"
+    call_main("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", folder, *QUICK,
+              "--head_descriptors", "MolLogP", "TPSA")  # fmt: skip
+    return folder
+
+
+def test_descriptors_beside_the_state_come_back_in_predictions(run_with_descriptors, small_table, tmp_path):
+    """References: the run's own table; RDKit's values of the training molecules; the model on another's values."""
+    from rdkit import Chem
+    from rdkit.Chem import Descriptors
+
+    table = pd.read_csv(run_with_descriptors / "predictions.csv")
+    model = MolformerForRegression.from_pretrained(run_with_descriptors).eval()
+    assert model.config.head_descriptors == ["MolLogP", "TPSA"]
+    molecules = [Chem.MolFromSmiles(text) for text in table.loc[table["split"] == "train", "SMILES"]]
+    logp = [Descriptors.MolLogP(molecule) for molecule in molecules]
+    assert model.classifier.scale.mean[0].item() == pytest.approx(np.mean(logp), abs=1e-3)
+    assert model.classifier.scale.std[0].item() == pytest.approx(np.std(logp), abs=1e-3)
+    call_main("--model_name_or_path", run_with_descriptors, "--do_predict", "--test_file", small_table, "--output_dir",
+              tmp_path / "new", "--export_embeddings", tmp_path / "states.parquet")  # fmt: skip
+    new = pd.read_csv(tmp_path / "new" / "predictions.csv")
+    np.testing.assert_allclose(new["prediction"][table["row"]], table["prediction"], atol=1e-5)
+    states = pd.read_parquet(tmp_path / "states.parquet")["embedding"]
+    assert {len(state) for state in states} == {model.config.hidden_size}
+    ids = torch.randint(4, 40, (1, 8))
+    first, second = (model(ids, descriptors=torch.tensor([[value, 60.0]])).logits for value in (0.0, 4.0))
+    assert not torch.allclose(first, second)
+
+
+def test_further_training_keeps_the_scale_of_the_descriptors(run_with_descriptors, small_table, tmp_path):
+    """The other split would give another one, and the head has learned with this."""
+    call_main("--model_name_or_path", run_with_descriptors, "--train_file", small_table, "--seed", "7",
+              *QUICK, "--max_steps", "1", "--ignore_split_mismatch", "--output_dir", tmp_path / "x")  # fmt: skip
+    scales = [
+        MolformerForRegression.from_pretrained(folder).classifier.scale.mean
+        for folder in (run_with_descriptors, tmp_path / "x")
+    ]
+    assert torch.equal(*scales)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--head_descriptors", "MolLogP", "Weight"], "does not know the descriptors Weight"),
+        (["--head_descriptors", "TPSA", "TPSA"], "has TPSA twice"),
+    ],
+)
+def test_descriptors_that_rdkit_does_not_know_are_named(flags, message, tiny_checkpoint, small_table, tmp_path):
+    with pytest.raises(InputError, match=message):
+        call_main("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x",
+                  *QUICK, *flags)  # fmt: skip
+    assert not (tmp_path / "x" / "model.safetensors").exists()
+
+
+def test_a_trained_head_is_given_no_other_descriptors(run_with_descriptors, finished_run, small_table, tmp_path):
+    same = ("--train_file", small_table, "--output_dir", tmp_path / "x", *QUICK)
+    with pytest.raises(InputError, match="has learned with other descriptors"):
+        call_main("--model_name_or_path", run_with_descriptors, *same, "--head_descriptors", "TPSA", "MolLogP")
+    with pytest.raises(InputError, match=r"classifier\.out_proj"):
+        call_main("--model_name_or_path", finished_run, *same, "--head_descriptors", "TPSA")
 
 
 @pytest.fixture(scope="module")

@@ -386,6 +386,23 @@ def test_the_head_alone_is_computed_from_kept_states(embedded, monkeypatch, room
     assert 0 < len(fast.states) <= 13
 
 
+def test_descriptors_beside_the_state_are_in_every_product(tiny_checkpoint, embedded):
+    """Reference: scores by gradients of each molecule through the whole model, of the head from its kept states."""
+    torch.manual_seed(0)
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint, head_descriptors=["MolLogP", "TPSA"]).eval()
+    model.config.label_mean, model.config.label_std = [2.0], [1.2]
+    model.classifier.scale.set_scale([2.0, 70.0], [1.2, 40.0])
+    given, rows = (model, embedded[1], embedded[2]), embedded[2].iloc[:13]
+    fast, slow = problem_of(given, "head", chunk_size=4), problem_of(given, "head")
+    slow.states = None
+    size = sum(tensor.numel() for tensor in fast.params.values())
+    assert size == 32 + 1 + (34 * 256 + 256) + (256 + 1)  # head, and the layers beside it
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    expected = slow.each(SCORES["per_sample_gradient"], rows, vector)
+    for value in (fast.each(SCORES["jvp"], rows, vector), slow.each(SCORES["jvp"], rows, vector)):
+        assert torch.allclose(value, expected, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_predictions_are_those_of_the_model(embedded):
     model, tokenizer, molecules = embedded
     predictions = problem_of(embedded, "head").predictions(molecules.iloc[:9])

@@ -335,12 +335,15 @@ def test_pretraining_and_influence_go_to_the_hub_and_come_back(connected, online
 
 
 def test_an_ensemble_goes_to_the_hub_and_comes_back(connected, online, hub, training, small_table, tmp_path):
+    """Its head reads descriptors, which the code of the card computes."""
     flags = ["--num_seeds", "2", "--push_to_hub", "--hub_model_id", "someone/ensemble"]
+    flags += ["--head_descriptors", "MolLogP", "TPSA"]
     connected(run_regression, *training, *flags)
     files = hub.repositories["someone/ensemble"]
     assert {"README.md", "member-0/model.safetensors", "member-1/config.json"} <= set(files)
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
-    run_card(files["README.md"].decode(), online, tmp_path)
+    printed = run_card(files["README.md"].decode(), online, tmp_path)
+    assert np.isfinite(printed)
     flags = ["--do_predict", "--model_name_or_path", "someone/ensemble", "--test_file", small_table]
     again = online("run_regression.py", *flags, "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
