@@ -399,15 +399,15 @@ def usage_section(run):
     if run.kind == "mlm":
         command = f"python run_regression.py --model_name_or_path {run.address}"
     scripts = f"```bash\n{command}\n```"
+    answer = ANSWER_BESIDE_DESCRIPTORS if run.head_descriptors else ANSWER
     if run.holds_adapter:
         text = (
             "## Use\n\nHere is what was trained, and the name of its base. With the MoLFormer fine-tuning scripts, "
             f"which find the base:\n\n{scripts}"
         )
-        answer = ANSWER_BESIDE_DESCRIPTORS if run.head_descriptors else ANSWER
-        return text + (
-            USE_OF_ADAPTER.format(name=run.name, answer=answer) if run.exists("adapter_config.json") else ""
-        )
+        if run.exists("adapter_config.json"):
+            text += USE_OF_ADAPTER.format(name=run.name, answer=answer)
+        return text
     auto = "AutoModelForMaskedLM" if run.kind == "mlm" else "AutoModelForSequenceClassification"
     member = run.model_folder.name if run.model_folder.name.startswith("member-") else None
     where = f'"{run.address}"' + (f', subfolder="{member}"' if member else "")
@@ -415,7 +415,7 @@ def usage_section(run):
     code += [f"model = {auto}.from_pretrained({where}, trust_remote_code=True).eval()"]
     code += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
     if run.kind != "mlm":
-        code.append(ANSWER_BESIDE_DESCRIPTORS if run.head_descriptors else ANSWER)
+        code.append(answer)
     lines = "\n".join(code)
     first = " This is the first of the models whose mean the scripts predict." if member else ""
     return (
