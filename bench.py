@@ -48,7 +48,8 @@ from modeling_molformer_reg import (  # noqa: E402
     draw_random_features,
 )
 from run_peft import METHODS, PeftArguments, adapt  # noqa: E402
-from trainer_regression import LengthGroupedBatchSampler, build_tokenizer, peak_memory  # noqa: E402
+from trainer_regression import LengthGroupedBatchSampler, peak_memory  # noqa: E402
+from utils_checkpoints import build_tokenizer  # noqa: E402
 from utils_influence import (  # noqa: E402
     ggn_vector_product,
     hessian_vector_product,

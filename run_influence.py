@@ -544,18 +544,8 @@ def main(model_args, data_args, influence_args, training_args):
     output_dir, seed = Path(training_args.output_dir), training_args.seed
 
     from modeling_molformer_reg import MolformerForRegression
-    from trainer_regression import (
-        begin_run,
-        check_split,
-        load_config,
-        load_model,
-        load_tokenizer,
-        prepare_head,
-        select_parts,
-        set_learning_rate,
-        settle_smiles_form,
-        write_splits,
-    )
+    from trainer_regression import begin_run, prepare_head, select_parts, set_learning_rate, write_splits
+    from utils_checkpoints import check_split, load_config, load_model, load_tokenizer, settle_smiles_form
 
     # Data
     tokenizer = load_tokenizer(model_args)
@@ -698,7 +688,7 @@ def pretrained_arguments(model_args, influence_args, model, needed=True):
     Raises:
         InputError: if none was named, and the embedded checkpoint is of another size.
     """
-    from trainer_regression import load_config
+    from utils_checkpoints import load_config
 
     source = influence_args.pretrained_model or EMBEDDED_CHECKPOINT
     # of the same kind as the model that is scored

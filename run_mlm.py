@@ -87,15 +87,8 @@ def main(model_args, data_args, mlm_args, training_args):
     checkpoint = setup_run(training_args, data_args)
 
     from modeling_molformer_reg import MolformerForMaskedLM
-    from trainer_regression import (
-        MolformerTrainer,
-        begin_run,
-        check_split,
-        load_config,
-        load_model,
-        load_tokenizer,
-        settle_smiles_form,
-    )
+    from trainer_regression import MolformerTrainer, begin_run
+    from utils_checkpoints import check_split, load_config, load_model, load_tokenizer, settle_smiles_form
     from utils_mlm import (
         PretrainingCollator,
         PretrainingMetrics,

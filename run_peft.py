@@ -268,7 +268,7 @@ def adapt(model, peft_args, seed=0, revision=None):
 
 def check_base(model_args):
     """Raises `InputError` if no adapter could name, or keep, the model that the arguments start from."""
-    from trainer_regression import find_base
+    from utils_checkpoints import find_base
 
     if model_args.model_name_or_path is None:
         raise InputError("--config_name alone gives a random base, which no adapter can name. Pass a checkpoint.")
@@ -330,7 +330,7 @@ def write_merged(model, tokenizer, output_dir):
 
 def name_base(output_dir, peft_args):
     """Returns what an adapter that is pushed says in place of its configuration, by file: the Hub name of its base."""
-    from trainer_regression import PARTIAL_FILE
+    from utils_checkpoints import PARTIAL_FILE
     from utils_molecules import read_json
 
     if not peft_args.base_hub_name or peft_args.merge_adapter:
@@ -384,18 +384,20 @@ def main(model_args, data_args, peft_args, training_args):
     from trainer_regression import (
         begin_run,
         build_trainer,
-        check_split,
         evaluate_regression,
+        order_labels,
+        select_parts,
+        train_regression,
+        write_reports,
+    )
+    from utils_checkpoints import (
+        check_split,
         hub_revision,
         load_config,
         load_model,
         load_tokenizer,
         merge_adapter,
-        order_labels,
-        select_parts,
         settle_smiles_form,
-        train_regression,
-        write_reports,
     )
     from utils_molecules import load_molecules
     from utils_report import finish_run

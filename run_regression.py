@@ -97,7 +97,7 @@ def plan_members(model_args, training_args, num_seeds, checkpoint):
     Raises:
         InputError: if training is to start from an ensemble, or the last seed is too large.
     """
-    from trainer_regression import find_members
+    from utils_checkpoints import find_members
 
     members = find_members(model_args)
     if members and training_args.do_train:
@@ -138,7 +138,8 @@ def predict_new(model_args, data_args, regression_args, training_args):
     setup_run(training_args, None if to_output else data_args)
 
     from modeling_molformer_reg import MolformerForRegression
-    from trainer_regression import load_model, load_tokenizer, prepare_head, settle_smiles_form
+    from trainer_regression import prepare_head
+    from utils_checkpoints import load_model, load_tokenizer, settle_smiles_form
     from utils_molecules import update_results
     from utils_predict import predict_file, summary_line
 
@@ -168,19 +169,16 @@ def main(model_args, data_args, regression_args, training_args):
     from trainer_regression import (
         begin_run,
         build_trainer,
-        check_split,
         evaluate_regression,
         held_out_name,
-        load_config,
-        load_tokenizer,
         order_labels,
         select_parts,
         set_learning_rate,
-        settle_smiles_form,
         train_regression,
         training_set,
         write_reports,
     )
+    from utils_checkpoints import check_split, load_config, load_tokenizer, settle_smiles_form
     from utils_molecules import label_metrics, label_names, labels_of, load_molecules, write_json
     from utils_report import finish_run
 

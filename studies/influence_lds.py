@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 from arguments import DataTrainingArguments, ModelArguments, TrainingArguments  # noqa: E402
 from modeling_molformer_reg import MolformerForRegression  # noqa: E402
 from run_influence import InfluenceArguments  # noqa: E402
-from trainer_regression import load_tokenizer, select_parts  # noqa: E402
+from trainer_regression import select_parts  # noqa: E402
+from utils_checkpoints import load_tokenizer  # noqa: E402
 from utils_influence import (  # noqa: E402
     MoleculeProblem,
     choose_parameters,

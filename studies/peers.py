@@ -103,7 +103,7 @@ def chemprop(molecules, seed, program, epochs=50):
 def main(model_args, data_args, peer_args, training_args):
     setup_run(training_args, data_args)
 
-    from trainer_regression import load_tokenizer
+    from utils_checkpoints import load_tokenizer
     from utils_molecules import load_molecules, regression_metrics, write_csv, write_json
     from utils_report import metrics_table
 

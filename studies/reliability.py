@@ -262,7 +262,7 @@ def fuzz(inputs, seed):
 def tools():
     """Returns the tokenizer, and a small model that predicts."""
     from modeling_molformer_reg import MolformerConfig, MolformerForRegression
-    from trainer_regression import build_tokenizer
+    from utils_checkpoints import build_tokenizer
 
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = MolformerForRegression(MolformerConfig(**shape, label_mean=[2.0], label_std=[1.0])).eval()

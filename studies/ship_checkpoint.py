@@ -97,7 +97,7 @@ def main():
     args = parser.parse_args()
 
     from modeling_molformer_reg import MolformerForMaskedLM
-    from trainer_regression import build_tokenizer
+    from utils_checkpoints import build_tokenizer
 
     model = MolformerForMaskedLM.from_pretrained(args.runs[-1], atom_descriptor_names=None, environment_buckets=None)
     model.save_pretrained(args.output)

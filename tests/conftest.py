@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM
-from trainer_regression import build_tokenizer
+from utils_checkpoints import build_tokenizer
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from conftest import ROOT
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from arguments import EMBEDDED_CHECKPOINT, EMBEDDED_DATA
-from trainer_regression import build_tokenizer
+from utils_checkpoints import build_tokenizer
 from utils_mlm import PretrainingCollator, score_tokens
 from utils_molecules import canonicalize
 

@@ -32,7 +32,7 @@ from run_influence import (
     take_pool,
     write_scores,
 )
-from trainer_regression import build_tokenizer
+from utils_checkpoints import build_tokenizer
 from utils_influence import MoleculeProblem, choose_parameters, loss_gradient, molecule_losses, unflatten
 from utils_molecules import prepare_molecules, read_table
 

@@ -18,7 +18,7 @@ import run_mlm
 import utils_mlm
 from arguments import InputError, last_complete_checkpoint, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM
-from trainer_regression import build_tokenizer
+from utils_checkpoints import build_tokenizer
 from utils_molecules import compute_descriptors, default_descriptors, parse_smiles
 
 

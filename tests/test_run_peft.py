@@ -25,7 +25,7 @@ import run_regression
 from arguments import InputError, ModelArguments, parse_arguments
 from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM, MolformerForRegression
 from run_peft import METHODS, PeftArguments, adapt
-from trainer_regression import build_tokenizer, find_base, load_model
+from utils_checkpoints import build_tokenizer, find_base, load_model
 
 
 TUNERS = [name for name in METHODS if name not in ("full", "head", "bitfit")]

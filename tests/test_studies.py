@@ -16,7 +16,8 @@ from conftest import ROOT
 import run_influence
 from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
-from trainer_regression import LEARNING_RATES, build_tokenizer
+from trainer_regression import LEARNING_RATES
+from utils_checkpoints import build_tokenizer
 
 
 sys.path.insert(0, str(ROOT / "studies"))

@@ -1,24 +1,14 @@
-"""trainer_regression.py: tokenizer, loading, sampling, optimizer groups, accumulation, secrets."""
+"""trainer_regression.py: sampling, optimizer groups, accumulation, secrets."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from arguments import EMBEDDED_DATA, InputError, ModelArguments, TrainingArguments
-from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM, MolformerForRegression
-from trainer_regression import (
-    LengthGroupedBatchSampler,
-    RegressionTrainer,
-    augment,
-    build_tokenizer,
-    check_split,
-    load_model,
-    load_tokenizer,
-    summarize_predictions,
-    to_dataset,
-)
+from arguments import EMBEDDED_DATA, InputError, TrainingArguments
+from modeling_molformer_reg import MolformerForRegression
+from trainer_regression import LengthGroupedBatchSampler, RegressionTrainer, augment, summarize_predictions, to_dataset
+from utils_checkpoints import build_tokenizer
 from utils_molecules import canonicalize
 
 
@@ -47,12 +37,6 @@ def make_trainer(tiny_checkpoint, molecules, args):
     return RegressionTrainer(
         model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=build_tokenizer()
     )
-
-
-def test_saved_tokenizer_reloads_through_auto_tokenizer(tmp_path, molecules):
-    build_tokenizer().save_pretrained(tmp_path)
-    reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert reloaded(molecules["smiles"].tolist())["input_ids"] == molecules["input_ids"].tolist()
 
 
 @pytest.mark.parametrize("size", [48, 45])
@@ -159,53 +143,6 @@ def test_hub_token_reaches_no_file(tiny_checkpoint, molecules, tmp_path):
     assert trainer.args.hub_token == secret
 
 
-def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
-    model = MolformerForMaskedLM(MolformerConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1,
-        num_attention_heads=4, intermediate_size=32))  # fmt: skip
-    model.save_pretrained(tmp_path)
-    build_tokenizer().save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path))
-    with pytest.raises(InputError, match="2362 tokens .* 100 embeddings"):
-        load_model(MolformerForRegression, args, load_tokenizer(args))
-
-
-def test_checkpoint_that_lacks_encoder_weights_is_refused_with_the_key(tiny_checkpoint, tmp_path):
-    model = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)
-    state = {k: v for k, v in model.state_dict().items() if "layer.1.intermediate" not in k and "decoder" not in k}
-    model.save_pretrained(tmp_path, state_dict=state)
-    build_tokenizer().save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path))
-    with pytest.raises(InputError, match=r"encoder\.layer\.1\.intermediate\.dense\.bias"):
-        load_model(MolformerForRegression, args, load_tokenizer(args))
-
-
-def test_pickled_checkpoint_that_would_run_code_is_refused(tiny_checkpoint, tmp_path):
-    """A .bin file loads with weights_only: the code in it does not run."""
-    import os
-    import pickle
-
-    class Harmful:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    MolformerConfig.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Harmful()}))
-    args = ModelArguments(model_name_or_path=str(tmp_path), tokenizer_name=tiny_checkpoint)
-    with pytest.raises(InputError, match="cannot be loaded"):
-        load_model(MolformerForRegression, args, load_tokenizer(args))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_weights_that_are_no_numbers_are_refused(tiny_checkpoint, tmp_path):
-    model = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)
-    with torch.no_grad():
-        model.molformer.encoder.layer[1].output.dense.bias[3] = torch.nan
-    model.save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path), tokenizer_name=tiny_checkpoint)
-    with pytest.raises(InputError, match="layer.1.output.dense.bias"):
-        load_model(MolformerForRegression, args, load_tokenizer(args))
-
-
 def test_augmented_data_set_has_random_smiles_of_each_molecule_in_turn(molecules):
     """Reference: RDKit's canonical form of every row, and the labels of the molecules."""
     tokenizer = build_tokenizer()
@@ -256,11 +193,3 @@ def test_unknown_metric_for_the_best_model_is_refused_before_training(tiny_check
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model=name))
     with pytest.raises(InputError, match="accuracy is unknown. Choose one of loss, mse, rmse"):
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model="accuracy"))
-
-
-def test_run_of_a_model_of_another_shape_is_not_resumed(tiny_checkpoint):
-    config = MolformerConfig.from_pretrained(tiny_checkpoint)
-    check_split(config, None, None, tiny_checkpoint)
-    config.num_hidden_layers += 1
-    with pytest.raises(InputError, match="num_hidden_layers=2, but this run's has 3"):
-        check_split(config, None, None, tiny_checkpoint)

@@ -14,7 +14,7 @@ import utils_influence
 from arguments import EMBEDDED_CHECKPOINT, EMBEDDED_DATA, InputError
 from modeling_molformer_reg import MolformerForRegression
 from run_influence import InfluenceArguments
-from trainer_regression import build_tokenizer
+from utils_checkpoints import build_tokenizer
 from utils_influence import (
     PRODUCTS,
     SCORES,

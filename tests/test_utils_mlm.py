@@ -12,7 +12,7 @@ import run_mlm
 import utils_mlm
 from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerAtomHead, MolformerConfig, MolformerForMaskedLM
-from trainer_regression import build_tokenizer
+from utils_checkpoints import build_tokenizer
 from utils_mlm import PretrainingCollator, describe_atoms, describe_molecules, mlm_metrics, score_tokens
 
 

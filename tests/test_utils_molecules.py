@@ -32,7 +32,7 @@ from arguments import (
     ModelArguments,
     TrainingArguments,
 )
-from trainer_regression import build_tokenizer
+from utils_checkpoints import build_tokenizer
 from utils_molecules import (
     ATOM_DESCRIPTORS,
     SPLITS,

@@ -20,7 +20,7 @@ import run_regression
 import utils_predict
 from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
-from trainer_regression import build_tokenizer
+from utils_checkpoints import build_tokenizer
 from utils_molecules import canonicalize
 
 

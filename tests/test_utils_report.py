@@ -22,7 +22,7 @@ import run_regression
 import utils_report
 from arguments import EMBEDDED_DATA, InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
-from trainer_regression import build_tokenizer
+from utils_checkpoints import build_tokenizer
 from utils_report import (
     draw_worst_molecules,
     files_to_push,

@@ -1,0 +1,72 @@
+"""utils_checkpoints.py: the tokenizer, and checkpoints that are refused with their reason."""
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from arguments import EMBEDDED_DATA, InputError, ModelArguments
+from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM, MolformerForRegression
+from utils_checkpoints import build_tokenizer, check_split, load_model, load_tokenizer
+
+
+def test_saved_tokenizer_reloads_through_auto_tokenizer(tmp_path):
+    smiles = pd.read_csv(EMBEDDED_DATA, nrows=48)["SMILES"].tolist()
+    build_tokenizer().save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert reloaded(smiles)["input_ids"] == build_tokenizer()(smiles)["input_ids"]
+
+
+def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    model = MolformerForMaskedLM(MolformerConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=4, intermediate_size=32))  # fmt: skip
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path))
+    with pytest.raises(InputError, match="2362 tokens .* 100 embeddings"):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+
+
+def test_checkpoint_that_lacks_encoder_weights_is_refused_with_the_key(tiny_checkpoint, tmp_path):
+    model = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)
+    state = {k: v for k, v in model.state_dict().items() if "layer.1.intermediate" not in k and "decoder" not in k}
+    model.save_pretrained(tmp_path, state_dict=state)
+    build_tokenizer().save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path))
+    with pytest.raises(InputError, match=r"encoder\.layer\.1\.intermediate\.dense\.bias"):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+
+
+def test_pickled_checkpoint_that_would_run_code_is_refused(tiny_checkpoint, tmp_path):
+    """A .bin file loads with weights_only: the code in it does not run."""
+    import os
+    import pickle
+
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    MolformerConfig.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Harmful()}))
+    args = ModelArguments(model_name_or_path=str(tmp_path), tokenizer_name=tiny_checkpoint)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(tiny_checkpoint, tmp_path):
+    model = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.molformer.encoder.layer[1].output.dense.bias[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    args = ModelArguments(model_name_or_path=str(tmp_path), tokenizer_name=tiny_checkpoint)
+    with pytest.raises(InputError, match="layer.1.output.dense.bias"):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+
+
+def test_run_of_a_model_of_another_shape_is_not_resumed(tiny_checkpoint):
+    config = MolformerConfig.from_pretrained(tiny_checkpoint)
+    check_split(config, None, None, tiny_checkpoint)
+    config.num_hidden_layers += 1
+    with pytest.raises(InputError, match="num_hidden_layers=2, but this run's has 3"):
+        check_split(config, None, None, tiny_checkpoint)

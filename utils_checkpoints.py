@@ -1,0 +1,361 @@
+"""Checkpoints: loading of tokenizers, configurations, models and adapters, with reasons for what cannot be loaded.
+
+    from utils_checkpoints import load_model, load_tokenizer
+
+A checkpoint is a folder or a Hub name: a model, adapters beside the name of their base, or some parameters of one.
+"""
+
+import hashlib
+import json
+import logging
+import pickle
+import warnings
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from arguments import EMBEDDED_VOCABULARY, ROOT, UNFINISHED, InputError, member_folders
+from modeling_molformer_reg import MolformerConfig, MolformerForRegression
+
+
+PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names
+UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+# `cached_file` then answers `None` for a file that is not there
+QUIET = {name: False for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")}
+QUIET["_raise_exceptions_for_gated_repo"] = False
+SHAPE_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+# The pattern of MoLFormer's pre-tokenizer (IBM/molformer, Apache-2.0): one token a match, the rest is dropped.
+SMILES_PATTERN = (
+    r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>|\*|\$|\%[0-9]{2}|[0-9])"
+)
+
+
+# VeRA's projections are not in its checkpoints: they are drawn again from their seed
+warnings.filterwarnings("ignore", message="Specified to not save vera_A")
+
+logger = logging.getLogger("molformer.checkpoints")
+
+
+def build_tokenizer(vocabulary_file=EMBEDDED_VOCABULARY):
+    """Returns MoLFormer's tokenizer, built from its vocabulary: one token a line, the line number is the id."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokens = Path(vocabulary_file).read_text(encoding="utf-8").splitlines()
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SMILES_PATTERN), "removed", invert=True),
+            pre_tokenizers.Split(Regex(SMILES_PATTERN), "isolated"),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        pair="<bos> $A <eos> $B:1 <eos>:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("<bos>", "<eos>")],
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="<bos>",
+        sep_token="<eos>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def load_tokenizer(model_args):
+    """Returns the tokenizer of the checkpoint, or MoLFormer's own for a model from scratch.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    source = model_args.tokenizer_name or model_args.model_name_or_path
+    if source is None:
+        return build_tokenizer()
+    try:
+        # not AutoTokenizer: that asks to run the code that a Hub tokenizer's auto_map names
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            source, cache_dir=model_args.cache_dir, revision=model_args.model_revision
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(_not_loaded("tokenizer", source, error)) from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # or the source's remote code would be named in our checkpoints
+    return tokenizer
+
+
+def load_config(model_args):
+    """Returns the configuration that the run starts from: that of --config_name, else the checkpoint's.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    source = model_args.config_name or model_args.model_name_or_path
+    try:
+        return MolformerConfig.from_pretrained(
+            source, cache_dir=model_args.cache_dir, revision=model_args.model_revision
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(_not_loaded("configuration", source, error)) from error
+
+
+def settle_smiles_form(config, data_args):
+    """Fills in the form of the SMILES where the user named none: the fine-tuned checkpoint's, else canonical."""
+    data_args.smiles_form = data_args.smiles_form or getattr(config, "smiles_form", None) or "canonical"
+
+
+def hub_revision(model_args):
+    """Returns the revision of a Hub model that is not its newest one; `None` for that one, and for a local folder."""
+    local = model_args.model_name_or_path is None or Path(model_args.model_name_or_path).exists()
+    return None if local or model_args.model_revision == "main" else model_args.model_revision
+
+
+def find_base(source, model_args):
+    """Returns how a checkpoint of adapters, or of some parameters, names its method and base; `None` for a plain one.
+
+    Returns:
+        `dict` with `method`, `base`, `revision` (of the base) and `partial`: whether it holds some of the model's own
+        parameters.
+    """
+    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    for name, base in ((PARTIAL_FILE, "base"), ("adapter_config.json", "base_model_name_or_path")):
+        path = cached_file(source, name, **hub, **QUIET) if source is not None else None
+        if path is not None:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            method = values.get("method") or values.get("peft_type")
+            found = {"method": method, "base": values.get(base), "revision": values.get("revision") or "main"}
+            return found | {"partial": name == PARTIAL_FILE}
+    return None
+
+
+def find_members(model_args):
+    """Returns the folders of an ensemble's members, first member first; an empty list for a single model.
+
+    Those of an ensemble on the Hub are fetched.
+    """
+    source = model_args.model_name_or_path
+    if source is None or Path(source).exists():
+        members = member_folders(source) if source is not None else []
+        if members and (Path(source) / UNFINISHED).exists():
+            raise InputError(f"{source} holds an ensemble whose training was interrupted. Resume it first.")
+        return members
+    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    if cached_file(source, "member-0/config.json", **hub, **QUIET) is None:
+        return []
+    return member_folders(snapshot_download(source, allow_patterns="member-*/*", **hub))
+
+
+def portable_path(source):
+    """Returns a checkpoint's name as an adapter keeps it: of a folder the path, relative to this project if in it."""
+    if not Path(source).exists():
+        return source
+    path = Path(source).resolve()
+    return path.relative_to(ROOT).as_posix() if ROOT in path.parents else str(path)
+
+
+def weights_digest(folder):
+    """Returns a hash of the weights in a local folder; `None` where they are not in one file there."""
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _base_not_loaded(source, base, error):
+    return (
+        f"The base of {source} cannot be loaded. {_not_loaded('model', str(base), error)} Or correct its name in the "
+        "adapter's configuration."
+    )
+
+
+def check_base_fits(source, base, base_hub, config):
+    """Raises `InputError` if a base has other shapes than an adapter, or other weights than it was trained on."""
+    if base is None:
+        raise InputError(f"The configuration of the adapter in {source} names no base. Enter its folder or Hub name.")
+    try:
+        other = MolformerConfig.from_pretrained(base, **base_hub)
+    except UNLOADABLE as error:
+        raise InputError(_base_not_loaded(source, base, error)) from error
+    for name in (*SHAPE_FIELDS, "num_random_features"):
+        if getattr(other, name) != getattr(config, name):
+            raise InputError(
+                f"The adapter {source} does not fit its base {base}: {name} is {getattr(config, name)} there and "
+                f"{getattr(other, name)} in the base. Correct the base's name in the adapter's configuration."
+            )
+    digest, now = getattr(config, "base_weights", None), weights_digest(base)
+    if digest and now and digest != now:
+        raise InputError(
+            f"The adapter {source} was trained on other weights than those that {base} holds now. Bring those back, "
+            "correct the base's name in the adapter's configuration, or train the adapter again."
+        )
+
+
+def _load_adapted(model_class, source, found, hub, values, merge):
+    """Returns the base of a checkpoint of adapters, or of some parameters, with these in it or merged into it.
+
+    The encoder of another model than that for regression is the adapted one, its heads are the base's.
+    """
+    base = found["base"]
+    if base is not None and (ROOT / base).exists():
+        base = str(ROOT / base)
+    base_hub = {"cache_dir": hub["cache_dir"], "revision": found["revision"], "dtype": torch.float32}
+    if model_class is not MolformerForRegression:
+        adapted = _load_adapted(MolformerForRegression, source, found, hub, {}, merge=True)
+        model = model_class.from_pretrained(base, **base_hub, **values)
+        model.molformer.load_state_dict(adapted.molformer.state_dict())
+        model.config.split_hash = getattr(adapted.config, "split_hash", None)
+        return model
+    config = MolformerConfig.from_pretrained(source, **hub, **values)
+    check_base_fits(source, base, {name: base_hub[name] for name in ("cache_dir", "revision")}, config)
+    vars(config).pop("base_weights", None)  # of the adapter alone
+    try:
+        model = model_class.from_pretrained(base, config=config, **base_hub)
+    except (*UNLOADABLE, TypeError) as error:
+        raise InputError(_base_not_loaded(source, base, error)) from error
+    if found["partial"]:
+        weights = load_file(cached_file(source, "model.safetensors", **hub))
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        misfit = [*unexpected, *(name for name in missing if name.startswith("classifier."))]
+        if misfit:
+            raise InputError(f"{source} does not fit its base {base} with this head: {', '.join(misfit[:3])}.")
+    else:
+        import peft
+
+        if not isinstance(merge, bool):
+            merge = found["method"].lower() in merge
+        try:
+            adapted = peft.PeftModel.from_pretrained(model, source, **hub)
+            # the model inside, with the adapters in its layers, is what the scripts know
+            model = merge_adapter(adapted).requires_grad_(True) if merge else _unwrap(adapted)
+        except (KeyError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"The adapter {source} does not fit its base {base}: {error}. It has other shapes, or was trained "
+                "with another head; leave --regression_head out."
+            ) from error
+    model.new_heads = ()  # the head came with the adapter
+    return model
+
+
+def merge_adapter(model):
+    """Returns the plain model that a PEFT model is equal to; a model without adapters is returned as it is."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    _unwrap(model)
+    return model.merge_and_unload()
+
+
+def _unwrap(model):
+    """Returns the model inside a PEFT model, the trained head in its place: PEFT does not do so for every method."""
+    inside = model.get_base_model()
+    inside.classifier = inside.classifier.modules_to_save[model.active_adapter]
+    return inside
+
+
+def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
+    """Returns the model of the checkpoint, or one with random weights if only a configuration was named.
+
+    A checkpoint of adapters, or of some parameters, gives its base with these in it.
+
+    Args:
+        merge (`bool` or `tuple[str]`): whether adapters are merged into a plain model, which can be trained; or the
+            methods, as PEFT calls them, whose adapters are.
+        overrides: configuration values that hold over the checkpoint's and the user's, such as `num_labels`.
+    Raises:
+        InputError: if it cannot be loaded, if weights are missing or fit nothing, or if tokenizer and model do not
+            belong together.
+    """
+    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    values = {**model_args.config_overrides(), **overrides}
+    source = model_args.model_name_or_path
+    try:
+        if source is None:
+            config = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
+            logger.warning(
+                "Training from scratch: %s names a configuration, the weights are random", model_args.config_name
+            )
+            model = model_class(config)
+        elif (found := find_base(source, model_args)) is not None:
+            model = _load_adapted(model_class, source, found, hub, values, merge)
+        else:
+            if model_args.config_name:
+                hub["config"] = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
+                values = {}
+            model = model_class.from_pretrained(source, dtype=torch.float32, **hub, **values)
+    except InputError:
+        raise
+    except UNLOADABLE as error:
+        raise InputError(_not_loaded("model", source or model_args.config_name, error)) from error
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    broken = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise InputError(
+            f"{source} holds weights that are no finite numbers, first in {broken}: its training diverged, or the "
+            "file is damaged. Use another checkpoint."
+        )
+    config = model.config
+    if values.get("head_descriptors") and not model.head_is_new:
+        own = MolformerConfig.from_pretrained(source, **hub).head_descriptors
+        if own != values["head_descriptors"]:
+            raise InputError(
+                f"The head of {source} has learned with other descriptors than --head_descriptors names. Leave the "
+                "flag out, or start from a checkpoint without a regression head."
+            )
+    if len(tokenizer) != config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
+        raise InputError(
+            f"Tokenizer and model do not belong together: {len(tokenizer)} tokens with padding id "
+            f"{tokenizer.pad_token_id}, but the model has {config.vocab_size} embeddings and padding id "
+            f"{config.pad_token_id}. Pass the --tokenizer_name that the model was trained with."
+        )
+    return model
+
+
+def check_split(config, digest, data_args, checkpoint=None):
+    """Refuses a checkpoint that was trained with another split: it may have seen this run's test molecules.
+
+    Args:
+        config (`MolformerConfig`): of the model that the run starts from.
+        checkpoint (`str`, *optional*): the folder that an interrupted run goes on from; counts in place of `config`.
+        digest (`str`, *optional*): hash of this run's split; `None` for a corpus, which has none.
+    Raises:
+        InputError: if the checkpoint's split hash differs from `digest`, unless `--ignore_split_mismatch`; if the
+            interrupted run is that of a model of another shape.
+    """
+    if checkpoint is not None:
+        saved = MolformerConfig.from_pretrained(checkpoint)
+        other = [name for name in SHAPE_FIELDS if getattr(saved, name) != getattr(config, name)]
+        if other:
+            raise InputError(
+                f"{checkpoint} is of a model with {other[0]}={getattr(saved, other[0])}, but this run's has "
+                f"{getattr(config, other[0])}. Resume with the model that the run began with."
+            )
+        config = saved
+    known = getattr(config, "split_hash", None)
+    if known is None or digest is None or known == digest:
+        return
+    message = (
+        f"The checkpoint was trained with another split of the data (hash {known}, this run's {digest}): it may have "
+        "learned this run's test molecules."
+    )
+    if not data_args.ignore_split_mismatch:
+        raise InputError(f"{message} Use the same data, --split and --split_seed, or pass --ignore_split_mismatch.")
+    logger.warning("%s Going on, because --ignore_split_mismatch was given.", message)
+
+
+def _not_loaded(what, source, error):
+    if Path(source).exists():
+        reason = str(error).strip().splitlines()  # some libraries write an essay
+        return f"The {what} in {source} cannot be loaded: {reason[0] if reason else type(error).__name__}"
+    return (
+        f"There is no local folder {source}, and the {what} of that name cannot be fetched from the Hub: wrong name, "
+        "no access, or no network. Pass the path of a local folder, such as models/molformer-mini."
+    )
