@@ -255,7 +255,7 @@ def predict_step(model, batches, bf16):
     arguments = TrainingArguments(output_dir=tempfile.gettempdir(), bf16=bf16)
     arguments.per_device_eval_batch_size = len(batches[0])
     predictor = Predictor([model], build_tokenizer(), arguments)
-    encoded = [[3] * length for rows in batches for length in rows]
+    encoded = [{"input_ids": [3] * length} for rows in batches for length in rows]
 
     def step():
         model.eval()  # another case may have trained it since

@@ -35,7 +35,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 ROTARY_BASE = 10000.0
 HEAD_PREFIXES = ("lm_head.", "descriptor_head.", "atom_head.", "classifier.")
 DESCRIPTOR_LIMIT = 10.0  # standard deviations; single molecules lie thousands of them away and would rule the loss
-MIXED_SIZE, MIXED_DROPOUT = 256, 0.1  # of the layers on pooled state and descriptors
 
 
 class MolformerConfig(PreTrainedConfig):
@@ -55,6 +54,7 @@ class MolformerConfig(PreTrainedConfig):
             published residual head). While `pooling` and `regression_head` are `None`, the checkpoint's keys decide.
         head_descriptors (`list[str]`, *optional*): M names of RDKit descriptors that the regression head reads beside
             the pooled state; `None` for none.
+        head_mixed_size (`int`, defaults to 256): width of the layer that reads both.
         label_mean, label_std (`list[float]`, *optional*): K means and standard deviations of the training labels, in
             label units. `None` stands for 0 and 1.
         label_names (`list[str]`, *optional*): K names of the labels.
@@ -96,6 +96,7 @@ class MolformerConfig(PreTrainedConfig):
         pooling=None,
         regression_head=None,
         head_descriptors=None,
+        head_mixed_size=256,
         label_mean=None,
         label_std=None,
         label_names=None,
@@ -125,7 +126,8 @@ class MolformerConfig(PreTrainedConfig):
         self.redraw_features = redraw_features
         self.pooling = pooling
         self.regression_head = regression_head
-        self.head_descriptors = head_descriptors
+        self.head_descriptors = head_descriptors or None
+        self.head_mixed_size = head_mixed_size
         self.label_mean = label_mean
         self.label_std = label_std
         self.label_names = label_names
@@ -162,6 +164,9 @@ class MolformerConfig(PreTrainedConfig):
         for field, known in (("pooling", ("cls", "mean")), ("regression_head", ("linear", "molformer"))):
             if getattr(self, field) not in (None, *known):
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown. Choose one of {', '.join(known)}.")
+        names = self.head_descriptors
+        if names and not (isinstance(names, list) and len(set(names)) == len(names)):
+            raise ValueError(f"head_descriptors={names!r} must be a list of names, each of them once.")
         for field in ("label_mean", "label_std", "label_names"):
             value = getattr(self, field)
             if value is not None and len(value) != self.num_labels:
@@ -772,10 +777,10 @@ class MolformerHeadBesideDescriptors(nn.Module):
         self.head = head
         self.size = config.hidden_size
         self.scale = MolformerDescriptorScale(config.head_descriptors)
-        self.mix = nn.Linear(config.hidden_size + len(config.head_descriptors), MIXED_SIZE)
+        self.mix = nn.Linear(config.hidden_size + len(config.head_descriptors), config.head_mixed_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(MIXED_DROPOUT)
-        self.out_mix = nn.Linear(MIXED_SIZE, config.num_labels)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.out_mix = nn.Linear(config.head_mixed_size, config.num_labels)
 
     def join(self, pooled, descriptors):
         """Returns what this head reads, (B, C + M): pooled states and descriptors as RDKit gives them, (B, M)."""
@@ -850,7 +855,9 @@ class MolformerForRegression(MolformerPreTrainedModel):
         pooled = outputs.last_hidden_state[:, 0] if self.config.pooling == "cls" else outputs.pooler_output
         given, names = None if descriptors is None else tuple(descriptors.shape), self.config.head_descriptors
         if given != ((len(pooled), len(names)) if names else None):
-            wanted = f"{len(names)} of each molecule, config.head_descriptors names them" if names else "none"
+            wanted = "none"
+            if names:
+                wanted = f"{len(names)} of each molecule: pass those that config.head_descriptors names, from RDKit"
             raise ValueError(f"descriptors have shape {given}; the head of this model reads {wanted}.")
         return self.classifier.join(pooled, descriptors) if names else pooled
 
@@ -873,22 +880,22 @@ class MolformerForRegression(MolformerPreTrainedModel):
         attention_mask=None,
         position_ids=None,
         inputs_embeds=None,
-        descriptors=None,
         labels=None,
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
         num_items_in_batch=None,
+        descriptors=None,
     ):
         """Returns `SequenceClassifierOutput`: loss on standardized labels, and predictions (B, K) in label units.
 
         Args:
-            descriptors (`torch.Tensor`, *optional*): shape (B, M), those that `config.head_descriptors` names, as
-                RDKit gives them.
             labels (`torch.Tensor`, *optional*): shape (B,) or (B, K), in label units; one of several that is NaN is
                 missing and counts for nothing.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): labels in all accumulated batches; the loss is
                 then the sum of squared errors divided by it.
+            descriptors (`torch.Tensor`, *optional*): shape (B, M), those that `config.head_descriptors` names, as
+                RDKit gives them.
         Raises:
             ValueError: if the shape of `labels` is not that of the predictions, or `descriptors` do not fit.
         """

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from arguments import (
     DataTrainingArguments,
+    InputError,
     ModelArguments,
     TrainingArguments,
     run_script,
@@ -100,6 +101,8 @@ def main(model_args, data_args, mlm_args, training_args):
     from utils_report import finish_run, plot_losses
 
     # Data, tokenizer and model
+    if model_args.head_descriptors is not None:
+        raise InputError("--head_descriptors is for a regression head, which run_regression.py trains. Leave it out.")
     tokenizer = load_tokenizer(model_args)
     config = load_config(model_args)
     settle_smiles_form(config, data_args)
@@ -107,6 +110,7 @@ def main(model_args, data_args, mlm_args, training_args):
     chosen = {name: value for name, value in heads.items() if value}
     model = load_model(MolformerForMaskedLM, model_args, tokenizer, **chosen)
     check_heads(model, mlm_args.parts, training_args.do_train)
+    model.config.head_descriptors = None  # of the regression head that a fine-tuned checkpoint had
     with training_args.main_process_first(desc="reading the corpus"):  # the others then find it in the cache
         train, held_out, digest, dropped = load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads)
     check_split(model.config, digest, data_args, checkpoint)

@@ -175,7 +175,6 @@ def main(model_args, data_args, regression_args, training_args):
         select_parts,
         set_learning_rate,
         train_regression,
-        training_set,
         write_reports,
     )
     from utils_checkpoints import check_split, load_config, load_tokenizer, settle_smiles_form
@@ -196,8 +195,7 @@ def main(model_args, data_args, regression_args, training_args):
     for number, (member_model_args, member_args, start) in enumerate(plan):
         # Model and trainer
         check_split(load_config(member_model_args), digest, data_args, start)
-        train_set = training_set(parts["train"], tokenizer, data_args, member_args)  # random SMILES of its own
-        trainer = build_trainer(member_model_args, data_args, member_args, tokenizer, parts, digest, train_set)
+        trainer = build_trainer(member_model_args, data_args, member_args, tokenizer, parts, digest)
         if number == 0:  # all input is checked
             begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
         if len(plan) > 1:

@@ -58,7 +58,6 @@ from utils_molecules import (
     scale_of,
     to_text,
     update_results,
-    with_progress,
     write_csv,
     write_json,
     write_text,
@@ -76,25 +75,6 @@ logger = logging.getLogger("molformer.trainer")
 
 
 # ------------------------------------------------------------------------------------------------------------ trainers
-
-
-class MoleculeCollator(DataCollatorWithPadding):
-    """Pads a batch, and adds the RDKit descriptors of the SMILES in it if the head of a model reads some.
-
-    Args:
-        config (`MolformerConfig`): of that model.
-    """
-
-    def __init__(self, tokenizer, config):
-        super().__init__(tokenizer)
-        self.names = tuple(config.head_descriptors or ())
-
-    def __call__(self, features):
-        batch = super().__call__(features)
-        if self.names:
-            texts = [to_text(example["input_ids"], self.tokenizer) for example in features]
-            batch["descriptors"] = torch.from_numpy(np.stack([descriptors_of(text, self.names) for text in texts]))
-        return batch
 
 
 class LengthGroupedBatchSampler(Sampler):
@@ -282,9 +262,9 @@ class MolformerTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.partial_method is not None:
             trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-            trained |= {name for name, _ in self.model.named_buffers() if name.startswith("classifier.")}
+            scales = {name for name, _ in self.model.named_buffers() if name.startswith("classifier.")}
             whole = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: tensor for name, tensor in whole.items() if name in trained}
+            state_dict = {name: tensor for name, tensor in whole.items() if name in trained | scales}
         restore_class(self.model)
         token, self.args.hub_token = self.args.hub_token, None  # training_args.bin would hold it in plain bytes
         try:
@@ -326,7 +306,7 @@ class RegressionTrainer(MolformerTrainer):
     def __init__(self, *args, **kwargs):
         names = kwargs["model"].config.label_names or []
         kwargs.setdefault("compute_metrics", lambda output: label_metrics(output.predictions, output.label_ids, names))
-        kwargs.setdefault("data_collator", MoleculeCollator(kwargs["processing_class"], kwargs["model"].config))
+        kwargs.setdefault("data_collator", DataCollatorWithPadding(kwargs["processing_class"]))
         super().__init__(*args, **kwargs)
         self._check_best_metric()
 
@@ -361,7 +341,7 @@ class RegressionTrainer(MolformerTrainer):
         ones for one `seed`.
         Batches are of like length; the order of rows is restored.
         """
-        dataset = to_dataset(molecules, with_labels=False)
+        dataset = to_dataset(molecules, self.model.config.head_descriptors, with_labels=False)
         if num_forms:
             dataset = augment(dataset, self.processing_class, num_forms, seed, max_length)
         order = np.argsort(-np.asarray(dataset["length"][:]), kind="stable")
@@ -370,9 +350,15 @@ class RegressionTrainer(MolformerTrainer):
         return predictions.reshape(len(molecules), num_forms + 1, -1)
 
 
-def to_dataset(molecules, with_labels=True):
-    """Returns the `datasets.Dataset` of token ids, lengths and labels that a trainer takes, in the table's order."""
+def to_dataset(molecules, descriptors=None, with_labels=True):
+    """Returns the `datasets.Dataset` of token ids, lengths and labels that a trainer takes, in the table's order.
+
+    Args:
+        descriptors (`list[str]`, *optional*): names of those that the head reads.
+    """
     columns = {"input_ids": molecules["input_ids"].tolist(), "length": molecules["length"].tolist()}
+    if descriptors:
+        columns["descriptors"] = descriptors_of(molecules["text"], descriptors)
     if with_labels:
         several = len(label_columns(molecules)) > 1
         columns["labels"] = labels_of(molecules).tolist() if several else molecules["label"].tolist()
@@ -490,10 +476,10 @@ def prepare_head(model, train, digest, data_args, training_args):
     # heads of the pre-training that this model does not have
     model.config.descriptor_names = model.config.atom_descriptor_names = model.config.environment_buckets = None
     model.config.smiles_form = data_args.smiles_form
-    names = tuple(model.config.head_descriptors or ())
+    names = model.config.head_descriptors
     if names and model.head_is_new:
-        texts = with_progress(train["text"], "Computing descriptors")
-        model.classifier.scale.set_scale(*scale_of([descriptors_of(text, names) for text in texts], "descriptors"))
+        model.classifier.scale.set_scale(*scale_of(descriptors_of(train["text"], names), "descriptors"))
+        model.config.rdkit_version = rdBase.rdkitVersion
 
 
 def set_learning_rate(training_args, data_args):
@@ -502,14 +488,12 @@ def set_learning_rate(training_args, data_args):
         training_args.learning_rate = LEARNING_RATES[data_args.protocol]
 
 
-def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, train_set=None, adapt=None):
+def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest, adapt=None):
     """Returns a `RegressionTrainer` of the model that the arguments name, when model and labels are checked.
 
     Args:
         parts (`dict[str, pandas.DataFrame]`): molecules of each split; the trainer evaluates on validation, or on the
             test set where there is no validation part.
-        train_set (`datasets.Dataset`, *optional*): what is learned in place of the molecules of `parts["train"]` and
-            their random SMILES.
         adapt (`Callable`, *optional*): returns the model that is trained in place of the one that was loaded.
     Raises:
         InputError: as `load_model` and `prepare_head` do.
@@ -521,6 +505,9 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
         MolformerForRegression, model_args, tokenizer, merge=training_args.do_train, num_labels=num_labels
     )
     prepare_head(model, parts["train"], digest, data_args, training_args)
+    names = model.config.head_descriptors
+    # by length: batches of like length, and no metric depends on the order
+    held_out = parts[held_out_name(parts)].sort_values("length", ascending=False, kind="stable")
     if adapt is not None:
         source = model_args.model_name_or_path
         if source is not None and Path(source).exists():  # PEFT asks the Hub for what it takes for no folder
@@ -529,11 +516,8 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     return RegressionTrainer(
         model=model,
         args=training_args,
-        train_dataset=training_set(parts["train"], tokenizer, data_args, training_args)
-        if train_set is None
-        else train_set,
-        # by length: batches of like length, and no metric depends on the order
-        eval_dataset=to_dataset(parts[held_out_name(parts)].sort_values("length", ascending=False, kind="stable")),
+        train_dataset=training_set(parts["train"], tokenizer, data_args, training_args, names),
+        eval_dataset=to_dataset(held_out, names),
         processing_class=tokenizer,
     )
 
@@ -551,9 +535,13 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def training_set(molecules, tokenizer, data_args, training_args):
-    """Returns the data set of training molecules, with their random SMILES if `--augment_smiles` says so."""
-    dataset = to_dataset(molecules)
+def training_set(molecules, tokenizer, data_args, training_args, descriptors=None):
+    """Returns the data set of training molecules, with their random SMILES if `--augment_smiles` says so.
+
+    Args:
+        descriptors (`list[str]`, *optional*): see `to_dataset`; those of a random SMILES are the molecule's.
+    """
+    dataset = to_dataset(molecules, descriptors)
     if not (data_args.augment_smiles and training_args.do_train):
         return dataset
     return augment(dataset, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length)

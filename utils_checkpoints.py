@@ -10,10 +10,12 @@ import json
 import logging
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from rdkit import rdBase
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +23,7 @@ from transformers.utils import cached_file
 
 from arguments import EMBEDDED_VOCABULARY, ROOT, UNFINISHED, InputError, member_folders
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
+from utils_molecules import choose_descriptors
 
 
 PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names
@@ -261,6 +264,30 @@ def _unwrap(model):
     return inside
 
 
+def check_descriptors(config, source, values):
+    """Refuses other descriptors than a trained head reads, and those that this RDKit does not know.
+
+    Args:
+        config (`MolformerConfig`): that of the checkpoint `source`.
+        values (`dict`): what the user named instead.
+    """
+    own = config.head_descriptors or []
+    named = values.get("head_descriptors", own)
+    if config.label_mean is not None and named != own:
+        raise InputError(
+            f"The regression head of {source} reads {len(own)} descriptors{': ' * bool(own)}{', '.join(own[:5])}, "
+            f"--head_descriptors names {len(named)}: {', '.join(named[:5])}. Leave the flag out, or start from a "
+            "checkpoint without a regression head."
+        )
+    choose_descriptors(own)
+    version = getattr(config, "rdkit_version", rdBase.rdkitVersion)
+    if own and version != rdBase.rdkitVersion:
+        logger.warning(
+            "%s was trained on descriptors of RDKit %s; here is %s, some of which may differ",
+            source, version, rdBase.rdkitVersion,
+        )  # fmt: skip
+
+
 def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
     """Returns the model of the checkpoint, or one with random weights if only a configuration was named.
 
@@ -278,6 +305,8 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
     values = {**model_args.config_overrides(), **overrides}
     source = model_args.model_name_or_path
     try:
+        if model_class is MolformerForRegression and source is not None:
+            check_descriptors(load_config(replace(model_args, config_name=None)), source, values)
         if source is None:
             config = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
             logger.warning(
@@ -303,13 +332,6 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
             "file is damaged. Use another checkpoint."
         )
     config = model.config
-    if values.get("head_descriptors") and not model.head_is_new:
-        own = MolformerConfig.from_pretrained(source, **hub).head_descriptors
-        if own != values["head_descriptors"]:
-            raise InputError(
-                f"The head of {source} has learned with other descriptors than --head_descriptors names. Leave the "
-                "flag out, or start from a checkpoint without a regression head."
-            )
     if len(tokenizer) != config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise InputError(
             f"Tokenizer and model do not belong together: {len(tokenizer)} tokens with padding id "

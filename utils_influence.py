@@ -29,13 +29,14 @@ from accelerate.utils import reduce
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding
 
 from arguments import InputError
-from trainer_regression import MoleculeCollator
+from utils_molecules import descriptors_of
 
 
 LISSA_SETTINGS = ("recursion_depth", "num_repeats", "tail_fraction", "hessian_batch_size")
-MOST_STATES = 50_000  # pooled states that are kept: 154 MB of MoLFormer-XL
+MOST_STATES = 50_000  # states that are kept: 154 MB of MoLFormer-XL, 194 MB with all descriptors
 FIXED_MOLECULES = 128  # on which largest eigenvalue and residual are measured
 
 logger = logging.getLogger("molformer.influence")
@@ -279,20 +280,24 @@ class MoleculeProblem:
         # below a loss that is a function of the head alone, the states are constants, and need computing once
         head_only = all(name.startswith("classifier.") for name in self.params)
         self.states = {} if head_only and self.keeps_states else None
-        self.collator = MoleculeCollator(tokenizer, model.config)
+        self.collator = DataCollatorWithPadding(tokenizer)
         self.chunk_size = chunk_size
         self.curvature_product = PRODUCTS[curvature]
         self.process = PartialState()
 
     def batch(self, molecules):
         """Returns what the model takes for molecules (`pandas.DataFrame`)."""
-        return dict(self.collator([{"input_ids": ids} for ids in molecules["input_ids"]]).to(self.model.device))
+        examples, names = [{"input_ids": ids} for ids in molecules["input_ids"]], self.model.config.head_descriptors
+        if names:
+            described = descriptors_of(molecules["text"], names)
+            examples = [e | {"descriptors": values} for e, values in zip(examples, described, strict=True)]
+        return dict(self.collator(examples).to(self.model.device))
 
     def residuals(self, molecules):
         """Returns the residuals of molecules (`pandas.DataFrame`), standardized as in training, as a function."""
         labels = torch.tensor(molecules["label"].to_numpy(), dtype=torch.float32, device=self.model.device)
         if self.states is not None:
-            states = self.pooled_states(molecules)  # (B, C)
+            states = self.pooled_states(molecules)
             mean, std = self.model.label_scale(states)
 
             def residuals_of_head(params):
@@ -319,7 +324,7 @@ class MoleculeProblem:
 
     @torch.no_grad()
     def pooled_states(self, molecules):
-        """Returns what the head reads of each molecule, shape (B, C), kept for the next call while there is room."""
+        """Returns what the head reads of each molecule (`pooled_state`), kept while there is room."""
         keys = [tuple(ids) for ids in molecules["input_ids"]]
         if not all(key in self.states for key in keys):
             _, pooled = self.model.predict_with_states(**self.batch(molecules))

@@ -29,8 +29,8 @@ from utils_molecules import (
     compute_atom_descriptors,
     compute_descriptors,
     default_descriptors,
+    describe,
     describe_unusable,
-    descriptors_of,
     encode_smiles,
     find_column,
     find_labels,
@@ -254,7 +254,7 @@ def describe_molecules(batch, tokenizer, names):
     """Returns the named descriptors of each molecule, for `datasets.Dataset.map`."""
     texts = (to_text(ids, tokenizer) for ids in batch["input_ids"])
     # what RDKit cannot read counts as the mean
-    return {"descriptors": [descriptors_of.__wrapped__(text, names) for text in texts]}
+    return {"descriptors": [describe(text, names) for text in texts]}
 
 
 def describe_atoms(batch, tokenizer, names, buckets):

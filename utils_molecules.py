@@ -274,9 +274,9 @@ def encode_smiles(texts, tokenizer):
     return encoded["input_ids"], problems
 
 
-def with_progress(values, description):
-    """Returns the values with a progress bar on a terminal, if they are so many that it takes seconds."""
-    return tqdm(values, desc=description, disable=None if len(values) >= SECONDS_OF_WORK else True)
+def with_progress(values, description, many=SECONDS_OF_WORK):
+    """Returns the values with a progress bar on a terminal, if they are so `many` that it takes seconds."""
+    return tqdm(values, desc=description, disable=None if len(values) >= many else True)
 
 
 def check_smiles(smiles, tokenizer, form, max_length):
@@ -641,8 +641,9 @@ def compute_descriptors(molecule, names):
     unknown = [name for name in names if name not in functions]
     if unknown:
         raise InputError(
-            f"RDKit {rdBase.rdkitVersion} does not know the descriptors {', '.join(unknown[:5])}. Name others; or, if "
-            "the checkpoint was trained with them, install a version that has them (run_mlm.py: or --objective mlm)."
+            f"RDKit {rdBase.rdkitVersion} does not know the descriptors {', '.join(unknown[:5])}. Take those of "
+            "rdkit.Chem.Descriptors.descList; or, if a checkpoint was trained with these, install a version that has "
+            "them, or use --objective mlm in run_mlm.py."
         )
     values = np.full(len(names), np.nan)
     for index, name in enumerate(names):
@@ -654,17 +655,26 @@ def compute_descriptors(molecule, names):
         return values.astype(np.float32)
 
 
-@lru_cache(maxsize=50_000)  # 40 MB; training reads the same molecules in every epoch
-def descriptors_of(text, names):
-    """Returns the named RDKit descriptors of a SMILES, shape (M,) in float32; NaN if RDKit cannot read it.
-
-    Args:
-        names (`tuple[str]`): as for `compute_descriptors`.
-    """
+def describe(text, names):
+    """Returns the named RDKit descriptors of a SMILES, shape (M,) in float32; NaN if RDKit cannot read it."""
     molecule = parse_smiles(text)
     if molecule is None:  # RDKit cannot read every SMILES that it wrote, and the raw form is not looked at
         return np.full(len(names), np.nan, dtype=np.float32)
     return compute_descriptors(molecule, names)
+
+
+@lru_cache(maxsize=50_000)  # some 60 MB; scale, training, evaluation and prediction ask for the same molecules
+def _described(text, names):
+    values = describe(text, names)
+    values.flags.writeable = False  # it is handed out again
+    return values
+
+
+def descriptors_of(texts, names):
+    """Returns the named RDKit descriptors of many SMILES as `describe` does, a list; those that were seen are kept."""
+    return [
+        _described(text, tuple(names)) for text in with_progress(texts, "Computing descriptors", SECONDS_OF_WORK // 10)
+    ]
 
 
 def scale_of(values, what):

@@ -25,11 +25,12 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from arguments import InputError, begin_writing
-from trainer_regression import MoleculeCollator, summarize_predictions
+from trainer_regression import summarize_predictions
 from utils_molecules import (
     SMILES_COLUMNS,
     UNREADABLE,
     check_smiles,
+    describe,
     encode_random_smiles,
     find_column,
     find_labels,
@@ -191,13 +192,15 @@ class EmbeddingWriter:
 # -------------------------------------------------------------------------------------------------------- prediction
 
 
-def prepare(smiles, tokenizer, form, max_length, num_forms, seed):
-    """Returns token ids of every molecule and its random SMILES, and what is wrong with each (`None` if nothing).
+def prepare(smiles, tokenizer, form, max_length, num_forms, seed, descriptors):
+    """Returns what the model takes for every molecule and its random SMILES, and what is wrong with each.
 
     Args:
         smiles (`list[str]`): as given.
+        descriptors (`list[str]` or `None`): names of those that the head reads, computed once a molecule.
     Returns:
-        `list[list[list[int]]]`, empty where a molecule cannot be used; and `list[str | None]`.
+        `list[list[dict]]`: token ids and descriptors of each form, none where a molecule cannot be used; and
+        `list[str | None]`, `None` if nothing is wrong.
     """
     texts, ids, reasons = check_smiles(smiles, tokenizer, form, max_length)
     forms = []
@@ -205,7 +208,9 @@ def prepare(smiles, tokenizer, form, max_length, num_forms, seed):
         if reason is not None:
             forms.append([])
         else:
-            forms.append([own, *encode_random_smiles(text, own, tokenizer, num_forms, seed, max_length)])
+            shared = {"descriptors": describe(text, descriptors)} if descriptors else {}
+            written = [own, *encode_random_smiles(text, own, tokenizer, num_forms, seed, max_length)]
+            forms.append([{"input_ids": ids} | shared for ids in written])
     return forms, reasons
 
 
@@ -251,26 +256,29 @@ class Predictor:
     """
 
     def __init__(self, models, tokenizer, training_args):
+        if len({tuple(model.config.head_descriptors or ()) for model in models}) > 1:
+            raise InputError("The models of this ensemble read different descriptors. Predict with one of them each.")
         self.state = PartialState(cpu=training_args.use_cpu)
         self.device = self.state.device
         self.dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
         self.models = [model.to(self.device).eval() for model in models]
-        self.collator = MoleculeCollator(tokenizer, models[0].config)
+        self.tokenizer = tokenizer
         self.batch_size = training_args.per_device_eval_batch_size
 
     def predict(self, encoded, with_states=False, bar=None):
         """Returns predictions, shape (N, members, K), in label units, and pooled states (N, C) or `None`.
 
         Args:
-            encoded (`list[list[int]]`): token ids; batches are of like length, the order of the answer is theirs.
+            encoded (`list[dict]`): what `prepare` gives of N forms; batches are of like length, the order of the
+                answer is theirs.
         """
-        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]["input_ids"]))
         batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
         mine = []
         # one block for all batches: weights that are trained are then cast once
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             for rows in batches:
-                batch = self.collator([{"input_ids": encoded[row]} for row in rows])
+                batch = self.tokenizer.pad([encoded[row] for row in rows], return_tensors="pt")
                 mine.append((rows, *self.predict_batch(batch.to(self.device), with_states)))
                 if bar is not None:
                     bar.update(len(rows) * self.state.num_processes)
@@ -288,14 +296,15 @@ class Predictor:
         """Returns the answers to a piece of N rows, of which every process gives the part that it has prepared.
 
         Args:
-            forms (`list[list[list[int]]]`): token ids of the rows of this process, see `share`, `num_forms` a row.
+            forms (`list[list[dict]]`): what `prepare` gives of the rows of this process, see `share`, `num_forms` a
+                row.
             reasons (`list[str | None]`): what is wrong with each of them.
         Returns:
             what is wrong with each row of the piece; predictions (N, forms, members, K), NaN where something is; and
             pooled states (N, C) or `None`, likewise.
         """
         usable = [row for row, reason in enumerate(reasons) if reason is None]
-        predictions, states = self.predict([ids for row in usable for ids in forms[row]], with_states, bar)
+        predictions, states = self.predict([form for row in usable for form in forms[row]], with_states, bar)
         values = np.full((len(reasons), num_forms, *predictions.shape[1:]), np.nan)
         values[usable] = predictions.reshape(len(usable), *values.shape[1:])
         arrays = [values]
@@ -324,7 +333,8 @@ class Predictor:
         """Returns predictions of all models, shape (B, members, K), and the first one's pooled states, or `None`."""
         answers = [model.predict_with_states(**batch) for model in self.models]
         size = self.models[0].config.hidden_size  # descriptors beside the state are no embedding
-        return torch.stack([values for values, _ in answers], dim=1), answers[0][1][:, :size] if with_states else None
+        states = answers[0][1][:, :size].clone() if with_states else None
+        return torch.stack([values for values, _ in answers], dim=1), states
 
 
 def find_measured(columns, data_args, config, source):
@@ -379,6 +389,7 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     labels = find_measured(columns, data_args, config, source)
     num_forms = regression_args.predict_augment
     arguments = (tokenizer, data_args.smiles_form, data_args.max_length, num_forms, training_args.seed)
+    arguments += (config.head_descriptors,)
     if path is not None:
         begin_writing(training_args, None)
     predictor = Predictor(models, tokenizer, training_args)

@@ -96,8 +96,9 @@ def mean_rows(folder, rows):
             values = regression_metrics(mean.to_numpy(), tables[0]["label"].to_numpy())
             for metric in METRICS:
                 row[f"test_{metric}"].append(values[metric])
-        row["command"] = " && ".join([*(by_name[part]["command"] for part in parts), "python studies/table1.py"])
         if seeds:
+            names = [ROWS[part][0].format(split, row["seeds"][0]) for part in parts]
+            row["command"] = " && ".join([*(commands(folder, name) for name in names), "python studies/table1.py"])
             found.append(row)
     return found
 

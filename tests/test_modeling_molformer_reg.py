@@ -1238,6 +1238,18 @@ def test_descriptors_beside_the_state_are_read_as_written_down(head, tmp_path):
     assert_same_weights(again, model)  # the scale among them
 
 
+@pytest.mark.parametrize("names", ["all", ["TPSA", "TPSA"]])
+def test_descriptor_names_of_a_configuration_are_a_list_of_different_names(names):
+    with pytest.raises(ValueError, match="must be a list of names, each of them once"):
+        MolformerConfig(head_descriptors=names)
+
+
+def test_the_dropout_of_the_head_is_that_of_its_layers_on_descriptors():
+    for given, expected in ({"hidden_dropout_prob": 0.3}, 0.3), ({"classifier_dropout_prob": 0.0}, 0.0):
+        model = tiny_model(MolformerForRegression, head_descriptors=NAMES, **given)
+        assert model.classifier.dropout.p == model.classifier.head.dropout.p == expected
+
+
 @pytest.mark.parametrize(("names", "given"), [(NAMES, None), (NAMES, (2, 4)), (None, (2, 3))])
 def test_descriptors_that_the_head_does_not_read_are_refused(names, given):
     model = tiny_model(MolformerForRegression, head_descriptors=names)

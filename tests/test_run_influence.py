@@ -19,7 +19,7 @@ from conftest import ROOT
 from PIL import Image
 
 import run_influence
-from arguments import InputError, parse_arguments
+from arguments import InputError, ModelArguments, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from run_influence import (
     PAPER_LOSSES,
@@ -519,6 +519,13 @@ def test_the_test_set_as_target_is_called_leakage(scoring, tmp_path, caplog):
         call_main(*scoring, "--score_split", "test", "--ihvp", "identity", "--output_dir", tmp_path / "out")
     assert "leak" in caplog.text
     assert json.loads((tmp_path / "out" / "influence.json").read_text())["leakage"]
+
+
+@pytest.mark.parametrize(("named", "printed"), [(["all"], "all"), (["TPSA", "MolLogP"], "TPSA MolLogP")])
+def test_the_command_for_elsewhere_names_the_descriptors(named, printed, tmp_path):
+    arguments = ModelArguments(head_descriptors=named), argparse.Namespace(smiles_form="canonical")
+    command = run_influence.merged_command(tmp_path, {"train": None}, *arguments, leakage=False)
+    assert f"--head_descriptors {printed} --train_file" in command
 
 
 @pytest.mark.parametrize(

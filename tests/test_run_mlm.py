@@ -17,7 +17,7 @@ from conftest import ROOT
 import run_mlm
 import utils_mlm
 from arguments import InputError, last_complete_checkpoint, parse_arguments
-from modeling_molformer_reg import MolformerForMaskedLM
+from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
 from utils_checkpoints import build_tokenizer
 from utils_molecules import compute_descriptors, default_descriptors, parse_smiles
 
@@ -29,6 +29,21 @@ TIMES = ("runtime", "per_second", "preparation_time")
 def parse(*flags):
     classes = run_mlm.ARGUMENTS
     return parse_arguments(*classes, defaults=run_mlm.DEFAULTS, args=[str(flag) for flag in flags])
+
+
+def test_descriptors_of_a_regression_head_are_left_to_it(tiny_checkpoint, tmp_path):
+    """The flag is refused; what a fine-tuned checkpoint's head read is forgotten with that head."""
+    with pytest.raises(InputError, match="is for a regression head"):
+        run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--head_descriptors", "all", "--output_dir",
+                            tmp_path / "x"))  # fmt: skip
+    (tmp_path / "c.txt").write_text("CCO\nCCN\n" * 8)
+    torch.manual_seed(0)
+    MolformerForRegression.from_pretrained(tiny_checkpoint, head_descriptors=["TPSA"]).save_pretrained(tmp_path / "ft")
+    build_tokenizer().save_pretrained(tmp_path / "ft")
+    flags = ("--train_file", tmp_path / "c.txt", "--cache_dir", tmp_path / "cache", "--max_steps", "1")
+    flags += ("--disable_tqdm", "true", "--output_dir", tmp_path / "out")
+    run_mlm.main(*parse("--model_name_or_path", tmp_path / "ft", *flags))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).get("head_descriptors") is None
 
 
 def results(folder):

@@ -1,7 +1,9 @@
 """run_regression.py, through `main` and as a process: files, numbers, resumption, two processes, bad input."""
 
+import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,15 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from transformers import DataCollatorWithPadding
 
 import run_regression
+import trainer_regression
+import utils_predict
 from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
+from trainer_regression import training_set
+from utils_checkpoints import build_tokenizer
 from utils_molecules import regression_metrics
 
 
@@ -95,26 +102,92 @@ def test_further_training_keeps_the_scale_of_the_descriptors(run_with_descriptor
     assert torch.equal(*scales)
 
 
+def test_descriptors_of_a_batch_are_those_of_its_molecules(tiny_checkpoint, small_table, tmp_path):
+    """Reference: RDKit, name by name. Random SMILES have the descriptors of their molecule, computed once."""
+    from rdkit.Chem import Descriptors
+
+    import utils_molecules
+
+    names = ["TPSA", "MolLogP", "NumHDonors"]
+    table = pd.DataFrame({"text": ["CCO", "c1ccccc1C(=O)NCC", "CN1CCCC1c1cccnc1"], "label": [1.0, 2.0, 3.0]})
+    tokenizer = build_tokenizer()
+    table["input_ids"] = tokenizer(table["text"].tolist())["input_ids"]
+    table["length"] = table["input_ids"].map(len)
+    options = argparse.Namespace(augment_smiles=2, max_length=64, do_train=True, seed=0)
+    dataset = training_set(table, tokenizer, options, options, names)
+    assert dataset["length"][0] == 5 and len(dataset) == 9
+    batch = DataCollatorWithPadding(tokenizer)(dataset.remove_columns(["length", "labels"]).to_list())
+    expected = [
+        [getattr(Descriptors, name)(utils_molecules.parse_smiles(text)) for name in names]
+        for text in table["text"] for _ in range(3)
+    ]  # fmt: skip
+    assert batch["descriptors"].dtype == torch.float32
+    np.testing.assert_allclose(batch["descriptors"], expected, rtol=1e-5)
+    forms, reasons = utils_predict.prepare([*table["text"], "C1CC"], tokenizer, "canonical", 64, 2, 0, names)
+    assert reasons[:3] == [None] * 3 and forms[3] == []
+    given = [form["descriptors"] for own in forms for form in own]
+    np.testing.assert_allclose(given, expected, rtol=1e-5)
+
+
+def test_a_run_with_descriptors_resumes_to_the_same_metrics(
+    run_with_descriptors, tiny_checkpoint, small_table, tmp_path, monkeypatch
+):
+    """Reference: the run without interruption."""
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *QUICK,
+             "--head_descriptors", "MolLogP", "TPSA", "--output_dir", tmp_path / "x")  # fmt: skip
+    step, taken = trainer_regression.RegressionTrainer.training_step, []
+
+    def broken(self, *args):
+        taken.append(1)
+        if len(taken) > 12:  # an epoch has 8
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer_regression.RegressionTrainer, "training_step", broken)
+        call_main(*flags)
+    call_main(*flags, "--resume_from_checkpoint", "true")
+    expected = results(run_with_descriptors)
+    assert results(tmp_path / "x") == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--head_descriptors", "MolLogP", "Weight"], "does not know the descriptors Weight"),
-        (["--head_descriptors", "TPSA", "TPSA"], "has TPSA twice"),
+        (["MolLogP", "Weight"], "does not know the descriptors Weight"),
+        (["TPSA", "TPSA"], "has TPSA twice"),
     ],
 )
 def test_descriptors_that_rdkit_does_not_know_are_named(flags, message, tiny_checkpoint, small_table, tmp_path):
     with pytest.raises(InputError, match=message):
         call_main("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x",
-                  *QUICK, *flags)  # fmt: skip
-    assert not (tmp_path / "x" / "model.safetensors").exists()
+                  *QUICK, "--head_descriptors", *flags)  # fmt: skip
+    assert not (tmp_path / "x").exists()
 
 
-def test_a_trained_head_is_given_no_other_descriptors(run_with_descriptors, finished_run, small_table, tmp_path):
-    same = ("--train_file", small_table, "--output_dir", tmp_path / "x", *QUICK)
-    with pytest.raises(InputError, match="has learned with other descriptors"):
-        call_main("--model_name_or_path", run_with_descriptors, *same, "--head_descriptors", "TPSA", "MolLogP")
-    with pytest.raises(InputError, match=r"classifier\.out_proj"):
-        call_main("--model_name_or_path", finished_run, *same, "--head_descriptors", "TPSA")
+@pytest.mark.parametrize("names", [["TPSA", "MolLogP"], ["TPSA"], ["all"]])
+def test_a_trained_head_is_given_no_other_descriptors(
+    names, run_with_descriptors, finished_run, small_table, tmp_path
+):
+    same = ("--train_file", small_table, "--output_dir", tmp_path / "x", *QUICK, "--head_descriptors", *names)
+    with pytest.raises(InputError, match="reads 2 descriptors: MolLogP, TPSA, --head_descriptors names"):
+        call_main("--model_name_or_path", run_with_descriptors, *same)
+    with pytest.raises(InputError, match="reads 0 descriptors, --head_descriptors names"):
+        call_main("--model_name_or_path", finished_run, *same)
+
+
+def test_descriptors_that_are_gone_or_of_another_rdkit_are_told(run_with_descriptors, small_table, tmp_path, caplog):
+    copy, gone = tmp_path / "copy", tmp_path / "gone"
+    for folder, key, value in ((copy, "rdkit_version", "2001.1"), (gone, "head_descriptors", ["MolLogP", "Gone"])):
+        shutil.copytree(run_with_descriptors, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    flags = ("--do_predict", "--test_file", small_table, "--output_dir", tmp_path / "x", "--model_name_or_path")
+    call_main(*flags, copy)
+    assert "trained on descriptors of RDKit 2001.1" in caplog.text
+    with pytest.raises(InputError, match="does not know the descriptors Gone"):
+        call_main(*flags, gone, "--overwrite_output_dir")
+    assert (tmp_path / "x" / "predictions.csv").exists()  # what was there is still there
 
 
 @pytest.fixture(scope="module")

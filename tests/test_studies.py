@@ -105,11 +105,11 @@ def test_cells_of_another_command_or_other_weights_do_not_stand_in_one_row(tmp_p
 
 
 def test_the_mean_of_two_rows_is_of_their_test_molecules(tmp_path):
-    """Reference: by hand. The files have their rows in different orders, and seed 1 has one of them alone."""
+    """Reference: by hand. The files have their rows in different orders, and seed 0 has one of them alone."""
     for name, seed, predicted in (
         ("ensemble", 0, [1.0, 4.0, 9.0]),
-        ("descriptor_boosting", 0, [3.0, 0.0, 0.0]),
         ("ensemble", 1, [1.0, 4.0, 9.0]),
+        ("descriptor_boosting", 1, [3.0, 0.0, 0.0]),
     ):
         table = pd.DataFrame({"row": [5, 2, 3], "label": [2.0, 1.0, 0.0], "prediction": predicted})
         table = table.assign(split=["test", "test", "train"])
@@ -120,9 +120,9 @@ def test_the_mean_of_two_rows_is_of_their_test_molecules(tmp_path):
         (tmp_path / f"{cell}.command").write_text(f"python {name}.py --seed {seed}\n")
         table.to_csv(tmp_path / cell / "predictions.csv", index=False)
     found = table1.collect(tmp_path)[-1]
-    assert (found["name"], found["seeds"]) == ("ensemble_and_boosting", [0])
+    assert (found["name"], found["seeds"]) == ("ensemble_and_boosting", [1])
     assert found["test_mse"] == pytest.approx([(0**2 + 1**2) / 2]) and found["test_mae"] == pytest.approx([0.5])
-    assert "python ensemble.py --seed 0 && python descriptor_boosting.py --seed 0" in found["command"]
+    assert "python ensemble.py --seed 1 && python descriptor_boosting.py --seed 1" in found["command"]
 
 
 def test_boosting_beats_the_mean_on_the_split_of_the_regression(tiny_checkpoint, small_table, tmp_path):
@@ -247,6 +247,7 @@ folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
 with (Path(__file__).parent / "calls").open("a") as file:
     print(sys.argv[-3:-2], file=file)
 if "fail" in Path(__file__).with_name("data.csv").read_text():
+    print("a reason")
     raise SystemExit(3)
 (folder / "all_results.json").write_text("{}")
 """
@@ -272,7 +273,10 @@ def test_a_finished_run_is_repeated_only_if_its_command_or_a_file_of_it_changed(
     data.write_text("two")
     assert [calls(), calls(), calls("--seed", "1")] == [(0, 2), (0, 2), (0, 3)]
     data.write_text("fail")  # what the folder held is not taken for what this command makes
-    assert [calls(), calls()] == [(3, 4), (3, 5)]
+    assert calls() == (3, 4)
+    failed = subprocess.run([*shell, "--train_file", str(data)], capture_output=True, text=True)
+    assert failed.returncode == 3 and "a reason" in failed.stdout
+    assert calls() == (3, 6)
     assert not (tmp_path / "a-0" / "all_results.json").exists()
     (tmp_path / "a-0" / "unfinished").touch()
     (tmp_path / "a-0" / "checkpoint-3").mkdir()

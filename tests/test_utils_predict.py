@@ -184,6 +184,16 @@ def test_two_processes_answer_as_one(run_script, table, fine_tuned, tmp_path):
     assert two["status"].tolist() == STATUS
 
 
+def test_members_that_read_different_descriptors_are_refused(tiny_checkpoint):
+    models = [
+        MolformerForRegression.from_pretrained(tiny_checkpoint, head_descriptors=names)
+        for names in (["TPSA", "MolLogP"], ["MolLogP", "TPSA"])
+    ]
+    training_args = argparse.Namespace(use_cpu=True, bf16=False, fp16=False, per_device_eval_batch_size=2)
+    with pytest.raises(InputError, match="read different descriptors"):
+        utils_predict.Predictor(models, build_tokenizer(), training_args)
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_answers_of_several_processes_come_in_the_order_of_the_rows(monkeypatch, fine_tuned, count, processes):
@@ -192,7 +202,8 @@ def test_answers_of_several_processes_come_in_the_order_of_the_rows(monkeypatch,
     training_args = argparse.Namespace(use_cpu=True, bf16=False, fp16=False, per_device_eval_batch_size=2)
     predictor = utils_predict.Predictor([model], build_tokenizer(), training_args)
     reasons = ["invalid" if row % 3 == 1 else None for row in range(count)]
-    forms = [[] if reason else [[0, 5 + row, 1], [0, 9 + row, 7, 1]] for row, reason in enumerate(reasons)]
+    written = [[] if reason else [[0, 5 + row, 1], [0, 9 + row, 7, 1]] for row, reason in enumerate(reasons)]
+    forms = [[{"input_ids": ids} for ids in own] for own in written]
     expected = predictor.predict_forms(forms, reasons, 2, with_states=True)
     parts = {}
 
