@@ -13,17 +13,11 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import pandas as pd
 from common import ROOT, interval, write_report
 from run_once import is_finished
-
-
-sys.path.insert(0, str(ROOT))
-
-from utils_molecules import regression_metrics  # noqa: E402
 
 
 # where a row's cells are, and what its metrics are called there
@@ -37,8 +31,6 @@ ROWS = {
     "descriptor_boosting": ("descriptor_boosting-{}-{}", "test_{}"),
     "chemprop": ("chemprop-{}-{}", "test_{}"),
 }
-# rows that need no training: the mean of what two others predict
-MEANS = {"ensemble_and_boosting": ("ensemble", "descriptor_boosting")}
 PAPER = {"regression": (0.4827, 0.5359, 0.6733), "mlm_regression": (0.4500, 0.5055, 0.6954)}  # MSE, MAE, R²
 PAIRS = [
     ("regression", "from_scratch"),
@@ -50,8 +42,6 @@ PAIRS = [
     ("ensemble", "best_recipe"),
     ("ensemble", "descriptor_boosting"),
     ("ensemble", "chemprop"),
-    ("ensemble_and_boosting", "ensemble"),
-    ("ensemble_and_boosting", "chemprop"),
 ]
 METRICS = ("mse", "mae", "r2")
 
@@ -76,31 +66,7 @@ def collect(folder, splits=("random", "scaffold")):
                 row.setdefault("command", commands(folder, run_name.format(split, seed)))
             if row["seeds"]:
                 rows.append(row)
-        rows += mean_rows(folder, [row for row in rows if row["split"] == split])
     return rows
-
-
-def mean_rows(folder, rows):
-    """Returns a row for each of `MEANS` whose parts are among the rows of a split, of the seeds that both have."""
-    by_name, found = {row["name"]: row for row in rows}, []
-    for name, parts in MEANS.items():
-        if not all(part in by_name for part in parts):
-            continue
-        split, seeds = rows[0]["split"], set.intersection(*(set(by_name[part]["seeds"]) for part in parts))
-        row = {"name": name, "split": split, "seeds": sorted(seeds)} | {f"test_{metric}": [] for metric in METRICS}
-        for seed in row["seeds"]:
-            tables = [test_predictions(folder, part, split, seed) for part in parts]
-            if not all(table["label"].equals(tables[0]["label"]) for table in tables):
-                raise SystemExit(f"{' and '.join(parts)} of seed {seed}, {split} split, have other test molecules.")
-            mean = sum(table["prediction"] for table in tables) / len(tables)
-            values = regression_metrics(mean.to_numpy(), tables[0]["label"].to_numpy())
-            for metric in METRICS:
-                row[f"test_{metric}"].append(values[metric])
-        if seeds:
-            names = [ROWS[part][0].format(split, row["seeds"][0]) for part in parts]
-            row["command"] = " && ".join([*(commands(folder, name) for name in names), "python studies/table1.py"])
-            found.append(row)
-    return found
 
 
 def test_predictions(folder, name, split, seed):

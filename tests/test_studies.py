@@ -104,27 +104,6 @@ def test_cells_of_another_command_or_other_weights_do_not_stand_in_one_row(tmp_p
     assert rows[0]["command"].count("--seed 4") == 2
 
 
-def test_the_mean_of_two_rows_is_of_their_test_molecules(tmp_path):
-    """Reference: by hand. The files have their rows in different orders, and seed 0 has one of them alone."""
-    for name, seed, predicted in (
-        ("ensemble", 0, [1.0, 4.0, 9.0]),
-        ("ensemble", 1, [1.0, 4.0, 9.0]),
-        ("descriptor_boosting", 1, [3.0, 0.0, 0.0]),
-    ):
-        table = pd.DataFrame({"row": [5, 2, 3], "label": [2.0, 1.0, 0.0], "prediction": predicted})
-        table = table.assign(split=["test", "test", "train"])
-        if name == "descriptor_boosting":
-            table = table.iloc[::-1]
-        cell = f"{name}-random-{seed}"
-        finished(tmp_path, cell, {"test_mse": 0.5, "test_mae": 0.7, "test_r2": 0.3})
-        (tmp_path / f"{cell}.command").write_text(f"python {name}.py --seed {seed}\n")
-        table.to_csv(tmp_path / cell / "predictions.csv", index=False)
-    found = table1.collect(tmp_path)[-1]
-    assert (found["name"], found["seeds"]) == ("ensemble_and_boosting", [1])
-    assert found["test_mse"] == pytest.approx([(0**2 + 1**2) / 2]) and found["test_mae"] == pytest.approx([0.5])
-    assert "python ensemble.py --seed 1 && python descriptor_boosting.py --seed 1" in found["command"]
-
-
 def test_boosting_beats_the_mean_on_the_split_of_the_regression(tiny_checkpoint, small_table, tmp_path):
     """References: run_regression.py's split of the same seed, and the mean of its training labels."""
     import run_regression
