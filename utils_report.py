@@ -399,19 +399,19 @@ def usage_section(run):
     if run.kind == "mlm":
         command = f"python run_regression.py --model_name_or_path {run.address}"
     scripts = f"```bash\n{command}\n```"
-    answer = ANSWER_BESIDE_DESCRIPTORS if run.head_descriptors else ANSWER
+    imports, answer = (DESCRIPTOR_IMPORTS, DESCRIPTOR_ANSWER) if run.head_descriptors else ("", ANSWER)
     if run.holds_adapter:
         text = (
             "## Use\n\nHere is what was trained, and the name of its base. With the MoLFormer fine-tuning scripts, "
             f"which find the base:\n\n{scripts}"
         )
         if run.exists("adapter_config.json"):
-            text += USE_OF_ADAPTER.format(name=run.name, answer=answer)
+            text += USE_OF_ADAPTER.format(name=run.name, imports=imports, answer=answer)
         return text
     auto = "AutoModelForMaskedLM" if run.kind == "mlm" else "AutoModelForSequenceClassification"
     member = run.model_folder.name if run.model_folder.name.startswith("member-") else None
     where = f'"{run.address}"' + (f', subfolder="{member}"' if member else "")
-    code = [f"from transformers import {auto}, AutoTokenizer", ""]
+    code = [f"{imports}from transformers import {auto}, AutoTokenizer", ""]
     code += [f"model = {auto}.from_pretrained({where}, trust_remote_code=True).eval()"]
     code += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
     if run.kind != "mlm":
@@ -463,7 +463,7 @@ USE_OF_ADAPTER = """
 In your own code, beside `modeling_molformer_reg.py` of these scripts:
 
 ```python
-import modeling_molformer_reg
+{imports}import modeling_molformer_reg
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -475,10 +475,10 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 {answer}
 ```"""
 ANSWER = 'print(model(**tokenizer("CCO", return_tensors="pt")).logits)  # in the unit of the label'
-ANSWER_BESIDE_DESCRIPTORS = """
-import torch
+DESCRIPTOR_IMPORTS = """import torch
 from rdkit.Chem import Descriptors, MolFromSmiles
-
+"""
+DESCRIPTOR_ANSWER = """
 functions, molecule = dict(Descriptors.descList), MolFromSmiles("CCO")
 descriptors = torch.tensor([[functions[name](molecule) for name in model.config.head_descriptors]])
 print(model(**tokenizer("CCO", return_tensors="pt"), descriptors=descriptors).logits)  # in the unit of the label"""
