@@ -67,6 +67,8 @@ class InputError(ValueError):
 class ModelArguments:
     """Which model, from where, with which pooling and head."""
 
+    _argument_group_name = "model"
+
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Checkpoint folder or Hub name. Without it and --config_name: models/molformer-mini."},
@@ -147,6 +149,8 @@ class ModelArguments:
 class DataTrainingArguments:
     """Which molecules, how they are read, checked and split."""
 
+    _argument_group_name = "molecules"
+
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub data set, such as scikit-fingerprints/MoleculeNet_Lipophilicity."}
     )
@@ -164,7 +168,11 @@ class DataTrainingArguments:
         },
     )
     smiles_column: str | None = field(
-        default=None, metadata={"help": "Column of the SMILES. Default: the one called smiles, in any case."}
+        default=None,
+        metadata={
+            "help": "Column of the SMILES. Default: the first called smiles, canonical_smiles, mol, molecule or "
+            "structure, in any case."
+        },
     )
     label_column: list[str] | None = field(
         default=None,
@@ -285,9 +293,25 @@ def has_bfloat16(use_cpu):
 class TrainingArguments(transformers.TrainingArguments):
     """The library's arguments with this project's defaults, and learning rates by layer."""
 
+    _argument_group_name = "training, evaluation and the Hub (arguments of Hugging Face's trainer)"
+
     output_dir: str | None = field(
         default=None, metadata={"help": "Where everything is written. Default: outputs/ and the script's name."}
     )
+    do_train: bool = field(default=False, metadata={"help": "Train. Without any --do_... flag all three are done."})
+    do_eval: bool = field(default=False, metadata={"help": "Evaluate what is held out for validation."})
+    do_predict: bool = field(
+        default=False, metadata={"help": "Predict every part, the test molecules among them, or --test_file alone."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "true, or a checkpoint folder: the interrupted run goes on; give the flags that it began with."
+        },
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Send the finished run to the Hub, once, at the end."})
+    hub_strategy: str = field(default="every_save", metadata={"help": "No effect: the run is sent at its end."})
+    hub_always_push: bool = field(default=False, metadata={"help": "No effect: the run is sent at its end."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the encoder. Default: the script's, see the README."}
     )
@@ -382,7 +406,13 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
         SystemExit: for an unknown flag, after naming it; for an argument that a dataclass refuses, with its reason.
     """
     args = sys.argv[1:] if args is None else list(args)
-    parser = HfArgumentParser(dataclasses, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = HfArgumentParser(
+        dataclasses,
+        usage="%(prog)s [FILE.json or FILE.yaml] [--flag value ...]",
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
     defaults = {**(defaults or {})}
     try:
         if args and not args[0].startswith("-") and Path(args[0]).suffix in (".json", ".yaml", ".yml"):

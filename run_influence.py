@@ -69,6 +69,8 @@ logger = logging.getLogger("molformer.influence")
 class InfluenceArguments:
     """Which molecules are scored, how, which of them are learned, and what that is compared with."""
 
+    _argument_group_name = "influence"
+
     external_file: str | None = field(
         default=None,
         metadata={
@@ -77,10 +79,10 @@ class InfluenceArguments:
         },
     )
     external_smiles_column: str | None = field(
-        default=None, metadata={"help": "Its column of SMILES. Default: the one called smiles, in any case."}
+        default=None, metadata={"help": "Its column of SMILES. Default: as --smiles_column."}
     )
     external_label_column: str | None = field(
-        default=None, metadata={"help": "Its column of labels. Default: the one called label, exp, y or target."}
+        default=None, metadata={"help": "Its column of labels. Default: as --label_column."}
     )
     pool_size: int | None = field(
         default=None,

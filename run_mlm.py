@@ -46,6 +46,8 @@ logger = logging.getLogger("molformer.mlm")
 class MlmArguments:
     """What is masked, and how a corpus is read."""
 
+    _argument_group_name = "what is learned"
+
     objective: str = field(
         default="mlm",
         metadata={

@@ -90,6 +90,8 @@ logger = logging.getLogger("molformer.peft")
 class PeftArguments:
     """Which parameters are trained."""
 
+    _argument_group_name = "parameter-efficient method"
+
     peft_method: str = field(
         default="lora",
         metadata={"help": "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + "."},

@@ -48,6 +48,8 @@ logger = logging.getLogger("molformer.regression")
 class RegressionArguments:
     """How many models are trained, and of how many SMILES a prediction is the mean."""
 
+    _argument_group_name = "ensembles and prediction"
+
     num_seeds: int = field(
         default=1,
         metadata={

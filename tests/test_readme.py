@@ -129,3 +129,8 @@ def test_example_output_is_that_of_make_run():
     for name in ("train", "validation", "test"):
         numbers = " ".join(f"{report['results'][f'{name}_{metric}']:10.4f}" for metric in ("mse", "rmse", "mae", "r2"))
         assert f"MoLFormer            {name:<11} {report['results'][f'{name}_samples']:>6} {numbers}" in text
+
+
+def test_lines_of_the_readme_are_no_longer_than_those_of_the_code():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert not [number for number, line in enumerate(lines, 1) if len(line) > 119 and not line.startswith("|")]
