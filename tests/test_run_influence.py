@@ -490,7 +490,7 @@ def test_a_diverging_run_ends_with_a_message_and_no_table(scoring, tmp_path, run
 
 def test_a_run_killed_in_its_recursion_goes_on_to_the_same_scores(scoring, tmp_path, run_script):
     """Reference: the uninterrupted run. SIGKILL as soon as the state file is there, long before the last step."""
-    depth = ("--recursion_depth", "200")
+    depth = ("--recursion_depth", "60")
     call_main(*scoring, *depth, "--output_dir", tmp_path / "whole")
     folder = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "run_influence.py"), *map(str, (*scoring, *depth, "--output_dir", folder))]
