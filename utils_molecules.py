@@ -658,7 +658,7 @@ def compute_descriptors(molecule, names):
 def describe(text, names):
     """Returns the named RDKit descriptors of a SMILES, shape (M,) in float32; NaN if RDKit cannot read it."""
     molecule = parse_smiles(text)
-    if molecule is None:  # RDKit cannot read every SMILES that it wrote, and the raw form is not looked at
+    if molecule is None:  # RDKit cannot read every SMILES that it wrote, and raw ones were never parsed
         return np.full(len(names), np.nan, dtype=np.float32)
     return compute_descriptors(molecule, names)
 

@@ -217,12 +217,13 @@ def prepare(smiles, tokenizer, form, max_length, num_forms, seed, descriptors):
 def prepared_pieces(pieces, smiles_column, arguments, workers, share=slice(None)):
     """Yields every piece with what `prepare` makes of a `share` of it; workers prepare the next one meanwhile."""
     pool, seen = None, 0
+    inline = INLINE // 10 if arguments[-1] else INLINE  # descriptors take ten times as long as all else
 
     def start(piece):
         nonlocal pool, seen
         smiles = [text.strip() for text in piece[smiles_column][share]]
         seen += len(smiles)
-        if seen <= INLINE or workers < 2:
+        if seen <= inline or workers < 2:
             return [prepare(smiles, *arguments)]
         if pool is None:  # spawned: a fork of a process whose threads compute may hang
             pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
