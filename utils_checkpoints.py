@@ -76,6 +76,11 @@ def build_tokenizer(vocabulary_file=EMBEDDED_VOCABULARY):
     )
 
 
+def hub_options(model_args):
+    """Returns where and in which revision a checkpoint on the Hub is looked for, as the libraries name it (`dict`)."""
+    return {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+
+
 def load_tokenizer(model_args):
     """Returns the tokenizer of the checkpoint, or MoLFormer's own for a model from scratch.
 
@@ -87,9 +92,7 @@ def load_tokenizer(model_args):
         return build_tokenizer()
     try:
         # not AutoTokenizer: that asks to run the code that a Hub tokenizer's auto_map names
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            source, cache_dir=model_args.cache_dir, revision=model_args.model_revision
-        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **hub_options(model_args))
     except (OSError, ValueError) as error:
         raise InputError(_not_loaded("tokenizer", source, error)) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # or the source's remote code would be named in our checkpoints
@@ -104,9 +107,7 @@ def load_config(model_args):
     """
     source = model_args.config_name or model_args.model_name_or_path
     try:
-        return MolformerConfig.from_pretrained(
-            source, cache_dir=model_args.cache_dir, revision=model_args.model_revision
-        )
+        return MolformerConfig.from_pretrained(source, **hub_options(model_args))
     except (OSError, ValueError) as error:
         raise InputError(_not_loaded("configuration", source, error)) from error
 
@@ -129,7 +130,7 @@ def find_base(source, model_args):
         `dict` with `method`, `base`, `revision` (of the base) and `partial`: whether it holds some of the model's own
         parameters.
     """
-    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    hub = hub_options(model_args)
     for name, base in ((PARTIAL_FILE, "base"), ("adapter_config.json", "base_model_name_or_path")):
         path = cached_file(source, name, **hub, **QUIET) if source is not None else None
         if path is not None:
@@ -151,7 +152,7 @@ def find_members(model_args):
         if members and (Path(source) / UNFINISHED).exists():
             raise InputError(f"{source} holds an ensemble whose training was interrupted. Resume it first.")
         return members
-    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    hub = hub_options(model_args)
     if cached_file(source, "member-0/config.json", **hub, **QUIET) is None:
         return []
     return member_folders(snapshot_download(source, allow_patterns="member-*/*", **hub))
@@ -264,15 +265,14 @@ def _unwrap(model):
     return inside
 
 
-def check_descriptors(config, source, values):
+def check_descriptors(config, source, named):
     """Refuses other descriptors than a trained head reads, and those that this RDKit does not know.
 
     Args:
         config (`MolformerConfig`): that of the checkpoint `source`.
-        values (`dict`): what the user named instead.
+        named (`list[str]`): those that the run names, by flag or configuration.
     """
     own = config.head_descriptors or []
-    named = values.get("head_descriptors", own)
     if config.label_mean is not None and named != own:
         raise InputError(
             f"The regression head of {source} reads {len(own)} descriptors{': ' * bool(own)}{', '.join(own[:5])}, "
@@ -301,12 +301,13 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
         InputError: if it cannot be loaded, if weights are missing or fit nothing, or if tokenizer and model do not
             belong together.
     """
-    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    hub = hub_options(model_args)
     values = {**model_args.config_overrides(), **overrides}
     source = model_args.model_name_or_path
     try:
         if model_class is MolformerForRegression and source is not None:
-            check_descriptors(load_config(replace(model_args, config_name=None)), source, values)
+            named = values.get("head_descriptors", load_config(model_args).head_descriptors) or []
+            check_descriptors(load_config(replace(model_args, config_name=None)), source, named)
         if source is None:
             config = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
             logger.warning(

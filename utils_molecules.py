@@ -672,9 +672,8 @@ def _described(text, names):
 
 def descriptors_of(texts, names):
     """Returns the named RDKit descriptors of many SMILES as `describe` does, a list; those that were seen are kept."""
-    return [
-        _described(text, tuple(names)) for text in with_progress(texts, "Computing descriptors", SECONDS_OF_WORK // 10)
-    ]
+    shown, names = with_progress(texts, "Computing descriptors", SECONDS_OF_WORK // 10), tuple(names)
+    return [_described(text, names) for text in shown]
 
 
 def scale_of(values, what):
