@@ -3,7 +3,7 @@
     python studies/peft_comparison.py --tune            # first: learning rates of every method, by validation
     python studies/peft_comparison.py --jobs 2          # hours; finished cells are not trained again
 
-With --tune: three rates a method, and while the least or the largest is best, one beyond it, five at most; two seeds,
+With --tune: three rates a method, and while the least or the largest is best, one beyond it, five at most; one seed,
 20 % of the training side held out, which judges the model of the last epoch; the test set is not read. Writes
 results/peft_tuning.json, of which the best rates are the defaults of run_peft.py.
 
@@ -52,7 +52,7 @@ RATES = {  # that are tried first with --tune
     "shira": (4e-4, 1e-3, 3e-3),
 }
 MOST_RATES = 5  # of a method
-TUNING_SEEDS = (0, 1)  # of split and training; each has validation molecules of its own
+TUNING_SEEDS = (0,)  # of split and training; each has validation molecules of its own
 MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
 NUMBERS = (
     "base_parameters",
