@@ -48,10 +48,21 @@ def note_of(folder, command):
     return folder.with_name(f"{folder.name}.command"), text
 
 
+def is_made_by(note, text):
+    """Returns whether a folder's note has the command and the checksums of `text`.
+
+    It may have more of them: of a model that the run started from and that is no longer there.
+    """
+    if not note.exists():
+        return False
+    kept, (command, *files) = note.read_text().splitlines(), text.splitlines()
+    return kept[0] == command and set(files) <= set(kept)
+
+
 def is_done(folder, command):
     """Returns whether this very command has finished in a folder (see `run_once`)."""
     note, text = note_of(folder, command)
-    return note.exists() and note.read_text() == text and is_finished(folder)
+    return is_made_by(note, text) and is_finished(folder)
 
 
 def run_once(folder, command, threads=None):
@@ -68,7 +79,7 @@ def run_once(folder, command, threads=None):
     command = [*command, "--output_dir", str(folder)]
     if not note.exists() and folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} holds something that no run of a study made. Remove it, or give another folder.")
-    if not note.exists() or note.read_text() != text:
+    if not is_made_by(note, text):
         if folder.exists():
             shutil.rmtree(folder)  # of another command, and nothing may take it for one of this
         folder.mkdir(parents=True)

@@ -69,9 +69,13 @@ def collect(folder, splits=("random", "scaffold")):
     return rows
 
 
-def test_predictions(folder, name, split, seed):
+def predictions_file(folder, row, seed):
+    return folder / ROWS[row["name"]][0].format(row["split"], seed) / "predictions.csv"
+
+
+def test_predictions(folder, row, seed):
     """Returns labels and predictions of a cell's test molecules by their row in the data (`pandas.DataFrame`)."""
-    table = pd.read_csv(folder / ROWS[name][0].format(split, seed) / "predictions.csv")
+    table = pd.read_csv(predictions_file(folder, row, seed))
     return table[table["split"] == "test"].set_index("row").sort_index()[["label", "prediction"]]
 
 
@@ -162,19 +166,23 @@ def markdown(rows, pairs):
 
 
 def plot(rows, folder, path):
-    """Draws predictions of the test set against true values, a panel for each model, of the first seed."""
+    """Draws predictions of the test set against true values, a panel for each model, of the first seed that has them.
+
+    Of a model whose runs were restored by kept_runs.py there are no predictions; then the plot stays as it is.
+    """
     from matplotlib.figure import Figure
 
     shown = [
         row for row in rows
         if row["split"] == rows[0]["split"] and row["name"] in ("regression", "mlm_regression", "ensemble")
     ]  # fmt: skip
-    if not shown:
+    seeds = [[seed for seed in row["seeds"] if predictions_file(folder, row, seed).exists()] for row in shown]
+    if not shown or not all(seeds):
+        print(f"{path.name} stays as it is: not all of its models have predictions in {folder}.")
         return
     figure = Figure(figsize=(4.2 * len(shown), 4.6), layout="constrained")
-    for number, row in enumerate(shown):
-        seed = row["seeds"][0]
-        table = test_predictions(folder, row["name"], row["split"], seed)
+    for number, (row, (seed, *_)) in enumerate(zip(shown, seeds, strict=True)):
+        table = test_predictions(folder, row, seed)
         axes = figure.add_subplot(1, len(shown), number + 1)
         limits = [
             min(table["label"].min(), table["prediction"].min()) - 0.2,
@@ -183,9 +191,8 @@ def plot(rows, folder, path):
         axes.plot(limits, limits, color="0.6", linewidth=1)
         axes.scatter(table["label"], table["prediction"], s=8, alpha=0.5, linewidths=0)
         axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel="measured logD7.4", ylabel="predicted logD7.4")
-        axes.set_title(
-            f"{row['name'].replace('_', ', then ')}, seed {seed}: MSE {row['test_mse'][0]:.3f}", fontsize=10
-        )
+        error = row["test_mse"][row["seeds"].index(seed)]
+        axes.set_title(f"{row['name'].replace('_', ', then ')}, seed {seed}: MSE {error:.3f}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 

@@ -25,11 +25,13 @@ sys.path.insert(0, str(ROOT / "studies"))
 import common  # noqa: E402
 import influence  # noqa: E402
 import influence_lds  # noqa: E402
+import kept_runs  # noqa: E402
 import paper_tables  # noqa: E402
 import peers  # noqa: E402
 import peft_comparison  # noqa: E402
 import pretraining_trials  # noqa: E402
 import recipes  # noqa: E402
+import run_once  # noqa: E402
 import ship_checkpoint  # noqa: E402
 import table1  # noqa: E402
 
@@ -251,6 +253,8 @@ def test_a_finished_run_is_repeated_only_if_its_command_or_a_file_of_it_changed(
     assert calls() == (0, 1)
     data.write_text("two")
     assert [calls(), calls(), calls("--seed", "1")] == [(0, 2), (0, 2), (0, 3)]
+    data.rename(tmp_path / "away.csv")  # what a finished run started from may be gone
+    assert calls("--seed", "1") == (0, 3)
     data.write_text("fail")  # what the folder held is not taken for what this command makes
     assert calls() == (3, 4)
     failed = subprocess.run([*shell, "--train_file", str(data)], capture_output=True, text=True)
@@ -265,6 +269,27 @@ def test_a_finished_run_is_repeated_only_if_its_command_or_a_file_of_it_changed(
     (tmp_path / "a-0" / "checkpoint-3" / "trainer_state.json").write_text("{}")
     calls()
     assert "true" in (tmp_path / "calls").read_text().splitlines()[-1]
+
+
+def test_a_study_goes_on_elsewhere_with_the_runs_that_were_kept(tmp_path):
+    """Finished runs alone are kept, members included; what is already in the other place is left as it is."""
+    here, there, path = tmp_path / "here", tmp_path / "there", tmp_path / "runs.jsonl"
+    for name, files in {"a-0": ["", "member-0", "member-1"], "b-0": [""], "c-0": [""]}.items():
+        for place in files:
+            (here / "work" / "study" / name / place).mkdir(parents=True)
+            (here / "work" / "study" / name / place / "all_results.json").write_text(
+                f'{{"test_mse": "{name}{place}"}}'
+            )
+        note, text = run_once.note_of(here / "work" / "study" / name, ["x.py", "--seed", "0"])
+        note.write_text(text)
+    (here / "work" / "study" / "c-0" / "unfinished").touch()
+    assert kept_runs.keep(here, path) == kept_runs.keep(here, path) == 2
+    (there / "work" / "study" / "b-0").mkdir(parents=True)
+    assert kept_runs.restore(there, path) == ["work/study/a-0"] and kept_runs.restore(there, path) == []
+    assert run_once.is_finished(there / "work" / "study" / "a-0" / "member-1")
+    assert kept_runs.keep(there, path) == 2
+    restored = json.loads((there / "work" / "study" / "a-0" / "all_results.json").read_text())
+    assert restored == {"test_mse": "a-0"}
 
 
 def test_a_folder_that_no_study_made_is_left_alone(tmp_path):
