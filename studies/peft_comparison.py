@@ -2,6 +2,7 @@
 
     python studies/peft_comparison.py --tune            # first: learning rates of every method, by validation
     python studies/peft_comparison.py --jobs 2          # hours; finished cells are not trained again
+    python studies/peft_comparison.py --finished        # the table of the cells that are there; trains nothing
 
 With --tune: three rates a method, and while the least or the largest is best, one beyond it, five at most; one seed,
 20 % of the training side held out, which judges the model of the last epoch; the test set is not read. Writes
@@ -20,6 +21,7 @@ import sys
 
 import numpy as np
 from common import ROOT, as_text, interval, run_all, run_script, study_parser, with_interval, write_report
+from run_once import is_done
 
 
 sys.path.insert(0, str(ROOT))
@@ -64,15 +66,21 @@ NUMBERS = (
 NUMBERS += ("checkpoint_bytes", "train_runtime", "final_train_mse", "eval_mse", "test_mse", "test_mae", "test_r2")
 
 
-def run(cell, args, threads):
-    """Runs one cell (method, split, seed, name, rate, flags), unless it is finished, and returns its numbers."""
+def command_of(cell, args):
+    """Returns the folder and the command of a cell (method, split, seed, name, rate, flags)."""
     method, split, seed, name, rate, flags = cell
-    folder = args.folder / f"{name}-{split}-{seed}"
     # what run_peft.py would take by itself is named, so that a cell of other defaults is not taken for this one
     command = ["run_peft.py", "--peft_method", method, "--model_name_or_path", START, "--learning_rate", f"{rate:g}"]
     if METHODS[method].rank:
         command += ["--peft_rank", str(METHODS[method].rank)]
     command += ["--split", split, "--seed", str(seed), *flags, *shlex.split(args.extra)]
+    return args.folder / f"{name}-{split}-{seed}", command
+
+
+def run(cell, args, threads):
+    """Runs one cell, unless it is finished, and returns its numbers."""
+    method, split, seed, name, rate, _ = cell
+    folder, command = command_of(cell, args)
     values = run_script(command, folder, threads)
     print(name, split, seed, {key: values.get(key) for key in ("eval_mse", "test_mse")}, flush=True)
     row = {"method": method, "name": name, "split": split, "seed": seed, "learning_rate": rate}
@@ -80,6 +88,8 @@ def run(cell, args, threads):
 
 
 def run_cells(cells, args):
+    if args.finished:
+        cells = [cell for cell in cells if is_done(*command_of(cell, args))]
     return run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs)
 
 
@@ -249,6 +259,7 @@ def main():
     parser.add_argument("--tune", action="store_true", help="find learning rates on validation, and compare nothing")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
     parser.add_argument("--extra", default="", help="further flags of run_peft.py, as one text")
     args = parser.parse_args()
     if args.tune:
@@ -272,7 +283,12 @@ def main():
         for method in ("full", *PAPER) if method in args.methods
         for seed in args.seeds[:3]
     ]  # fmt: skip
-    runs += run_cells(cells, args)
+    report(winner, runs, args)  # whatever becomes of the rest
+    report(winner, runs + run_cells(cells, args), args)
+
+
+def report(winner, runs, args):
+    """Writes the results as JSON, CSV, Markdown and a plot."""
     rows = summarize(runs)
     write_report(args.output, {"winner": winner, "paper": PAPER, "rows": rows, "runs": runs}, args.jobs)
     args.output.with_suffix(".md").write_text(to_markdown(rows))
