@@ -6,7 +6,7 @@
 
 With --tune: three rates a method, and while the least or the largest is best, one beyond it, five at most; one seed,
 20 % of the training side held out, which judges the model of the last epoch; the test set is not read. Writes
-results/peft_tuning.json, of which the best rates are the defaults of run_peft.py.
+results/peft_tuning.json (.md), of which the best rates are the defaults of run_peft.py.
 
 Then run_peft.py: every method with its best rate on the same splits and seeds (split and seed vary together), five
 seeds for full fine-tuning, LoRA, BitFit, (IA)³ and the winner, three for the rest; the winner and full fine-tuning on
@@ -118,6 +118,7 @@ def tune(args):
         tuned = {method: found for method in args.methods if (found := best_rate(method, tried[method], runs))}
         values = {"tuned": before["tuned"] | tuned, "runs": before["runs"] + runs}
         write_report(path, values, args.jobs)
+        path.with_suffix(".md").write_text(tuning_to_markdown(values["tuned"]))
         rates = {method: [rate] for method in rates if (rate := next_rate(method, tuned.get(method))) is not None}
     print(json.dumps(values["tuned"], indent=2))
     for method in args.methods:
@@ -140,6 +141,21 @@ def best_rate(method, tried, runs):
         return None
     best = min(known, key=known.get)
     return {"learning_rate": best, "validation_mse": known[best], "tried": means}
+
+
+def tuning_to_markdown(tuned):
+    """Returns the table of the README: one line a method, the best one first."""
+    lines = ["| method | best rate | validation MSE | at the other rates |", "| --- | ---: | ---: | --- |"]
+    for method in sorted(tuned, key=lambda name: tuned[name]["validation_mse"]):
+        found = tuned[method]
+        errors = {float(rate): error for rate, error in found["tried"].items()}
+        others = [
+            f"{rate:g}: " + ("no number" if error is None else f"{error:.3f}")
+            for rate, error in errors.items() if rate != found["learning_rate"]
+        ]  # fmt: skip
+        cells = (method, f"{found['learning_rate']:g}", f"{found['validation_mse']:.3f}", ", ".join(others))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def next_rate(method, found):
