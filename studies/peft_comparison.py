@@ -4,8 +4,9 @@
     python studies/peft_comparison.py --jobs 2          # hours; finished cells are not trained again
     python studies/peft_comparison.py --finished        # the table of the cells that are there; trains nothing
 
-With --tune: three rates a method, and while the least or the largest is best, one beyond it, five at most; one seed,
-20 % of the training side held out, which judges the model of the last epoch; the test set is not read. Writes
+With --tune: three rates a method, and while the least or the largest is best, one beyond it, five at most, with one
+seed; then the two best of each with another seed, since a method that bears a rate with one split may diverge with the
+next; 20 % of the training side held out, which judges the model of the last epoch; the test set is not read. Writes
 results/peft_tuning.json (.md), of which the best rates are the defaults of run_peft.py.
 
 Then run_peft.py: every method with its best rate on the same splits and seeds (split and seed vary together), five
@@ -54,7 +55,7 @@ RATES = {  # that are tried first with --tune
     "shira": (4e-4, 1e-3, 3e-3),
 }
 MOST_RATES = 5  # of a method
-TUNING_SEEDS = (0,)  # of split and training; each has validation molecules of its own
+TUNING_SEEDS = (0, 1)  # of split and training; all rates with the first, the two best with the others
 MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
 NUMBERS = (
     "base_parameters",
@@ -100,60 +101,88 @@ def tune(args):
     before = json.loads(path.read_text()) if path.exists() else {"tuned": {}, "runs": []}
     before["tuned"] = {name: found for name, found in before["tuned"].items() if name not in args.methods}
     before["runs"] = [row for row in before["runs"] if row["method"] not in args.methods]
-    runs, tried, rates = (
-        [],
-        {method: [] for method in args.methods},
-        {method: RATES[method] for method in args.methods},
-    )
-    while rates:
+    runs, tuned = [], {}
+    tried = {method: [] for method in args.methods}
+
+    def train(rates, seeds):
         cells = [
             (method, "random", seed, f"tune-{method}-{rate:g}", rate, flags)
             for method in rates
             for rate in rates[method]
-            for seed in TUNING_SEEDS
+            for seed in seeds
         ]
-        runs += run_cells(cells, args)
-        for method in rates:
-            tried[method] += rates[method]
-        tuned = {method: found for method in args.methods if (found := best_rate(method, tried[method], runs))}
+        runs.extend(run_cells(cells, args))
+
+    def write():
         values = {"tuned": before["tuned"] | tuned, "runs": before["runs"] + runs}
         write_report(path, values, args.jobs)
         path.with_suffix(".md").write_text(tuning_to_markdown(values["tuned"]))
+        return values
+
+    first, *others = TUNING_SEEDS
+    rates = {method: RATES[method] for method in args.methods}
+    while rates:
+        train(rates, [first])
+        for method in rates:
+            tried[method] += rates[method]
+        tuned = {m: found for m in args.methods if (found := best_rate(m, tried[m], runs, [first]))}
+        write()
         rates = {method: [rate] for method in rates if (rate := next_rate(method, tuned.get(method))) is not None}
+    train({method: finalists(found) for method, found in tuned.items()}, others)
+    for method in list(tuned):
+        if any(row["method"] == method and row["seed"] in others for row in runs):
+            found = best_rate(method, tried[method], runs, TUNING_SEEDS)
+            tuned = {m: old for m, old in tuned.items() if m != method} | ({method: found} if found else {})
+    values = write()
     print(json.dumps(values["tuned"], indent=2))
     for method in args.methods:
         if method not in tuned:
             print(f"{method} has no rate at which all seeds have a validation error, and keeps its default.")
 
 
-def best_rate(method, tried, runs):
+def best_rate(method, tried, runs, seeds):
     """Returns the rate of lowest mean validation error, and the errors; `None` if there is none.
 
-    A rate counts if it has a finite error for every seed; the error of another one is `None`.
+    A rate counts if it has a finite error for every one of the seeds.
     """
-    means = {}
-    for rate in sorted(tried):
-        errors = [row["eval_mse"] for row in runs if (row["method"], row["learning_rate"]) == (method, rate)]
-        counts = len(errors) == len(TUNING_SEEDS) and np.isfinite(errors).all()
-        means[rate] = float(np.mean(errors)) if counts else None
-    known = {rate: error for rate, error in means.items() if error is not None}
+    errors = {rate: [] for rate in sorted(tried)}
+    for row in sorted(runs, key=lambda row: row["seed"]):
+        if row["method"] == method and row["learning_rate"] in errors:
+            finite = np.isfinite(row["eval_mse"])
+            errors[row["learning_rate"]].append((row["seed"], float(row["eval_mse"]) if finite else None))
+    known = {}
+    for rate, found in errors.items():
+        of_seeds = [error for seed, error in found if seed in seeds and error is not None]
+        if len(of_seeds) == len(seeds):
+            known[rate] = float(np.mean(of_seeds))
     if not known:
         return None
     best = min(known, key=known.get)
-    return {"learning_rate": best, "validation_mse": known[best], "tried": means}
+    tried = {rate: [error for _, error in found] for rate, found in errors.items()}
+    return {"learning_rate": best, "validation_mse": known[best], "seeds": list(seeds), "tried": tried}
+
+
+def finalists(found):
+    """Returns the two rates of lowest error with the first seed, which the other seeds try too."""
+    errors = {rate: values[0] for rate, values in found["tried"].items() if values and values[0] is not None}
+    return sorted(errors, key=errors.get)[:2]
 
 
 def tuning_to_markdown(tuned):
     """Returns the table of the README: one line a method, the best one first."""
-    lines = ["| method | best rate | validation MSE | at the other rates |", "| --- | ---: | ---: | --- |"]
+    lines = [
+        "| method | best rate | seeds | validation MSE | at the other rates |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
     for method in sorted(tuned, key=lambda name: tuned[name]["validation_mse"]):
         found = tuned[method]
-        errors = {float(rate): error for rate, error in found["tried"].items()}
-        others = [
-            f"{rate:g}: " + ("no number" if error is None else f"{error:.3f}")
-            for rate, error in errors.items() if rate != found["learning_rate"]
-        ]  # fmt: skip
-        cells = (method, f"{found['learning_rate']:g}", f"{found['validation_mse']:.3f}", ", ".join(others))
+        others = []
+        for rate, errors in found["tried"].items():
+            if float(rate) != found["learning_rate"]:
+                shown = ", ".join("none" if error is None else f"{error:.3f}" for error in errors)
+                others.append(f"{float(rate):g}: {shown or 'none'}")
+        cells = (method, f"{found['learning_rate']:g}", str(len(found["seeds"])))
+        cells += (f"{found['validation_mse']:.3f}", "; ".join(others))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
