@@ -73,13 +73,13 @@ METHODS = {
     "ln_tuning": Method(9e-3, None, r".*LayerNorm", "weight and bias of every LayerNorm"),
     "lora": Method(2e-3, 4, ALL_LINEAR, "low-rank updates of every linear layer", alpha=2, dropout=True),
     "rslora": Method(3e-3, 4, ALL_LINEAR, "LoRA scaled by 1 / sqrt(rank)", alpha=2, dropout=True),
-    "dora": Method(6e-3, 4, ALL_LINEAR, "LoRA of directions, with a magnitude for each output", alpha=2, dropout=True),
+    "dora": Method(2e-3, 4, ALL_LINEAR, "LoRA of directions, with a magnitude for each output", alpha=2, dropout=True),
     "pissa": Method(3e-3, 4, ALL_LINEAR, "LoRA that starts from the largest singular vectors", alpha=1, dropout=True),
     "vera": Method(3e-2, 256, ALL_LINEAR, "scalings of shared random projections", dropout=True),
     "oft": Method(1e-3, 16, ALL_LINEAR, "rotations of the inputs, in blocks of `rank`", dropout=True),
     "miss": Method(3e-3, 8, ALL_LINEAR, "one shared shard of each weight matrix", dropout=True),
     "hira": Method(6e-3, 4, ALL_LINEAR, "low-rank factors that multiply the weights element by element", dropout=True),
-    "shira": Method(2e-2, 4, ALL_LINEAR, "a random sparse part of the weights, as many as LoRA would have"),
+    "shira": Method(7e-3, 4, ALL_LINEAR, "a random sparse part of the weights, as many as LoRA would have"),
 }  # fmt: skip
 PLAIN_METHODS = ("full", "head", "bitfit")  # parameters of the model itself; all others are tuners of PEFT
 

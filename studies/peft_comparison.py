@@ -55,6 +55,7 @@ RATES = {  # that are tried first with --tune
     "shira": (4e-4, 1e-3, 3e-3),
 }
 MOST_RATES = 5  # of a method
+EQUAL = 0.01  # of validation errors
 TUNING_SEEDS = (0, 1)  # of split and training; all rates with the first, the two best with the others
 MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
 NUMBERS = (
@@ -143,7 +144,7 @@ def tune(args):
 def best_rate(method, tried, runs, seeds):
     """Returns the rate of lowest mean validation error, and the errors; `None` if there is none.
 
-    A rate counts if it has a finite error for every one of the seeds.
+    Of rates that are as good within `EQUAL` it is the lowest one, which is farther from diverging. A rate counts if it has a finite error for every one of the seeds.
     """
     errors = {rate: [] for rate in sorted(tried)}
     for row in sorted(runs, key=lambda row: row["seed"]):
@@ -157,7 +158,7 @@ def best_rate(method, tried, runs, seeds):
             known[rate] = float(np.mean(of_seeds))
     if not known:
         return None
-    best = min(known, key=known.get)
+    best = min(rate for rate in known if known[rate] <= min(known.values()) + EQUAL)
     tried = {rate: [error for _, error in found] for rate, found in errors.items()}
     return {"learning_rate": best, "validation_mse": known[best], "seeds": list(seeds), "tried": tried}
 

@@ -441,6 +441,10 @@ def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
     assert peft_comparison.finalists(tuned) == [2.4e-3, 6e-4]
     assert peft_comparison.best_rate("full", list(errors), runs, [0])["learning_rate"] == 2.4e-3
     assert peft_comparison.best_rate("full", [2.4e-3], runs, [0, 1]) is None
+    close = [
+        peft_run("full", 0, 0.0, learning_rate=rate, eval_mse=value) for rate, value in ((1e-3, 0.405), (3e-3, 0.4))
+    ]
+    assert peft_comparison.best_rate("full", [1e-3, 3e-3], close, [0])["learning_rate"] == 1e-3
     assert peft_comparison.next_rate("full", None) is None
 
 
