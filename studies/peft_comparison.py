@@ -144,7 +144,8 @@ def tune(args):
 def best_rate(method, tried, runs, seeds):
     """Returns the rate of lowest mean validation error, and the errors; `None` if there is none.
 
-    Of rates that are as good within `EQUAL` it is the lowest one, which is farther from diverging. A rate counts if it has a finite error for every one of the seeds.
+    Of rates that are as good within `EQUAL` it is the lowest one, which is farther from diverging. A rate counts if it
+    has a finite error for every one of the seeds.
     """
     errors = {rate: [] for rate in sorted(tried)}
     for row in sorted(runs, key=lambda row: row["seed"]):
