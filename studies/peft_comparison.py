@@ -55,7 +55,7 @@ RATES = {  # that are tried first with --tune
     "shira": (4e-4, 1e-3, 3e-3),
 }
 MOST_RATES = 5  # of a method
-EQUAL = 0.01  # of validation errors
+EQUAL = 0.01  # difference of validation errors up to which two rates are as good
 TUNING_SEEDS = (0, 1)  # of split and training; all rates with the first, the two best with the others
 MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
 NUMBERS = (
@@ -130,10 +130,10 @@ def tune(args):
         write()
         rates = {method: [rate] for method in rates if (rate := next_rate(method, tuned.get(method))) is not None}
     train({method: finalists(found) for method, found in tuned.items()}, others)
-    for method in list(tuned):
-        if any(row["method"] == method and row["seed"] in others for row in runs):
-            found = best_rate(method, tried[method], runs, TUNING_SEEDS)
-            tuned = {m: old for m, old in tuned.items() if m != method} | ({method: found} if found else {})
+    for method in {row["method"] for row in runs if row["seed"] in others}:
+        del tuned[method]
+        if found := best_rate(method, tried[method], runs, TUNING_SEEDS):
+            tuned[method] = found
     values = write()
     print(json.dumps(values["tuned"], indent=2))
     for method in args.methods:
