@@ -604,7 +604,8 @@ def main(model_args, data_args, influence_args, training_args):
     problem = MoleculeProblem(model, tokenizer, names, chunk_size, influence_args.curvature)
     with full_float32():
         table, report = compute_scores(problem, parts, external, influence_args, training_args)
-    report |= {"split_hash": digest, "excluded": len(excluded), "model": str(scored_args.model_name_or_path)}
+    report |= {"split_hash": digest, "model": str(scored_args.model_name_or_path)}
+    report |= {"excluded": excluded.reindex(columns=["row", "reason"]).to_dict("records")}
     start = start_args.model_name_or_path or start_args.config_name
     report |= {"fine_tuned_from": str(start)} if training_args.do_train else {}
     if training_args.should_save:

@@ -2,6 +2,7 @@
 
     python studies/influence.py                                      # hours; finished runs are not repeated
     python studies/influence.py --external_file external.csv --jobs 2
+    python studies/influence.py --external_file external.csv --finished     # the tables of the runs that are there
 
 Runs run_influence.py for pools with wrong labels and, if given, an external file, on random and scaffold splits and
 several seeds (split, pool and training vary together), with controls of the same size; and the paper's variant, in
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from common import as_text, interval, run_all, run_script, study_parser, with_interval, write_report
+from run_once import is_done
 
 
 START = "models/molformer-mini"
@@ -55,15 +57,7 @@ def run(cell, args, threads):
     pool, split, seed, leaks = cell
     folder, command = command_of(cell, args)
     values = run_script(command, folder, threads)
-    row = {"pool": pool, "split": split, "seed": seed, "leakage": leaks, "command": as_text(command), **values}
-    return row | {"excluded": excluded_molecules(folder)}
-
-
-def excluded_molecules(folder):
-    """Returns the external molecules that were left out, with the reason (`list[dict]`)."""
-    table = pd.read_csv(folder / "influence_scores.csv")
-    left_out = table[table["excluded"].notna()]
-    return left_out[["row", "SMILES", "excluded"]].to_dict("records")
+    return {"pool": pool, "split": split, "seed": seed, "leakage": leaks, "command": as_text(command), **values}
 
 
 def compare_with_exact(cell, args):
@@ -167,18 +161,23 @@ def main():
     parser.add_argument("--external_file", help="CSV of external molecules, a second pool")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--splits", nargs="+", default=["random", "scaffold"])
+    parser.add_argument("--finished", action="store_true", help="train nothing; the tables of what is finished")
     parser.add_argument("--extra", default="", help="further flags of run_influence.py, as one text")
     args = parser.parse_args()
     pools = ["corrupted", *(["external"] if args.external_file else [])]
     cells = [(pool, split, seed, False) for seed in args.seeds for pool in pools for split in args.splits]
     if "random" in args.splits:
         cells += [(pool, "random", seed, True) for seed in args.seeds[:SEEDS_OF_MORE] for pool in pools]
+    if args.finished:
+        cells = [cell for cell in cells if is_done(*command_of(cell, args))]
+    before = json.loads(args.output.read_text()) if args.output.exists() else {}
     runs = run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs)
     rows, detected = summarize(runs), detection_rows(runs)
-    values = {"selection": rows, "detection": detected, "runs": runs, "exact": None}
+    values = {"selection": rows, "detection": detected, "runs": runs, "exact": before.get("exact")}
     write_report(args.output, values, args.jobs)
     first = ("corrupted", "random", args.seeds[0], False)
-    if any((r["pool"], r["split"], r["seed"], r["leakage"]) == first for r in runs):
+    scores = command_of(first, args)[0] / "influence_scores.csv"  # not there of a run that was kept from elsewhere
+    if scores.exists() and not args.finished:
         values["exact"] = next(iter(run_all(lambda cell, threads: compare_with_exact(cell, args), [first], 1)), None)
         write_report(args.output, values, args.jobs)
     args.output.with_suffix(".md").write_text(to_markdown(rows, detected, values["exact"]))

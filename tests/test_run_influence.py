@@ -377,6 +377,9 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     assert table["excluded"].fillna("").tolist() == ["is a test molecule", "is a validation molecule", "", "", ""]
     assert table["score"].notna().tolist() == [False, False, True, True, True]
     assert table["in_training"].fillna("").tolist() == ["", "", True, False, False]
+    report = json.loads((tmp_path / "out" / "influence.json").read_text())
+    left_out = [{"row": 0, "reason": "is a test molecule"}, {"row": 1, "reason": "is a validation molecule"}]
+    assert report["excluded"] == left_out
     external.write_text("SMILES,Label\nCCO,1\n")
     call_main(*scoring, *split, "--output_dir", tmp_path / "single")
     assert json.loads((tmp_path / "single" / "influence.json").read_text())["agreement_of_ranks"] is None
