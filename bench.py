@@ -601,11 +601,89 @@ def read_corpus(count):
 
 
 def to_markdown(report):
-    """Returns the tables of the README."""
+    """Returns the tables of the README, sizes side by side."""
+    sizes = list(dict.fromkeys(row["size"] for row in report["rows"]))
+    found = {(row["size"], row["case"]): row for row in report["rows"]}
+    parts = [speed_table(found, sizes), peft_table(report, found, sizes), length_table(report, sizes), facts(report)]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def markdown_table(header, rows):
+    """Returns the lines of a table, all of its columns but the first one aligned to the right."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
+
+
+def speed_table(found, sizes):
+    """Returns the lines of the table of all steps; the published way is that of training or of evaluation."""
+    header, rows = ["step"], []
+    for size in sizes:
+        header += [f"{size}: molecules/s", "of the products", "times the published way", "memory"]
+    methods = {f"{method}, training, fp32" for method in METHODS}
+    names = dict.fromkeys(case for _, case in found if case != "nothing" and not case.startswith("products"))
+    for name in (name for name in names if name not in methods):
+        cells = [name]
+        for size in sizes:
+            row = found[size, name]
+            share = f"{100 * row['share_of_bound']:.0f} %" if "share_of_bound" in row else ""
+            step = name.split(",")[0].replace("prediction", "evaluation")
+            published, times = found.get((size, f"{step}, the published way")), ""
+            if published is not None and row is not published:
+                times = f"{row['tokens_per_second'] / published['tokens_per_second']:.2f}"
+            cells += [f"{row['molecules_per_second']:,.1f}", share, times, memory_of(row)]
+        rows.append(cells)
+    return markdown_table(header, rows)
+
+
+def memory_of(row):
+    return f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in row else ""
+
+
+def peft_table(report, found, sizes):
+    """Returns the lines of the table of a training step of each method of run_peft.py, beside full fine-tuning."""
+    header, rows = ["method"], []
+    for size in sizes:
+        header += [f"{size}: step", "times as fast as full", "memory", "of full's, libraries apart"]
+    against = {(ratio["size"], ratio["case"]): ratio for ratio in report["ratios"]}
+    for method in METHODS:
+        name, cells = f"{method}, training, fp32", [method]
+        if any((size, name) not in found for size in sizes):
+            continue
+        for size in sizes:
+            row, ratio = found[size, name], against.get((size, name), {})
+            cells += [f"{1e3 * row['seconds'] / BATCHES[size]:,.0f} ms", _number(ratio.get("ratio")), memory_of(row)]
+            cells += [_number(ratio.get("memory"))]
+        rows.append(cells)
+    return markdown_table(header, rows) if rows else []
+
+
+def _number(value):
+    return "" if value is None else f"{value:.2f}"
+
+
+def length_table(report, sizes):
+    """Returns the lines of the table of tokens a second by length."""
+    header = ["tokens/s, evaluation in fp32, of molecules of", *(f"{length} tokens" for length in LENGTHS)]
+    rows = []
+    for size in sizes:
+        speeds = {row["case"]: row["tokens_per_second"] for row in report["lengths"] if row["size"] == size}
+        for name in dict.fromkeys(case.rsplit(", ", 1)[0] for case in speeds):
+            numbers = (f"{speeds[f'{name}, {length} tokens']:,.0f}" for length in LENGTHS)
+            rows.append([f"{name}, {size}", *numbers])
+    return markdown_table(header, rows)
+
+
+def facts(report):
+    """Returns a line for each number that stands in no table."""
     lines = []
-    for size in dict.fromkeys(row["size"] for row in report["rows"]):
-        lines += [f"### {size}", "", *speed_table(report, size), "", *ratio_table(report, size), ""]
-        lines += [*length_table(report, size), "", *compile_line(report, size)]
+    for size, found in report["compilation"].items():
+        steps = f"{found['pays_after_steps']:,.0f} steps" if found["pays_after_steps"] else "no number of steps"
+        times = f"{found['compiled_step_seconds']:.3f} s in place of {found['plain_step_seconds']:.3f} s"
+        lines.append(f"- torch.compile, {size}: {found['compile_seconds']:.0f} s once, a training step {times}; "
+                     f"pays after {steps}")  # fmt: skip
+    for ratio in report["ratios"]:
+        if ratio["case"] in INFLUENCE:
+            lines.append(f"- {ratio['case']}, {ratio['size']}: {ratio['ratio']:.1f} times as fast as "
+                         f"{ratio['against']}")  # fmt: skip
     for name, speed in report.get("processes", {}).items():
         lines.append(f"- run_regression.py, {name}: {speed:.0f} molecules/s")
     lines += [f"- {name}: {seconds:.2f} s" for name, seconds in report.get("start_up", {}).items()]
@@ -614,52 +692,7 @@ def to_markdown(report):
     for corpus in report.get("corpus", []):
         seconds, memory = f"{corpus['seconds']:.0f} s", f"{corpus['peak_memory_bytes'] / 1e9:.2f} GB"
         lines.append(f"- corpus of {corpus['molecules']:,} SMILES, canonicalized and encoded: {seconds}, {memory}")
-    return "\n".join(lines) + "\n"
-
-
-def speed_table(report, size):
-    """Returns the lines of the table of all cases."""
-    lines = ["| case | molecules/s | tokens/s | share of the products | peak memory |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: |"]
-    for row in (row for row in report["rows"] if row["size"] == size):
-        share = f"{100 * row['share_of_bound']:.0f} %" if "share_of_bound" in row else ""
-        memory = f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in row else ""
-        numbers = f"{row['molecules_per_second']:,.1f} | {row['tokens_per_second']:,.0f}"
-        lines.append(f"| {row['case']} | {numbers} | {share} | {memory} |")
     return lines
-
-
-def ratio_table(report, size):
-    """Returns the lines of the table of comparisons."""
-    lines = ["| case | against | times faster | memory beyond the libraries' |", "| --- | --- | ---: | ---: |"]
-    for row in (row for row in report["ratios"] if row["size"] == size):
-        memory = f"{row['memory']:.2f}" if row.get("memory") else ""
-        lines.append(f"| {row['case']} | {row['against']} | {row['ratio']:.2f} | {memory} |")
-    return lines
-
-
-def length_table(report, size):
-    """Returns the lines of the table of tokens a second by length."""
-    lines = ["Tokens a second, evaluation in fp32, 2,048 tokens a batch:", ""]
-    lines += [f"| tokens of a molecule | {' | '.join(map(str, LENGTHS))} |", "| --- |" + " ---: |" * len(LENGTHS)]
-    speeds = {row["case"]: row["tokens_per_second"] for row in report["lengths"] if row["size"] == size}
-    for name in dict.fromkeys(case.rsplit(", ", 1)[0] for case in speeds):
-        numbers = (f"{speeds[f'{name}, {length} tokens']:,.0f}" for length in LENGTHS)
-        lines.append(f"| {name} | {' | '.join(numbers)} |")
-    return lines
-
-
-def compile_line(report, size):
-    """Returns a line on torch.compile, if it was measured."""
-    found = report["compilation"].get(size)
-    if found is None:
-        return []
-    steps = f"{found['pays_after_steps']:,.0f} steps" if found["pays_after_steps"] else "no number of steps"
-    seconds = f"{found['compiled_step_seconds']:.3f} s in place of {found['plain_step_seconds']:.3f} s"
-    return [
-        f"torch.compile: {found['compile_seconds']:.0f} s once, a training step {seconds}; pays after {steps}.",
-        "",
-    ]
 
 
 def plot_lengths(rows, path):

@@ -109,6 +109,25 @@ def test_memory_is_compared_without_that_of_the_libraries():
     assert [ratio["memory"] for ratio in bench.ratios(rows)] == [0.5]
 
 
+def test_the_tables_have_the_sizes_side_by_side():
+    """Reference: worked by hand; times the published way are of real tokens, memory that beyond the libraries."""
+    names = {"nothing": [], "training, fp32": [[10, 10]], "training, the published way": [[10, 20]]}
+    cases = {name: bench.Case(None, lengths) for name, lengths in names.items()}
+    cases |= {f"{method}, training, fp32": bench.Case(None, [[10] * 4]) for method in ("full", "lora")}
+    rows, lengths = [], []
+    for size, scale in (("mini", 1), ("xl", 10)):
+        seconds = dict(zip(cases, ([scale], [scale], [3 * scale], [4 * scale], [2 * scale]), strict=True))
+        memory = dict(zip(cases, (1e9, 2e9, 2e9, 3e9, 2e9), strict=True))
+        rows += bench.rows_of(size, cases, seconds, memory)
+        of_length = {f"MoLFormer, {length} tokens": bench.Case(None, [[length]]) for length in bench.LENGTHS}
+        lengths += bench.rows_of(size, of_length, {name: [scale] for name in of_length})
+    report = {"rows": rows, "ratios": bench.ratios(rows), "lengths": lengths, "compilation": {}}
+    lines = bench.to_markdown(report).splitlines()
+    assert "| training, fp32 | 2.0 |  | 2.00 | 2.00 GB | 0.2 |  | 2.00 | 2.00 GB |" in lines
+    assert "| lora | 250 ms | 2.00 | 2.00 GB | 0.50 | 5,000 ms | 2.00 | 2.00 GB | 0.50 |" in lines
+    assert "| MoLFormer, xl | 3 | 6 | 13 | 26 | 51 | 102 |" in lines
+
+
 @pytest.mark.parametrize("method", run_peft.METHODS)
 def test_a_step_of_every_method_can_be_timed(monkeypatch, method):
     monkeypatch.setitem(bench.SIZES, "small", {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1})
