@@ -6,14 +6,13 @@ Trains the last layer and the head of the embedded checkpoint (the states below 
 on random halves of the training molecules, and correlates their validation and test losses with the sums of the scores
 of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186). The scores are of
 run_influence.py for the model that was trained on all: by LiSSA, by conjugate gradients and without the inverse
-curvature; once with all of these parameters, and once with those of the head alone. Writes results/influence_lds.json:
-rank correlations with bootstrap intervals over the halves; and influence_lds.md, their means over the seeds. Finished
-seeds are not repeated.
+curvature; once with all of these parameters, and once with those of the head alone. Writes results/influence_lds.json
+and .md: rank correlations with bootstrap intervals over the halves, and their means over the seeds. Seeds that stand
+there are not repeated.
 """
 
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from utils_influence import (  # noqa: E402
     molecule_losses,
     scores_by_jvp,
 )
-from utils_molecules import load_molecules, read_json, write_json  # noqa: E402
+from utils_molecules import load_molecules, read_json  # noqa: E402
 
 
 BATCH, EPOCHS, RATE = 32, 7, 6e-4
@@ -178,6 +177,15 @@ def to_markdown(summary):
     return "\n".join(lines) + "\n"
 
 
+def summarize(rows):
+    """Returns means over the seeds with their intervals, for each part of the model, target and solver."""
+    summary, names = [], ("params", "target", "solver")
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        mean, half = interval([row["lds"] for row in rows if tuple(row[name] for name in names) == key])
+        summary.append({**dict(zip(names, key, strict=True)), "lds": mean, "half_width": half})
+    return summary
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "models" / "molformer-mini"), help="pre-trained checkpoint")
@@ -185,32 +193,23 @@ def main():
     parser.add_argument("--subsets", type=int, default=60, help="halves of the training molecules a seed")
     parser.add_argument("--trainings", type=int, default=2, help="trainings of each half, of which the mean is taken")
     parser.add_argument("--molecules", type=int, default=1500, help="most molecules of each part")
-    parser.add_argument("--folder", type=Path, default=ROOT / "work" / "lds", help="where finished seeds are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "influence_lds.json")
     args = parser.parse_args()
-    rows, losses = [], {}
+    settings = {"weights": checksums([args.model]), "batch": BATCH, "epochs": EPOCHS, "rate": RATE, "solvers": SOLVERS}
+    settings |= {name: getattr(args, name) for name in ("subsets", "trainings", "molecules")}
+    before = read_json(args.output)
+    report = {"settings": settings, "summary": [], "seeds": [], "losses": {}}
+    if before.get("settings") == settings:  # not of other weights at the same path
+        report |= {name: before[name] for name in report}
     for seed in args.seeds:
-        weights = checksums([args.model])  # the same path has held other ones
-        settings = [weights, args.subsets, args.trainings, args.molecules, BATCH, EPOCHS, RATE, list(SOLVERS.items())]
-        settings = json.loads(json.dumps(settings))  # as the file has them
-        file = args.folder / f"seed-{seed}.json"
-        kept = read_json(file)
-        if kept.get("settings") != settings:
-            of_seed, measured = study_seed(seed, args)
-            kept = {"settings": settings, "rows": of_seed, "losses": measured}
-            args.folder.mkdir(parents=True, exist_ok=True)
-            write_json(kept, file)
-        rows += kept["rows"]
-        losses[seed] = kept["losses"]
-    keys = dict.fromkeys((row["params"], row["target"], row["solver"]) for row in rows)
-    summary = []
-    for params, target, solver in keys:
-        here = [r["lds"] for r in rows if (r["params"], r["target"], r["solver"]) == (params, target, solver)]
-        mean, half = interval(here)
-        summary.append({"params": params, "target": target, "solver": solver, "lds": mean, "half_width": half})
-    write_report(args.output, {"summary": summary, "seeds": rows, "losses": losses}, unit="rank correlation")
-    args.output.with_suffix(".md").write_text(to_markdown(summary))
-    print(to_markdown(summary))
+        if str(seed) in report["losses"]:
+            continue
+        rows, report["losses"][str(seed)] = study_seed(seed, args)
+        report["seeds"] += rows
+        report["summary"] = summarize(report["seeds"])
+        write_report(args.output, report, unit="rank correlation")
+        args.output.with_suffix(".md").write_text(to_markdown(report["summary"]))
+    print(to_markdown(report["summary"]))
 
 
 if __name__ == "__main__":

@@ -383,6 +383,27 @@ def test_the_datamodeling_score_is_a_rank_correlation_with_its_interval():
     assert noisy["low"] < noisy["lds"] < noisy["high"] < 1
 
 
+def test_the_datamodeling_study_goes_on_with_the_seeds_that_it_has(tmp_path, monkeypatch):
+    """A study of a seed that answers at once stands in for one that trains."""
+    asked, output = [], tmp_path / "lds.json"
+
+    def study_seed(seed, args):
+        asked.append(seed)
+        row = {"seed": seed, "params": "head", "target": "test", "solver": "cg", "lds": 0.2 + seed / 10}
+        return [row], {"test": [0.1]}
+
+    monkeypatch.setattr(influence_lds, "study_seed", study_seed)
+    for flags in (["0"], ["0", "1"], ["1"], ["1", "--subsets", "5"]):
+        monkeypatch.setattr(sys, "argv", ["influence_lds.py", "--output", str(output), "--seeds", *flags])
+        influence_lds.main()
+    assert asked == [0, 1, 1]  # once each, and again with other settings
+    monkeypatch.setattr(sys, "argv", ["influence_lds.py", "--output", str(output), "--seeds", "0", "--subsets", "5"])
+    influence_lds.main()
+    report = json.loads(output.read_text())
+    assert [row["seed"] for row in report["seeds"]] == [1, 0] and report["summary"][0]["lds"] == pytest.approx(0.25)
+    assert "| head | test | cg | 0.250 ±" in output.with_suffix(".md").read_text()
+
+
 def test_a_cell_that_fails_is_left_out_of_a_study(capsys, monkeypatch, tmp_path):
     def run(cell, threads):
         subprocess.run([sys.executable, "-c", f"raise SystemExit({cell})"], check=True)
