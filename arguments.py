@@ -369,6 +369,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.bf16 is None:
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # of accelerate launch
             wanted = launched or ("bf16" if has_bfloat16(self.use_cpu) else "no")
+            if wanted == "bf16" and self.use_cpu and not has_bfloat16(use_cpu=True):
+                wanted = "no"  # of a configuration that is meant for GPUs; emulated it is several times slower
             self.bf16 = self.do_train and not self.fp16 and wanted == "bf16"
             self.fp16 = self.fp16 or (self.do_train and wanted == "fp16")
         do_eval = self.do_eval

@@ -4,10 +4,11 @@
     python bench.py --sizes mini --rounds 3 --no-memory      # a quick look, to work/bench
 
 All cases of a size are built first and then timed in turn, round after round in a new order; a number is the median of
-the rounds. Beside our steps: the published way to run the model (molecules in random order, padded, float32, one QR a
-layer at each forward), BERT and ModernBERT of the same width and depth from transformers (ModernBERT's feed-forward
-layer is gated, and does about a seventh more arithmetic), and the matrix products of the same real tokens alone, which
-nothing can beat. Weights are random, learning rates 0. Peak memory is that of a
+the rounds. A step is timed alone, its batches ready on the device (predictions are padded in it); learning rates are 0
+and weights random. Beside our steps: the published way to run the model (molecules in random order, padded, float32,
+one QR a layer at each forward, every state computed), BERT and ModernBERT of the same width and depth from
+transformers (ModernBERT's feed-forward layer is gated: a seventh more arithmetic at XL size, a quarter more in the
+small model), and the matrix products of the same real tokens alone, which nothing can beat. Peak memory is that of a
 process of its own, with about half a gigabyte of libraries (the case "nothing").
 
 What the README says of many GPUs is arithmetic, for pre-training MoLFormer-XL (45 million parameters) with DDP: each
@@ -172,8 +173,8 @@ def redraw_as_published(model):
         feature_map.weight.copy_(draw_random_features(1, *size, device=feature_map.weight.device)[0])
 
 
-def train_step(model, batches, bf16=False, before=None):
-    """Returns a function that trains on all batches once, with a learning rate of 0."""
+def train_step(model, batches, bf16=False, before=None, **flags):
+    """Returns a function that trains on all batches once, with a learning rate of 0; `flags` are the forward's."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
 
@@ -183,7 +184,7 @@ def train_step(model, batches, bf16=False, before=None):
             if before is not None:
                 before(model)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-                loss = model(**batch).loss
+                loss = model(**batch, **flags).loss
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -192,8 +193,8 @@ def train_step(model, batches, bf16=False, before=None):
     return step
 
 
-def eval_step(model, batches, bf16=False, before=None):
-    """Returns a function that evaluates all batches once."""
+def eval_step(model, batches, bf16=False, before=None, **flags):
+    """Returns a function that evaluates all batches once; `flags` are the forward's."""
 
     @torch.inference_mode()
     def step():
@@ -202,7 +203,7 @@ def eval_step(model, batches, bf16=False, before=None):
             for batch in batches:
                 if before is not None:
                     before(model)
-                model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+                model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, **flags)
 
     return step
 
@@ -212,21 +213,25 @@ def products(size, batches, bf16, training):
 
     Nothing is allocated, and products of one shape take the same inputs and weights in all layers and batches, which
     thus stay in the caches as far as they fit: it is a little faster than any model can be. The products of keys with
-    values and of queries with these are done as one tall product in place of one for each molecule and head.
+    values and of queries with these are done as one tall product in place of one for each molecule and head. Where the
+    head reads the state of `<bos>` alone, the last layer takes no other queries.
     """
     config, dtype = MolformerConfig(**SIZES[size]), torch.bfloat16 if bf16 else torch.float32
     width, inner, features = config.hidden_size, config.intermediate_size, config.num_random_features
     heads = config.num_attention_heads
-    work, kept = [], {}
+    layers, kept = [], {}
 
     def tensor(shape):
         kept.setdefault(shape, torch.randn(shape, device=DEVICE, dtype=dtype))
         return kept[shape]
 
-    for lengths in batches:
+    reads_all = config.pooling == "mean"
+    for lengths, last in ((lengths, last) for last in (False, True) for lengths in batches):
         tokens = sum(lengths)
-        linear = 4 * [(tokens, width, width)] + [(tokens, width, inner), (tokens, inner, width)]
-        attention = 4 * [(tokens * heads, width // heads, features)]
+        asked = len(lengths) if last and not reads_all else tokens  # queries, and all that follows the attention
+        linear = 2 * [(tokens, width, width)] + 2 * [(asked, width, width)]
+        linear += [(asked, width, inner), (asked, inner, width)]
+        attention = 2 * [(rows * heads, width // heads, features) for rows in (tokens, asked)]
         # the first two are the feature maps, whose weights are not trained
         for number, (rows, inputs, outputs) in enumerate([*attention, *linear]):
             shapes = {"x": (rows, inputs), "w": (inputs, outputs), "y": (rows, outputs)}
@@ -235,12 +240,13 @@ def products(size, batches, bf16, training):
                 name: kept.setdefault(("out", *shape), torch.empty_like(tensors[name]))
                 for name, shape in shapes.items()
             }
-            work.append((tensors, outs, number >= 2))
+            times = 1 if last else config.num_hidden_layers - 1
+            layers.append((times, tensors, outs, number >= 2))
 
     @torch.no_grad()
     def step():
-        for _ in range(config.num_hidden_layers):
-            for tensors, outs, trained in work:
+        for times, tensors, outs, trained in layers:
+            for _ in range(times):
                 torch.mm(tensors["x"], tensors["w"], out=outs["y"])
                 if training:
                     torch.mm(tensors["y"], tensors["w"].T, out=outs["x"])
@@ -254,7 +260,24 @@ def masked_batch(batch):
     """Returns a batch for masked language modeling, 15 % of its tokens labeled."""
     chosen = (torch.rand(batch["input_ids"].shape, device=DEVICE) < 0.15) & batch["attention_mask"].bool()
     labels = torch.where(chosen, batch["input_ids"], -100)
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    places = {"labels": labels, "masked_rows": chosen.flatten().nonzero()[:, 0]}  # as the collator gives them
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **places}
+
+
+def published_predict_step(model, batches):
+    """Returns a function that predicts molecules whose tokens are there, in the published way."""
+    tokenizer = build_tokenizer()
+    encoded = [[{"input_ids": [3] * length} for length in rows] for rows in batches]
+
+    @torch.inference_mode()
+    def step():
+        model.eval()
+        for rows in encoded:
+            redraw_as_published(model)
+            batch = tokenizer.pad(rows, return_tensors="pt").to(DEVICE)
+            model(**batch, output_hidden_states=True).logits.cpu()
+
+    return step
 
 
 def predict_step(model, batches, bf16):
@@ -360,7 +383,12 @@ def cases_of(size, lengths, methods, batch_size, predict_batch_size=64):
     frozen = partial(regression, redraw_features=False)
     for what, step in (("training", train_step), ("evaluation", eval_step)):
         bound = f"products alone, {what}, fp32"  # of real tokens, of which both have as many a second
-        add(f"{what}, the published way", step, frozen, batches=shuffled, bound=bound, before=redraw_as_published)
+        add(f"{what}, the published way", step, frozen, batches=shuffled, bound=bound, before=redraw_as_published,
+            output_hidden_states=True)  # fmt: skip
+    mixed = choose_batches(lengths, count // 2, predict_batch_size, "shuffled")
+    cases["prediction, the published way"] = Case(
+        lambda: published_predict_step(frozen(), mixed), mixed, "products alone, prediction, fp32"
+    )
     for method in methods:
         add(f"{method}, training, fp32", train_step, partial(peft_model, size, method))
     middle = grouped[len(grouped) // 2]
@@ -439,9 +467,10 @@ def ratios(rows):
         for kind in ("fp32", "bf16"):
             pairs.append((f"{step}, {kind}", f"{step}, the published way"))
             pairs += [(f"{step}, {kind}", f"{step}, {kind}, {peer}") for peer in PEERS]
-    pairs += [(f"prediction, {kind}", "evaluation, the published way") for kind in ("fp32", "bf16")]
+    pairs += [(f"prediction, {kind}", "prediction, the published way") for kind in ("fp32", "bf16")]
     pairs.append(("influence scores, jvp", "influence scores, gradient of each"))
     pairs += [(f"{kind} product of a batch", "double backward of each") for kind in ("GGN", "Hessian")]
+    pairs.append(("GGN product of a batch", "Hessian product of a batch"))
     pairs += [(f"{method}, training, fp32", "full, training, fp32") for method in METHODS if method != "full"]
     rows = []
     for size in dict.fromkeys(size for size, _ in found):
@@ -490,11 +519,10 @@ def run_one(size, name, args):
 
 
 def start_up(rounds=5):
-    """Returns median seconds of `run_regression.py --help`, and of importing what the arguments come from."""
-    commands = {
-        "run_regression.py --help": [str(ROOT / "run_regression.py"), "--help"],
-        "import of TrainingArguments": ["-c", "from transformers import HfArgumentParser, TrainingArguments"],
-    }
+    """Returns median seconds of `--help` of each script, and of importing what the arguments come from."""
+    scripts = ("run_regression.py", "run_mlm.py", "run_influence.py", "run_peft.py")
+    commands = {f"{script} --help": [str(ROOT / script), "--help"] for script in scripts}
+    commands["import of TrainingArguments"] = ["-c", "from transformers import HfArgumentParser, TrainingArguments"]
     seconds = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
@@ -505,15 +533,22 @@ def start_up(rounds=5):
 
 
 def compilation(size, lengths, batch_size, rounds):
-    """Returns what torch.compile takes and gives: seconds until the steps are compiled, and those of a step."""
+    """Returns what `--torch_compile` takes and gives: seconds until all is compiled, and those of a training step.
+
+    As the scripts train: in bfloat16 where the hardware has it, batches of several lengths, then an evaluation.
+    """
     batches = [make_batch(rows) for rows in choose_batches(lengths, BATCHES[size], batch_size, "grouped")]
-    model = build.__wrapped__(MolformerForRegression, size, redraw_features=False)
-    steps = {"plain": train_step(model, batches), "compiled": train_step(torch.compile(model, dynamic=True), batches)}
+    model, bf16 = build.__wrapped__(MolformerForRegression, size), has_bfloat16(DEVICE.type == "cpu")
+    models = {"plain": model, "compiled": torch.compile(model)}
+    steps = {name: train_step(model, batches, bf16) for name, model in models.items()}
+    evaluations = {name: eval_step(model, batches, bf16) for name, model in models.items()}
     first, seconds = {}, {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
+            if not number:
+                evaluations[name]()
             synchronize()
             taken = time.perf_counter() - start
             if number:
@@ -521,7 +556,7 @@ def compilation(size, lengths, batch_size, rounds):
             else:
                 first[name] = taken
     values = {f"{name}_step_seconds": statistics.median(found) for name, found in seconds.items()}
-    values["compile_seconds"] = first["compiled"] - len(batches) * values["compiled_step_seconds"]
+    values["compile_seconds"] = first["compiled"] - first["plain"]
     gain = values["plain_step_seconds"] - values["compiled_step_seconds"]
     return values | {"pays_after_steps": values["compile_seconds"] / gain if gain > 0 else None}
 
@@ -586,7 +621,7 @@ def read_corpus(count):
         code = (
             "import resource, time\n"
             "from utils_mlm import *; from arguments import *; from run_mlm import MlmArguments\n"
-            "from trainer_regression import build_tokenizer, peak_memory\n"
+            "from trainer_regression import peak_memory; from utils_checkpoints import build_tokenizer\n"
             f"data = DataTrainingArguments(train_file={str(path)!r}, smiles_form='canonical')\n"
             f"start = time.time(); corpus = read_corpus(data.train_file, data, {folder!r})\n"
             "encode_corpus(corpus, build_tokenizer(), data, MlmArguments(), data.train_file)\n"
@@ -614,7 +649,7 @@ def markdown_table(header, rows):
 
 
 def speed_table(found, sizes):
-    """Returns the lines of the table of all steps; the published way is that of training or of evaluation."""
+    """Returns the lines of the table of all steps."""
     header, rows = ["step"], []
     for size in sizes:
         header += [f"{size}: molecules/s", "of the products", "times the published way", "memory"]
@@ -625,8 +660,7 @@ def speed_table(found, sizes):
         for size in sizes:
             row = found[size, name]
             share = f"{100 * row['share_of_bound']:.0f} %" if "share_of_bound" in row else ""
-            step = name.split(",")[0].replace("prediction", "evaluation")
-            published, times = found.get((size, f"{step}, the published way")), ""
+            published, times = found.get((size, f"{name.split(',')[0]}, the published way")), ""
             if published is not None and row is not published:
                 times = f"{row['tokens_per_second'] / published['tokens_per_second']:.2f}"
             cells += [f"{row['molecules_per_second']:,.1f}", share, times, memory_of(row)]
@@ -690,7 +724,8 @@ def facts(report):
     for name, speed in report.get("predicted_files", {}).items():
         lines.append(f"- run_regression.py --do_predict, a file of {name}: {speed:,.0f} rows/s, start-up left out")
     for corpus in report.get("corpus", []):
-        seconds, memory = f"{corpus['seconds']:.0f} s", f"{corpus['peak_memory_bytes'] / 1e9:.2f} GB"
+        seconds = f"{corpus['seconds']:.0f} s"
+        memory = f"{corpus['peak_memory_bytes'] / 1e9:.2f} GB in the largest process"
         lines.append(f"- corpus of {corpus['molecules']:,} SMILES, canonicalized and encoded: {seconds}, {memory}")
     return lines
 

@@ -275,10 +275,11 @@ class MolformerSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.feature_map = MolformerFeatureMap(config)
 
-    def forward(self, hidden_states, attention_mask, cos, sin, feature_weight=None, output_attentions=False):
-        batch, length, _ = hidden_states.shape
-        shape = (batch, length, self.num_heads, -1)
-        query = apply_rotary(self.query(hidden_states).view(shape), cos, sin)  # (B, T, H, D)
+    def forward(self, hidden_states, asked, attention_mask, cos, sin, feature_weight=None, output_attentions=False):
+        """Returns what the states `asked` (B, A, C), those of the first A tokens, attend to; attentions or `None`."""
+        shape, count = (*hidden_states.shape[:2], self.num_heads, -1), asked.shape[1]
+        query = self.query(asked).view(len(asked), count, self.num_heads, -1)  # (B, A, H, D)
+        query = apply_rotary(query, cos[:, :count], sin[:, :count])
         key = apply_rotary(self.key(hidden_states).view(shape), cos, sin)
         value = self.value(hidden_states).view(shape)
         query = self.feature_map(query, feature_weight)  # (B, T, H, F)
@@ -288,7 +289,7 @@ class MolformerSelfAttention(nn.Module):
         if output_attentions:  # the quadratic form of the same thing: rows that sum to one
             scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)  # (B, H, T, T)
             attentions = scores / scores.sum(dim=-1, keepdim=True).clamp(min=self.eps)
-        return context.reshape(batch, length, -1), attentions
+        return context.reshape(asked.shape), attentions
 
 
 class MolformerResidualOutput(nn.Module):
@@ -310,9 +311,11 @@ class MolformerAttention(nn.Module):
         self.self = MolformerSelfAttention(config)
         self.output = MolformerResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden_states, *args, **kwargs):
-        context, attentions = self.self(hidden_states, *args, **kwargs)
-        return self.output(context, hidden_states), attentions
+    def forward(self, hidden_states, *args, first=None, **kwargs):
+        # contiguous: of strided states a product takes another path, and other last digits, where weights are trained
+        asked = hidden_states if first is None else hidden_states[:, :first].contiguous()
+        context, attentions = self.self(hidden_states, asked, *args, **kwargs)
+        return self.output(context, asked), attentions
 
 
 class MolformerIntermediate(nn.Module):
@@ -332,10 +335,8 @@ class MolformerLayer(GradientCheckpointingLayer):
         self.intermediate = MolformerIntermediate(config)
         self.output = MolformerResidualOutput(config, config.intermediate_size)
 
-    def forward(self, hidden_states, attention_mask, cos, sin, feature_weight=None, output_attentions=False):
-        attended, attentions = self.attention(
-            hidden_states, attention_mask, cos, sin, feature_weight=feature_weight, output_attentions=output_attentions
-        )
+    def forward(self, hidden_states, *args, **kwargs):
+        attended, attentions = self.attention(hidden_states, *args, **kwargs)
         return self.output(self.intermediate(attended), attended), attentions
 
 
@@ -465,6 +466,7 @@ class MolformerModel(MolformerPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
+        first=None,
     ):
         """Returns `BaseModelOutputWithPooling`: states (B, T, C) after the last LayerNorm, their masked mean (B, C).
 
@@ -472,6 +474,8 @@ class MolformerModel(MolformerPreTrainedModel):
             input_ids (`torch.LongTensor`): shape (B, T); or `inputs_embeds`, shape (B, T, C), in their place.
             attention_mask (`torch.Tensor`, *optional*): shape (B, T), 1 for a token, 0 for padding; default all ones.
             position_ids (`torch.LongTensor`, *optional*): shape (B, T) or (1, T), in any order; 0 to T-1 if absent.
+            first (`int`, *optional*): states of so many first tokens alone, and no mean: the last layer leaves the
+                others out. Has no effect where all hidden states or attentions are asked for.
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
         """
@@ -492,10 +496,17 @@ class MolformerModel(MolformerPreTrainedModel):
         redraw = self.training and self.config.redraw_features
         weights = self.redraw_random_features() if redraw else [None] * len(self.encoder.layer)
 
+        first = None if output_hidden_states or output_attentions else first
         all_states, all_attentions = (hidden_states,), ()
-        for layer, weight in zip(self.encoder.layer, weights, strict=True):
+        for number, (layer, weight) in enumerate(zip(self.encoder.layer, weights, strict=True), start=1):
             hidden_states, attentions = layer(
-                hidden_states, attention_mask, cos, sin, feature_weight=weight, output_attentions=output_attentions
+                hidden_states,
+                attention_mask,
+                cos,
+                sin,
+                feature_weight=weight,
+                output_attentions=output_attentions,
+                first=first if number == len(weights) else None,
             )
             if output_hidden_states:
                 all_states += (hidden_states,)
@@ -504,7 +515,7 @@ class MolformerModel(MolformerPreTrainedModel):
         last_hidden_state = self.LayerNorm(hidden_states)
         output = BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
-            pooler_output=masked_mean(last_hidden_state, attention_mask),
+            pooler_output=masked_mean(last_hidden_state, attention_mask) if first is None else None,
             hidden_states=all_states if output_hidden_states else None,
             attentions=all_attentions if output_attentions else None,
         )
@@ -846,6 +857,11 @@ class MolformerForRegression(MolformerPreTrainedModel):
         # filled on the device: a copy from the host would make it wait
         return tuple(torch.stack([reference.new_full((), value) for value in values]) for values in scales)
 
+    @property
+    def tokens_read(self):
+        """How many first tokens the head reads of the last layer, which need not compute the others; `None`: all."""
+        return 1 if self.config.pooling == "cls" else None
+
     def pooled_state(self, outputs, descriptors=None):
         """Returns what the head reads: the state of `<bos>` or the mean, (B, C), and descriptors beside it if it does.
 
@@ -868,7 +884,9 @@ class MolformerForRegression(MolformerPreTrainedModel):
 
     def predict_with_states(self, input_ids, attention_mask=None, descriptors=None):
         """Returns predictions (B, K) in label units and what the head reads, see `pooled_state`."""
-        outputs = self.molformer(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        outputs = self.molformer(
+            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, first=self.tokens_read
+        )
         pooled = self.pooled_state(outputs, descriptors)
         standardized = self.standardized_predictions(pooled)
         mean, std = self.label_scale(standardized)
@@ -908,6 +926,7 @@ class MolformerForRegression(MolformerPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            first=self.tokens_read,
         )
         standardized = self.standardized_predictions(self.pooled_state(outputs, descriptors))  # (B, K)
         mean, std = self.label_scale(standardized)

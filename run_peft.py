@@ -304,9 +304,20 @@ def check_base_name(model_args, peft_args, training_args):
         )
 
 
-def check_resumed(training_args):
-    """Raises `InputError` if the interrupted run in the output folder trained other parameters than this one."""
+def check_resumed(training_args, checkpoint, base_weights):
+    """Raises `InputError` if the interrupted run in the output folder trained other parameters than this one.
+
+    Args:
+        base_weights (`str`, *optional*): hash of the weights of this run's base.
+    """
     from utils_molecules import read_json
+
+    known = read_json(Path(checkpoint) / "config.json").get("base_weights")
+    if known and base_weights and known != base_weights:
+        raise InputError(
+            f"The run in {training_args.output_dir} was trained on other weights than those that its base holds now. "
+            "Bring those back, or train again with another --output_dir."
+        )
 
     before = read_json(Path(training_args.output_dir) / ARGUMENTS_FILE)
     for name in ("peft_method", "peft_rank", "peft_alpha", "target_modules"):
@@ -375,8 +386,12 @@ def main(model_args, data_args, peft_args, training_args):
     if data_args.only_test_file and not (training_args.do_train or training_args.do_eval):
         raise InputError("New molecules are predicted by run_regression.py --do_predict, which takes adapters too.")
     checkpoint = setup_run(training_args, data_args)
+    from utils_checkpoints import weights_digest
+
+    source = model_args.model_name_or_path
+    base_weights = weights_digest(source) if source is not None else None
     if checkpoint is not None:
-        check_resumed(training_args)
+        check_resumed(training_args, checkpoint, base_weights)
     if peft_args.peft_method != "full" and training_args.do_train:
         check_base(model_args)
         check_base_name(model_args, peft_args, training_args)
@@ -429,6 +444,7 @@ def main(model_args, data_args, peft_args, training_args):
     )
     if peft_args.peft_method in PLAIN_METHODS and peft_args.peft_method != "full":
         trainer.partial_method, trainer.base_revision = peft_args.peft_method, revision
+    trainer.base_weights = base_weights
     begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
 
     # Train

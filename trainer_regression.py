@@ -42,7 +42,7 @@ from arguments import (
     remove_checkpoints,
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
-from utils_checkpoints import PARTIAL_FILE, load_model, portable_path, weights_digest
+from utils_checkpoints import PARTIAL_FILE, load_model, portable_path
 from utils_molecules import (
     LABEL_PREFIX,
     SPLITS,
@@ -164,6 +164,7 @@ class MolformerTrainer(Trainer):
 
     partial_method = None
     base_revision = None
+    base_weights = None  # hash of the weights that are adapted
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -274,20 +275,23 @@ class MolformerTrainer(Trainer):
         if not self.args.should_save:
             return
         if self.partial_method is not None:
-            base = self.model.name_or_path
-            values = {"method": self.partial_method, "base": portable_path(base)}
+            values = {"method": self.partial_method, "base": portable_path(self.model.name_or_path)}
             values |= {"revision": self.base_revision, "parameters": sorted(trained)}
             write_json(values, folder / PARTIAL_FILE)
         elif hasattr(self.model, "peft_config"):  # with the scale of the labels, pooling and head
             self.model.get_base_model().config.save_pretrained(folder)
             values = read_json(folder / "adapter_config.json")
-            base = values["base_model_name_or_path"]
-            values["base_model_name_or_path"] = portable_path(base)
+            values["base_model_name_or_path"] = portable_path(values["base_model_name_or_path"])
             write_json(values, folder / "adapter_config.json")
         else:
             return
-        values = {**read_json(folder / "config.json"), "base_weights": weights_digest(base)}
-        write_json(values, folder / "config.json")
+        write_json(read_json(folder / "config.json") | {"base_weights": self.base_weights}, folder / "config.json")
+
+    def _issue_warnings_after_load(self, load_result):
+        # the library warns of every weight that a checkpoint lacks; those of the base are not meant to be in ours
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if self.partial_method is None or trained & set(load_result.missing_keys):
+            super()._issue_warnings_after_load(load_result)
 
 
 def restore_class(model):

@@ -123,6 +123,18 @@ def hub_revision(model_args):
     return None if local or model_args.model_revision == "main" else model_args.model_revision
 
 
+def _find_file(source, name, hub):
+    """Returns the path of a file of a checkpoint, fetched if it is on the Hub; `None` where there is none.
+
+    Raises:
+        InputError: if there is no such checkpoint.
+    """
+    try:
+        return cached_file(source, name, **hub, **QUIET)
+    except OSError as error:
+        raise InputError(_not_loaded("model", source, error)) from error
+
+
 def find_base(source, model_args):
     """Returns how a checkpoint of adapters, or of some parameters, names its method and base; `None` for a plain one.
 
@@ -130,9 +142,8 @@ def find_base(source, model_args):
         `dict` with `method`, `base`, `revision` (of the base) and `partial`: whether it holds some of the model's own
         parameters.
     """
-    hub = hub_options(model_args)
     for name, base in ((PARTIAL_FILE, "base"), ("adapter_config.json", "base_model_name_or_path")):
-        path = cached_file(source, name, **hub, **QUIET) if source is not None else None
+        path = _find_file(source, name, hub_options(model_args)) if source is not None else None
         if path is not None:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             method = values.get("method") or values.get("peft_type")
@@ -153,7 +164,7 @@ def find_members(model_args):
             raise InputError(f"{source} holds an ensemble whose training was interrupted. Resume it first.")
         return members
     hub = hub_options(model_args)
-    if cached_file(source, "member-0/config.json", **hub, **QUIET) is None:
+    if _find_file(source, "member-0/config.json", hub) is None:
         return []
     return member_folders(snapshot_download(source, allow_patterns="member-*/*", **hub))
 
@@ -166,12 +177,18 @@ def portable_path(source):
     return path.relative_to(ROOT).as_posix() if ROOT in path.parents else str(path)
 
 
-def weights_digest(folder):
-    """Returns a hash of the weights in a local folder; `None` where they are not in one file there."""
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
+def weights_digest(source, hub=None):
+    """Returns a hash of a checkpoint's weights; `None` where they are not in one file of safetensors.
+
+    Args:
+        hub (`dict`, *optional*): `cache_dir` and `revision`; a checkpoint on the Hub is looked at with them alone.
+    """
+    path = Path(source) / "model.safetensors"
+    if hub is not None and not Path(source).exists():
+        path = _find_file(source, path.name, hub)
+    if path is None or not Path(path).is_file():
         return None
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -196,7 +213,8 @@ def check_base_fits(source, base, base_hub, config):
                 f"The adapter {source} does not fit its base {base}: {name} is {getattr(config, name)} there and "
                 f"{getattr(other, name)} in the base. Correct the base's name in the adapter's configuration."
             )
-    digest, now = getattr(config, "base_weights", None), weights_digest(base)
+    digest = getattr(config, "base_weights", None)
+    now = digest and weights_digest(base, {name: base_hub[name] for name in ("cache_dir", "revision")})
     if digest and now and digest != now:
         raise InputError(
             f"The adapter {source} was trained on other weights than those that {base} holds now. Bring those back, "

@@ -280,7 +280,7 @@ class Predictor:
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             for rows in batches:
                 batch = self.tokenizer.pad([encoded[row] for row in rows], return_tensors="pt")
-                mine.append((rows, *self.predict_batch(batch.to(self.device), with_states)))
+                mine.append((rows, *self.predict_batch(batch.to(self.device, non_blocking=True), with_states)))
                 if bar is not None:
                     bar.update(len(rows) * self.state.num_processes)
         # a GPU is waited for here, not after each batch

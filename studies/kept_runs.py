@@ -4,14 +4,16 @@
     python studies/kept_runs.py --restore    # before one: lays them where the studies look for finished runs
 
 A line is a run: its folder, its command with the checksums of the files and weights that it names (see run_once.py),
-its all_results.json, and those of an ensemble's members. Weights and predictions are not kept, so a run that starts
-from another run's model has to be trained with it. A folder that is there is left as it is.
+its all_results.json, those of an ensemble's members, and the machine on which it was kept first. Weights and
+predictions are not kept, so a run that starts from another run's model has to be trained with it. A folder that is
+there is left as it is.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from common import machine
 from run_once import ROOT, is_finished
 
 
@@ -41,7 +43,11 @@ def read_records(path):
 
 def keep(root=ROOT, path=RUNS):
     """Adds the finished runs to the kept ones, in place of those of the same folders, and returns their number."""
-    records = read_records(path) | {record["folder"]: record for record in finished_runs(root)}
+    records = read_records(path)
+    for record in finished_runs(root):
+        before = records.get(record["folder"], {})
+        if {**before, **record} != before:  # a new one, not one that was restored
+            records[record["folder"]] = record | {"machine": machine()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(records[folder]) + "\n" for folder in sorted(records)))
     return len(records)

@@ -77,7 +77,7 @@ def row(run, table, title, metrics, paper):
         "name": title,
         "values": values,
         "intervals": {metric: interval(list(numbers.values())) for metric, numbers in values.items()},
-        "paper": list(paper) if paper else [],
+        "paper": [number for number in paper or () if number is not None],
         "command": run["command"],
     }
 

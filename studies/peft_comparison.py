@@ -4,15 +4,18 @@
     python studies/peft_comparison.py --jobs 2          # hours; finished cells are not trained again
     python studies/peft_comparison.py --finished        # the table of the cells that are there; trains nothing
 
-With --tune: three rates a method, and while the least or the largest is best, one beyond it, five at most, with one
-seed; then the two best of each with another seed, since a method that bears a rate with one split may diverge with the
-next; 20 % of the training side held out, which judges the model of the last epoch; the test set is not read. Writes
-results/peft_tuning.json (.md), of which the best rates are the defaults of run_peft.py.
+With --tune: four or five rates a method with one seed, three first, then the one beyond the least or the largest
+while that is best, else one between the best and the better of its neighbors; then the two best of each with another
+seed, since a method that bears a rate with one split may diverge with the next; 20 % of the training side held out,
+which judges the model of the last epoch; the test set is not read (of each seed's own split: the validation molecules
+of one are among the others' test molecules now and then). Writes results/peft_tuning.json (.md), of which the best
+rates are the defaults of run_peft.py.
 
 Then run_peft.py: every method with its best rate on the same splits and seeds (split and seed vary together), five
 seeds for full fine-tuning, LoRA, BitFit, (IA)³ and the winner, three for the rest; the winner and full fine-tuning on
 the scaffold split too; and one learning rate for all, as the paper has it, with this project's protocol otherwise.
-Writes results/peft_comparison.json (.csv, .md, .png).
+With --methods or --seeds the others are what is finished of them; runs at rates that an earlier tuning had chosen stay
+in the table. Writes results/peft_comparison.json (.csv, .md, .png).
 """
 
 import csv
@@ -30,12 +33,14 @@ sys.path.insert(0, str(ROOT))
 from run_peft import METHODS  # noqa: E402
 
 
-PAPER = {  # test MSE and final training loss of its appendix
+PAPER = {  # test MSE and final training loss of its appendix, of full fine-tuning the test MSE of its Table 1
+    "full": (0.4827, None),
     "bitfit": (0.8617, 0.884),
     "ia3": (0.9203, 0.956),
     "lora": (0.7456, 0.778),
 }
-PAPER_RATE = "1e-4"
+PAPER_RATE = 1e-4
+SEEDS = (0, 1, 2, 3, 4)
 START = "models/molformer-mini"
 ALL_SEEDS = ("full", "lora", "bitfit", "ia3")  # and the winner
 RATES = {  # that are tried first with --tune
@@ -54,11 +59,12 @@ RATES = {  # that are tried first with --tune
     "hira": (7e-4, 2e-3, 6e-3),
     "shira": (4e-4, 1e-3, 3e-3),
 }
-MOST_RATES = 5  # of a method
+LEAST_RATES, MOST_RATES = 4, 5  # of a method
 EQUAL = 0.01  # difference of validation errors up to which two rates are as good
 TUNING_SEEDS = (0, 1)  # of split and training; all rates with the first, the two best with the others
 MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
 NUMBERS = (
+    "learning_rate",
     "base_parameters",
     "trainable_parameters",
     "trainable_parameters_without_head",
@@ -76,7 +82,7 @@ def command_of(cell, args):
     if METHODS[method].rank:
         command += ["--peft_rank", str(METHODS[method].rank)]
     command += ["--split", split, "--seed", str(seed), *flags, *shlex.split(args.extra)]
-    return args.folder / f"{name}-{split}-{seed}", command
+    return args.folder / f"{name}-{rate:g}-{split}-{seed}", command
 
 
 def run(cell, args, threads):
@@ -85,13 +91,18 @@ def run(cell, args, threads):
     folder, command = command_of(cell, args)
     values = run_script(command, folder, threads)
     print(name, split, seed, {key: values.get(key) for key in ("eval_mse", "test_mse")}, flush=True)
-    row = {"method": method, "name": name, "split": split, "seed": seed, "learning_rate": rate}
-    return row | {"command": as_text(command)} | {key: values[key] for key in NUMBERS if key in values}
+    row = {"method": method, "name": name, "split": split, "seed": seed, "command": as_text(command)}
+    return row | {key: values[key] for key in NUMBERS if key in values} | {"learning_rate": rate}
 
 
 def run_cells(cells, args):
-    if args.finished:
-        cells = [cell for cell in cells if is_done(*command_of(cell, args))]
+    """Returns the numbers of the cells: those that are asked for, and of the others those that are finished."""
+
+    def is_wanted(cell):
+        asked = cell[0] in args.methods and cell[2] in args.seeds and not args.finished
+        return asked or is_done(*command_of(cell, args))
+
+    cells = [cell for cell in cells if is_wanted(cell)]
     return run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs)
 
 
@@ -107,7 +118,7 @@ def tune(args):
 
     def train(rates, seeds):
         cells = [
-            (method, "random", seed, f"tune-{method}-{rate:g}", rate, flags)
+            (method, "random", seed, f"tune-{method}", rate, flags)
             for method in rates
             for rate in rates[method]
             for seed in seeds
@@ -190,14 +201,19 @@ def tuning_to_markdown(tuned):
 
 
 def next_rate(method, found):
-    """Returns the rate beyond the least or the largest one tried where that is the best; `None` if it is not."""
+    """Returns the rate that is to be tried next, beyond the best one or beside it; `None` if there are enough."""
     if found is None:
         return None
     tried, best = list(found["tried"]), found["learning_rate"]
     step = RATES[method][1] / RATES[method][0]
-    if len(tried) >= MOST_RATES or best not in (tried[0], tried[-1]):
+    if best in (tried[0], tried[-1]):
+        beyond = best * step if best == tried[-1] else best / step
+        return float(f"{beyond:.1g}") if len(tried) < MOST_RATES else None
+    if len(tried) >= LEAST_RATES:
         return None
-    return float(f"{best * step if best == tried[-1] else best / step:.1g}")
+    place, errors = tried.index(best), {rate: values[0] for rate, values in found["tried"].items()}
+    beside = [rate for rate in (tried[place - 1], tried[place + 1]) if errors[rate] is not None]
+    return float(f"{(best * min(beside, key=errors.get)) ** 0.5:.2g}") if beside else None
 
 
 def rates_of(args):
@@ -208,7 +224,7 @@ def rates_of(args):
 
 
 def winner_of(runs, seeds):
-    """Returns the method of lowest mean validation error among those that train few parameters."""
+    """Returns the method of lowest mean validation error among those that train few parameters; `None` for none."""
     errors = {}
     for row in runs:
         share = 100 * row["trainable_parameters_without_head"] / row["base_parameters"]
@@ -216,27 +232,29 @@ def winner_of(runs, seeds):
         if few and row["name"] == row["method"] and row["split"] == "random" and row["seed"] in seeds:
             errors.setdefault(row["method"], []).append(row["eval_mse"])
     errors = {method: values for method, values in errors.items() if len(values) == len(seeds)}  # none that failed
-    if not errors:
-        raise SystemExit(
-            f"None of the methods that trains at most {MOST_PERCENT} % has finished. Add one to --methods."
-        )
-    return min(errors, key=lambda method: np.mean(errors[method]))
+    return min(errors, key=lambda method: np.mean(errors[method]), default=None)
 
 
 def summarize(runs):
     """Returns one row for each name and split: means, intervals, and how it compares with full fine-tuning, by pairs.
 
-    `of_full` is the mean ratio of test errors to full fine-tuning of the same seed.
+    `of_full` is the mean ratio of test errors to full fine-tuning of the same seed, of the rows at the paper's rate to
+    full fine-tuning at that rate.
     """
+
+    def full_of(name):
+        return "paper-full" if name.startswith("paper-") else "full"
+
     rows = []
-    full = {(r["split"], r["seed"]): r["test_mse"] for r in runs if r["name"] == "full"}
+    every_full = {(r["name"], r["split"], r["seed"]): r["test_mse"] for r in runs if r["method"] == "full"}
     for name, split in dict.fromkeys((r["name"], r["split"]) for r in runs):
         here = [r for r in runs if (r["name"], r["split"]) == (name, split)]
+        full = {key[1:]: error for key, error in every_full.items() if key[0] == full_of(name)}
         row = {"name": name, "method": here[0]["method"], "split": split, "n": len(here)}
         row["test_mse"], row["half_width"] = interval([r["test_mse"] for r in here])
         row |= {key: float(np.mean([r[key] for r in here])) for key in NUMBERS if key != "test_mse"}
         pairs = [(r["test_mse"], full[split, r["seed"]]) for r in here if (split, r["seed"]) in full]
-        if pairs and name != "full":
+        if pairs and name != full_of(name):
             row["minus_full"], row["minus_full_half_width"] = interval([ours - whole for ours, whole in pairs])
             row["of_full"], row["of_full_half_width"] = interval([ours / whole for ours, whole in pairs])
         paper = PAPER.get(row["method"]) if split == "random" else None
@@ -265,7 +283,7 @@ def to_markdown(rows):
     for row in rows:
         error = with_interval((row["test_mse"], row["half_width"]))
         ratio = with_interval((row["of_full"], row["of_full_half_width"])) if "of_full" in row else ""
-        title = row["name"] if row["name"] in METHODS else f"{row['method']}, rate {PAPER_RATE}"
+        title = row["name"] if row["name"] in METHODS else f"{row['method']}, rate {row['learning_rate']:g}"
         cells = (title, row["split"], row["n"], error, ratio, f"{row['eval_mse']:.3f}")
         cells += (
             f"{row['final_train_mse']:.3f}",
@@ -273,31 +291,27 @@ def to_markdown(rows):
             f"{row['trainable_percent']:.2f} %",
         )
         cells += (f"{row['checkpoint_bytes'] / 1e6:.2f} MB", f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
-        paper = f"{row['paper_test_mse']}, {row['paper_train_mse']}" if row["paper_test_mse"] else ""
+        paper = ", ".join(str(number) for number in (row["paper_test_mse"], row["paper_train_mse"]) if number)
         cells += (f"{row['train_runtime'] / 60:.1f}", paper)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(rows, path):
-    """Draws test errors against trainable parameters, full fine-tuning as the line to beat."""
+    """Draws test errors against trainable parameters, in parts of full fine-tuning's of the same splits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    shown = [row for row in rows if row["split"] == "random"]
-    for row in shown:
-        color = "tab:orange" if row["name"].startswith("paper") else "tab:blue"
-        axes.errorbar(
-            row["trainable_parameters"], row["test_mse"], yerr=row["half_width"], fmt="o", color=color, capsize=3
-        )
-        axes.annotate(row["name"], (row["trainable_parameters"], row["test_mse"]), xytext=(5, 4),
+    for row in (row for row in rows if row["split"] == "random" and row["name"] in METHODS):
+        ratio, half = row.get("of_full", 1.0), row.get("of_full_half_width")
+        axes.errorbar(row["trainable_parameters"], ratio, yerr=half, fmt="o", color="tab:blue", capsize=3)
+        axes.annotate(row["name"], (row["trainable_parameters"], ratio), xytext=(5, 4),
                       textcoords="offset points", fontsize=8)  # fmt: skip
-    full = next((row for row in shown if row["name"] == "full"), None)
-    if full is not None:
-        axes.axhline(full["test_mse"], color="0.5", linewidth=1, linestyle="--", label="full fine-tuning")
-        axes.legend(frameon=False)
-    axes.set(xscale="log", xlabel="trained parameters (head included)", ylabel="test mean squared error of logD7.4")
+    axes.axhline(1.0, color="0.5", linewidth=1, linestyle="--", label="full fine-tuning")
+    axes.legend(frameon=False)
+    axes.set(xscale="log", xlabel="trained parameters (head included)")
+    axes.set_ylabel("test mean squared error, parts of full fine-tuning's")
     figure.savefig(path, dpi=150)
 
 
@@ -305,7 +319,7 @@ def main():
     parser = study_parser(__doc__, "peft", "peft_comparison.json")
     parser.add_argument("--tune", action="store_true", help="find learning rates on validation, and compare nothing")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
     parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
     parser.add_argument("--extra", default="", help="further flags of run_peft.py, as one text")
     args = parser.parse_args()
@@ -314,24 +328,31 @@ def main():
     rates = rates_of(args)
     cells = [
         (method, "random", seed, method, rates[method], [])
-        for method in args.methods
-        for seed in (args.seeds if method in ALL_SEEDS else args.seeds[:3])
+        for method in METHODS
+        for seed in (SEEDS if method in ALL_SEEDS else SEEDS[:3])
     ]
-    runs = run_cells(cells, args)
-    winner = winner_of(runs, args.seeds[:3])
-    cells = [(winner, "random", seed, winner, rates[winner], []) for seed in args.seeds[3:] if winner not in ALL_SEEDS]
-    cells += [
-        (method, "scaffold", seed, method, rates[method], [])
-        for method in dict.fromkeys(("full", winner))
-        for seed in args.seeds
-    ]
-    cells += [
-        (method, "random", seed, f"paper-{method}", float(PAPER_RATE), [])
-        for method in ("full", *PAPER) if method in args.methods
-        for seed in args.seeds[:3]
-    ]  # fmt: skip
+    cells += [(method, "random", seed, f"paper-{method}", PAPER_RATE, []) for method in PAPER for seed in SEEDS[:3]]
+    runs = run_cells(cells, args) + replaced_runs(rates, args)
+    winner = winner_of(runs, SEEDS[:3]) if args.finished or set(args.methods) == set(METHODS) else None
     report(winner, runs, args)  # whatever becomes of the rest
+    if winner is None:
+        return print("No winner yet: that takes a comparison of all methods.")
+    cells = [(winner, "random", seed, winner, rates[winner], []) for seed in SEEDS[3:] if winner not in ALL_SEEDS]
+    cells += [(method, "scaffold", seed, method, rates[method], []) for method in ("full", winner) for seed in SEEDS]
     report(winner, runs + run_cells(cells, args), args)
+
+
+def replaced_runs(rates, args):
+    """Returns the finished runs at rates that are no longer those of the methods: a tuning had chosen them before."""
+    runs = []
+    for method in METHODS:
+        notes = args.folder.glob(f"{method}-*-random-*.command")
+        tried = {float(path.name.removeprefix(f"{method}-").split("-random-")[0]) for path in notes}
+        for rate in sorted(tried - {rates[method]}):
+            cells = [(method, "random", seed, method, rate, []) for seed in SEEDS]
+            done = [run(cell, args, threads=None) for cell in cells if is_done(*command_of(cell, args))]
+            runs += [row | {"name": f"before-{method}-{rate:g}"} for row in done]
+    return runs
 
 
 def report(winner, runs, args):

@@ -23,7 +23,7 @@ TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 32,
+    "intermediate_size": 48,  # not all layers are square
     "num_random_features": 8,
     "tie_word_embeddings": True,
 }

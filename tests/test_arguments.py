@@ -103,7 +103,8 @@ def test_the_defaults_of_training_are_the_papers():
         (None, ["--do_predict"], True, False),
         (None, ["--do_predict", "--bf16"], True, True),
         ("no", ["--do_train"], True, False),
-        ("bf16", ["--do_train"], False, True),
+        ("bf16", ["--do_train"], True, True),
+        ("bf16", ["--do_train", "--use_cpu"], False, False),  # it would be emulated
         ("bf16", ["--do_train", "--bf16", "false"], True, False),
         ("bf16", ["--do_train", "--fp16"], True, False),
         ("bf16", ["--do_predict"], True, False),

@@ -36,11 +36,12 @@ def test_batches_have_the_lengths_and_the_padding_of_the_data(lengths, kind, cou
     assert bench.real_share(epoch) == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_bound_does_the_products_of_the_model_on_real_tokens(monkeypatch, training):
+def test_the_bound_does_the_products_of_the_model_on_real_tokens(monkeypatch, training, pooling):
     """Reference: PyTorch's count for a model on molecules without padding."""
     small = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
-    monkeypatch.setitem(bench.SIZES, "small", small | {"redraw_features": False})
+    monkeypatch.setitem(bench.SIZES, "small", small | {"redraw_features": False, "pooling": pooling})
     model = MolformerForRegression(MolformerConfig(**bench.SIZES["small"])).requires_grad_(True)
     batch = bench.make_batch([30] * 16)
 
@@ -56,6 +57,11 @@ def test_the_bound_does_the_products_of_the_model_on_real_tokens(monkeypatch, tr
     assert bound == pytest.approx(count(step), rel=0.03)
     assert count(bench.products("small", [[30] * 15 + [60]], False, training)) > bound  # real tokens count
     assert bound == count(bench.products("small", [[20] * 8 + [40] * 8], False, training))  # padding does not
+
+
+def test_a_corpus_can_be_read():
+    found = bench.read_corpus(500)
+    assert found["molecules"] == 500 and 0 < found["seconds"] < 300 and found["peak_memory_bytes"] > 1e8
 
 
 def test_prediction_is_not_timed_in_training_mode(monkeypatch):
@@ -75,6 +81,8 @@ def test_the_published_way_takes_one_qr_a_layer(monkeypatch):
     monkeypatch.setattr(torch.linalg, "qr", lambda *args: calls.append(1) or qr(*args))
     bench.eval_step(model, [bench.make_batch([10, 12])] * 2, before=bench.redraw_as_published)()
     assert len(calls) == 2 * 3
+    bench.published_predict_step(model, [[10, 12], [5, 6]])()
+    assert len(calls) == 4 * 3
 
 
 def test_peak_memory_is_that_of_the_process_itself():

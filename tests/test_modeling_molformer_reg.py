@@ -553,6 +553,31 @@ def test_evaluation_repeats_bit_for_bit(cls, deterministic_eval):
         assert torch.equal(feature_weights(model), maps)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_head_that_reads_the_first_token_costs_no_more_than_that(training):
+    """Reference: the model when all of its hidden states are asked for; answers, gradients, and what is computed."""
+    torch.manual_seed(0)
+    model = MolformerForRegression(MolformerConfig(**{**TINY, **NO_NOISE, "pooling": "cls"})).train(training)
+    batch = {"input_ids": torch.randint(3, 20, (3, 7)), "labels": torch.randn(3)}
+    batch["attention_mask"] = (torch.arange(7) < torch.tensor([7, 5, 4])[:, None]).long()
+    lengths = []
+    for layer in model.molformer.encoder.layer:
+        layer.output.register_forward_hook(lambda *hooked: lengths.append(hooked[-1].shape[1]))
+    found = []
+    for whole in (False, True):
+        model.zero_grad()
+        answer = model(**batch, output_hidden_states=whole)
+        answer.loss.backward()
+        found.append((answer.logits, {name: p.grad for name, p in model.named_parameters()}))
+    half = len(lengths) // 2
+    assert lengths == [*[7] * (half - 1), 1, *[7] * half]
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[1][1].items():
+        assert torch.allclose(found[0][1][name], gradient, atol=1e-6), name
+    assert model.molformer(batch["input_ids"], first=2).last_hidden_state.shape[1] == 2
+
+
 def feature_weights(model):
     return torch.stack([feature_map.weight.clone() for feature_map in model.base_model.feature_maps()])
 

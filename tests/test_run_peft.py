@@ -30,8 +30,7 @@ from utils_checkpoints import build_tokenizer, find_base, load_model
 
 TUNERS = [name for name in METHODS if name not in ("full", "head", "bitfit")]
 RANK = {"oft": 8, "vera": 16}  # the tiny model's layers have 32 inputs
-# what they train is drawn from a seed, or has shapes of its own
-ODD = [pytest.param(method, marks=pytest.mark.slow) for method in ("vera", "shira", "oft")]
+OTHERS = [pytest.param(method, marks=pytest.mark.slow) for method in TUNERS if method != "lora"]
 QUICK = ("--num_train_epochs", "2", "--learning_rate", "5e-3", "--disable_tqdm", "true")
 
 
@@ -172,6 +171,10 @@ def test_a_checkpoint_holds_what_was_trained_and_reloads_to_equal_bits(method, t
                     "--disable_tqdm", "true", "--output_dir", tmp_path / "again")  # fmt: skip
     again = pd.read_csv(tmp_path / "again" / "predictions.csv")
     assert again["prediction"].tolist() == table["prediction"].tolist()
+    call_regression("--model_name_or_path", folder, "--test_file", small_table, "--do_predict",
+                    "--disable_tqdm", "true", "--output_dir", tmp_path / "file")  # fmt: skip
+    of_file = pd.read_csv(tmp_path / "file" / "predictions.csv")
+    np.testing.assert_allclose(of_file["prediction"][table["row"]], table["prediction"], rtol=0, atol=1e-5)
     if method in TUNERS:
         from peft import PeftModel
         from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -225,7 +228,7 @@ def history(folder):
 def test_a_run_reports_what_it_took(finished_run, tiny_checkpoint):
     """References: numbers of parameters counted by hand, and the files."""
     values = json.loads((finished_run / "all_results.json").read_text())
-    lora = 2 * 6 * 4 * (32 + 32)  # layers, linear layers, rank, inputs and outputs (all 32 wide)
+    lora = 2 * 4 * (4 * (32 + 32) + 2 * (32 + 48))  # layers, rank, inputs and outputs of the linear layers
     assert values["trainable_parameters_without_head"] == lora
     assert values["trainable_parameters"] == lora + 33
     base = MolformerForRegression.from_pretrained(tiny_checkpoint).num_parameters()
@@ -288,7 +291,7 @@ def plain_runs(step_by_step, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", *ODD])
+@pytest.mark.parametrize("method", ["lora", "bitfit", *OTHERS])
 def test_accumulated_batches_give_the_gradients_of_one(method, step_by_step, plain_runs, tmp_path):
     """Reference: the same batches in one piece; losses and gradient norms of every step."""
     pieces = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4")
@@ -298,7 +301,7 @@ def test_accumulated_batches_give_the_gradients_of_one(method, step_by_step, pla
     assert pieces["eval_mse"] == pytest.approx(one["eval_mse"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", *ODD])
+@pytest.mark.parametrize("method", ["lora", "bitfit", *OTHERS])
 def test_two_processes_train_as_one(method, step_by_step, plain_runs, tmp_path, run_script):
     """Reference: one process with the same molecules a step; losses and gradient norms of every step."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
@@ -312,7 +315,7 @@ def test_two_processes_train_as_one(method, step_by_step, plain_runs, tmp_path, 
     assert two["test_mse"] == pytest.approx(one["test_mse"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("bitfit", marks=pytest.mark.slow), "pissa", *ODD])
+@pytest.mark.parametrize("method", ["lora", pytest.param("bitfit", marks=pytest.mark.slow), *OTHERS])
 def test_a_killed_run_resumes_to_the_same_metrics(method, tiny_checkpoint, small_table, tmp_path):
     """Reference: the run without interruption. SIGKILL when the first checkpoint is there."""
     command = [sys.executable, str(ROOT / "run_peft.py"), *with_method(method)]
@@ -368,7 +371,7 @@ def test_influence_accepts_an_adapter(finished_run, tiny_checkpoint, small_table
     assert done.returncode == 0, done.stderr
     assert pd.read_csv(tmp_path / "out" / "influence_scores.csv")["score"].notna().all()
     report = json.loads((tmp_path / "out" / "influence.json").read_text())
-    assert report["parameters"] == 2 * 6 * 4 * 64 + 33
+    assert report["parameters"] == 2 * 4 * (4 * (32 + 32) + 2 * (32 + 48)) + 33  # of the adapter, and of the head
 
 
 @pytest.mark.parametrize("method", TUNERS)
@@ -471,6 +474,22 @@ def test_an_adapter_whose_base_was_trained_on_since_is_refused(method, tiny_chec
     changed.save_pretrained(base)
     with pytest.raises(InputError, match="adapter was trained on other weights than those that .*base holds now"):
         load_model(MolformerForRegression, model_args, tokenizer)
+    with pytest.raises(InputError, match="was trained on other weights than those that its base holds now"):
+        call_main(*given(base, small_table), *QUICK, "--peft_method", method, "--max_steps", "1", "--do_train",
+                  "--output_dir", folder, "--resume_from_checkpoint", "true")  # fmt: skip
+
+
+def test_the_log_warns_of_no_weights_that_a_checkpoint_is_not_to_hold(tiny_checkpoint, small_table, tmp_path, caplog):
+    call_main(
+        *given(tiny_checkpoint, small_table), *QUICK, "--peft_method", "bitfit", "--output_dir", tmp_path / "out"
+    )
+    assert "Loading best model" in caplog.text and "missing keys" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["outputs/mlm/checkpont-100", "no-such-folder"])
+def test_a_mistyped_checkpoint_is_named(name, tmp_path):
+    with pytest.raises(InputError, match=name):
+        call_main("--model_name_or_path", name, "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -429,22 +429,55 @@ def test_the_winner_trains_few_parameters_and_is_chosen_on_validation():
     runs += [peft_run("bitfit", 0, 0.4), peft_run("bitfit", 0, 0.01, name="paper-bitfit")]
     runs += [peft_run("vera", 0, 0.01, split="scaffold"), peft_run("vera", 9, 0.01)]
     assert peft_comparison.winner_of(runs, [0]) == "ia3"
-    with pytest.raises(SystemExit, match="None of the methods"):
-        peft_comparison.winner_of(runs[:3], [0])
-    with pytest.raises(SystemExit, match="None of the methods"):  # each failed with one seed
-        peft_comparison.winner_of(runs, [0, 1])
+    assert peft_comparison.winner_of(runs[:3], [0]) is None
+    assert peft_comparison.winner_of(runs, [0, 1]) is None  # each failed with one seed
 
 
 def test_methods_are_compared_with_full_fine_tuning_of_the_same_seed():
     runs = [peft_run("full", 0, 0.4), peft_run("full", 1, 0.5), peft_run("lora", 0, 0.42), peft_run("lora", 1, 0.55)]
-    runs += [peft_run("lora", 0, 0.8, name="paper-lora"), peft_run("lora", 0, 0.6, split="scaffold")]
+    at_paper = {"learning_rate": 1e-4}
+    runs += [peft_run("lora", 0, 0.8, name="paper-lora", **at_paper), peft_run("lora", 0, 0.6, split="scaffold")]
+    runs += [peft_run("full", 0, 0.5, name="paper-full", **at_paper)]
+    runs += [peft_run("lora", 0, 1.4, name="before-lora-0.006", learning_rate=6e-3)]
     rows = {(row["name"], row["split"]): row for row in peft_comparison.summarize(runs)}
     lora = rows["lora", "random"]
     assert lora["of_full"] == pytest.approx((0.42 / 0.4 + 0.55 / 0.5) / 2)
     assert lora["minus_full"] == pytest.approx(0.035) and lora["paper_test_mse"] == 0.7456
     assert "of_full" not in rows["full", "random"] and rows["lora", "scaffold"]["paper_test_mse"] is None
+    assert rows["paper-lora", "random"]["of_full"] == pytest.approx(0.8 / 0.5)
+    assert "of_full" not in rows["paper-full", "random"]
+    assert rows["before-lora-0.006", "random"]["of_full"] == pytest.approx(1.4 / 0.4)
     text = peft_comparison.to_markdown(list(rows.values()))
-    assert "| lora, rate 1e-4 | random | 1 | 0.800 |" in text and "0.7456, 0.778" in text
+    assert "| lora, rate 0.0001 | random | 1 | 0.800 | 1.600 |" in text and "0.7456, 0.778" in text
+    assert "| lora, rate 0.006 | random | 1 | 1.400 | 3.500 |" in text and "| 0.4827 |" in text
+
+
+def test_a_part_of_the_comparison_keeps_the_rest_of_it(monkeypatch, tmp_path):
+    """Finished cells of other methods and seeds stay, those at a rate that was chosen before are told apart."""
+    trained = []
+
+    def run_script(command, folder, threads):
+        trained.append(folder.name)
+        return dict.fromkeys(peft_comparison.NUMBERS, 1.0) | {"base_parameters": 1000.0}
+
+    monkeypatch.setattr(peft_comparison, "run_script", run_script)
+    output, folder = tmp_path / "peft_comparison.json", tmp_path / "runs"
+    args = argparse.Namespace(folder=folder, extra="")
+    for method, seed, rate in (("full", 0, 6e-4), ("lora", 4, 2e-3), ("lora", 0, 6e-3)):
+        note, text = run_once.note_of(*peft_comparison.command_of((method, "random", seed, method, rate, []), args))
+        (note.parent / note.stem).mkdir(parents=True)
+        note.write_text(text)
+        (folder / note.stem / "all_results.json").write_text("{}")
+    tuned = {name: {"learning_rate": rate} for name, rate in (("full", 6e-4), ("lora", 2e-3), ("ia3", 1e-2))}
+    (tmp_path / "peft_tuning.json").write_text(json.dumps({"tuned": tuned}))
+    flags = ["--methods", "ia3", "--seeds", "0", "1", "--folder", str(folder), "--output", str(output), "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", ["peft_comparison.py", *flags])
+    peft_comparison.main()
+    report = json.loads(output.read_text())
+    found = {(row["name"], row["seed"]) for row in report["runs"]}
+    paper = {(f"paper-{method}", seed) for method in ("ia3",) for seed in (0, 1)}
+    assert found == {("ia3", 0), ("ia3", 1), ("full", 0), ("lora", 4), ("before-lora-0.006", 0)} | paper
+    assert report["winner"] is None and "lora-0.006-random-0" in trained
 
 
 def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
@@ -472,7 +505,8 @@ def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
 @pytest.mark.parametrize(
     ("tried", "best", "expected"),
     [
-        ((7e-4, 2e-3, 6e-3), 2e-3, None),
+        ((7e-4, 2e-3, 6e-3), 2e-3, 3.5e-3),  # between it and the better of its neighbors
+        ((7e-4, 2e-3, 3.5e-3, 6e-3), 3.5e-3, None),
         ((7e-4, 2e-3, 6e-3), 6e-3, 2e-2),
         ((7e-4, 2e-3, 6e-3), 7e-4, 2e-4),
         ((7e-4, 2e-3, 6e-3, 2e-2), 2e-2, 6e-2),
@@ -481,7 +515,7 @@ def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
     ],
 )
 def test_the_grid_grows_where_its_edge_is_best(tried, best, expected):
-    found = {"learning_rate": best, "tried": dict.fromkeys(tried, 0.5)}
+    found = {"learning_rate": best, "tried": {rate: [0.5 - rate] for rate in tried}}
     assert peft_comparison.next_rate("lora", found) == expected
 
 

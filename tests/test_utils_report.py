@@ -21,7 +21,7 @@ import run_peft
 import run_regression
 import utils_report
 from arguments import EMBEDDED_DATA, InputError, parse_arguments
-from modeling_molformer_reg import MolformerForRegression
+from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
 from utils_checkpoints import build_tokenizer
 from utils_report import (
     draw_worst_molecules,
@@ -282,8 +282,8 @@ def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
     assert ("adapter_model.safetensors" in files) == (method == "lora")
 
     hub.repositories["someone/base"] = {path.name: path.read_bytes() for path in Path(tiny_checkpoint).iterdir()}
-    flags = ["--do_predict", "--model_name_or_path", "someone/adapter", "--train_file", small_table]
-    again = online("run_regression.py", *flags, "--output_dir", tmp_path / "again")
+    again_flags = ["--do_predict", "--model_name_or_path", "someone/adapter", "--train_file", small_table]
+    again = online("run_regression.py", *again_flags, "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     first, second = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("run", "again"))
     np.testing.assert_allclose(second["prediction"], first["prediction"], atol=1e-5)
@@ -293,6 +293,15 @@ def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
         connected(run_regression, *flags, "--output_dir", tmp_path / "one")
         shown = run_card(card.text, online, tmp_path, PYTHONPATH=str(ROOT))
         assert shown == pytest.approx(pd.read_csv(tmp_path / "one" / "predictions.csv")["prediction"][0], abs=1e-3)
+
+    other = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)  # a base of the same shapes
+    other.molformer.embeddings.word_embeddings.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    hub.repositories["someone/base"]["model.safetensors"] = (tmp_path / "other" / "model.safetensors").read_bytes()
+    refused = online(
+        "run_regression.py", *again_flags, "--output_dir", tmp_path / "refused", HF_HOME=str(tmp_path / "fresh")
+    )
+    assert refused.returncode == 2 and "trained on other weights than those that someone/base" in refused.stderr
 
 
 def test_the_card_of_an_adapter_of_a_local_base_says_so(connected, training, tiny_checkpoint, tmp_path):
