@@ -81,7 +81,7 @@ def run(cell, args, threads):
     for command, folder in first:
         run_script(command, folder, threads)
     values = run_script(*last, threads)
-    error = values.get("validation_mse", values["eval_mse"])  # the mean over random SMILES, where there are some
+    error = values["validation_mse" if "validation_mse" in values else "eval_mse"]  # the first: over random SMILES
     print(name, seed, round(error, 4), flush=True)
     commands = [as_text([*command, "--output_dir", str(folder)]) for command, folder in first]
     return {"name": name, "seed": seed, "validation_mse": error, "minutes": values["train_runtime"] / 60,
