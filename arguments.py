@@ -467,6 +467,9 @@ def run_script(main, dataclasses, defaults, description):
     arguments = parse_arguments(*dataclasses, defaults=defaults, description=description)
     try:
         main(*arguments)
+        if torch.distributed.is_initialized():  # left to the interpreter's end its threads may abort the process
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except InputError as error:
         logger.error("%s", error)
         sys.exit(2)
