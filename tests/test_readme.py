@@ -109,6 +109,14 @@ def test_default_learning_rate_is_the_best_of_those_tried():
     assert len(tried) >= 3 and min(tried) > 0 and LEARNING_RATES["default"] == 6e-4
 
 
+def test_training_in_bfloat16_costs_no_accuracy():
+    """Reference: three seeds in float32; the interval of the difference has zero inside, and its mean is small."""
+    rows = json.loads((ROOT / "results" / "recipes.json").read_text())["rows"]
+    row = next(row for row in rows if row["name"] == "float32")
+    mean, half = row["minus_reference"]
+    assert len(row["validation_mse"]) >= 3 and -half < mean < half and abs(mean) < 0.01
+
+
 def test_the_best_recipe_is_the_best_of_those_tried():
     """Of those with three seeds; the configuration and the chain have it."""
     rows = json.loads((ROOT / "results" / "recipes.json").read_text())["rows"]
