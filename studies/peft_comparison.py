@@ -135,11 +135,13 @@ def tune(args):
     rates = {method: RATES[method] for method in args.methods}
     while rates:
         train(rates, [first])
-        for method in rates:
-            tried[method] += rates[method]
+        known = {(row["method"], row["learning_rate"]) for row in runs}
+        for method in rates:  # what failed has been tried too, what --finished leaves out has not
+            tried[method] += [rate for rate in rates[method] if not args.finished or (method, rate) in known]
         tuned = {m: found for m in args.methods if (found := best_rate(m, tried[m], runs, [first]))}
         write()
-        rates = {method: [rate] for method in rates if (rate := next_rate(method, tuned.get(method))) is not None}
+        following = {method: next_rate(method, tuned.get(method)) for method in rates}
+        rates = {method: [rate] for method, rate in following.items() if rate not in (None, *rates[method])}
     train({method: finalists(found) for method, found in tuned.items()}, others)
     for method in {row["method"] for row in runs if row["seed"] in others}:
         del tuned[method]
@@ -211,7 +213,7 @@ def next_rate(method, found):
         return float(f"{beyond:.1g}") if len(tried) < MOST_RATES else None
     if len(tried) >= LEAST_RATES:
         return None
-    place, errors = tried.index(best), {rate: values[0] for rate, values in found["tried"].items()}
+    place, errors = tried.index(best), {rate: (values or [None])[0] for rate, values in found["tried"].items()}
     beside = [rate for rate in (tried[place - 1], tried[place + 1]) if errors[rate] is not None]
     return float(f"{(best * min(beside, key=errors.get)) ** 0.5:.2g}") if beside else None
 
@@ -298,7 +300,7 @@ def to_markdown(rows):
 
 
 def plot(rows, path):
-    """Draws test errors against trainable parameters, in parts of full fine-tuning's of the same splits."""
+    """Draws test errors, divided by those of full fine-tuning on the same splits, against trained parameters."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -311,7 +313,7 @@ def plot(rows, path):
     axes.axhline(1.0, color="0.5", linewidth=1, linestyle="--", label="full fine-tuning")
     axes.legend(frameon=False)
     axes.set(xscale="log", xlabel="trained parameters (head included)")
-    axes.set_ylabel("test mean squared error, parts of full fine-tuning's")
+    axes.set_ylabel("test mean squared error, times that of full fine-tuning")
     figure.savefig(path, dpi=150)
 
 
@@ -333,7 +335,8 @@ def main():
     ]
     cells += [(method, "random", seed, f"paper-{method}", PAPER_RATE, []) for method in PAPER for seed in SEEDS[:3]]
     runs = run_cells(cells, args) + replaced_runs(rates, args)
-    winner = winner_of(runs, SEEDS[:3]) if args.finished or set(args.methods) == set(METHODS) else None
+    is_whole = set(METHODS) <= ({row["name"] for row in runs} if args.finished else set(args.methods))
+    winner = winner_of(runs, SEEDS[:3]) if is_whole else None
     report(winner, runs, args)  # whatever becomes of the rest
     if winner is None:
         return print("No winner yet: that takes a comparison of all methods.")

@@ -536,12 +536,30 @@ def test_tuning_ends_where_a_rate_diverges_and_keeps_what_was_tuned_before(monke
     tuned_before = {"learning_rate": 1.0, "validation_mse": 0.1, "seeds": [0], "tried": {"1.0": [0.1]}}
     report.write_text(json.dumps({"tuned": {"ia3": tuned_before, "lora": {}}, "runs": [{"method": "ia3"}]}))
     args = argparse.Namespace(methods=["lora", "bitfit"], output=tmp_path / "peft_comparison.json", jobs=1)
+    args.finished = False
     peft_comparison.tune(args)
     values = json.loads(report.read_text())
     assert values["tuned"]["lora"]["learning_rate"] == 2e-3 and list(values["tuned"]["lora"]["tried"])[-1] == "0.02"
     assert values["tuned"].keys() == {"ia3", "lora"} and values["runs"][0] == {"method": "ia3"}
     lines = report.with_suffix(".md").read_text().splitlines()
     assert lines[2].startswith("| ia3 |") and "0.02: 2000.000" in lines[3]
+
+
+def test_the_table_of_a_tuning_that_goes_on_has_what_is_finished(monkeypatch, tmp_path):
+    """Of lora three rates, so that one between them would follow; of vera none."""
+
+    def run_cells(cells, args):
+        errors = {7e-4: 0.5, 2e-3: 0.4, 6e-3: 1.4}
+        done = [cell for cell in cells if cell[0] == "lora" and cell[2] == 0 and cell[4] in errors]
+        return [peft_run(cell[0], 0, 0.0, learning_rate=cell[4], eval_mse=errors[cell[4]]) for cell in done]
+
+    monkeypatch.setattr(peft_comparison, "run_cells", run_cells)
+    args = argparse.Namespace(methods=["lora", "vera"], output=tmp_path / "peft_comparison.json", jobs=1)
+    args.finished = True
+    peft_comparison.tune(args)
+    tuned = json.loads((tmp_path / "peft_tuning.json").read_text())["tuned"]
+    assert tuned.keys() == {"lora"} and tuned["lora"]["learning_rate"] == 2e-3 and tuned["lora"]["seeds"] == [0]
+    assert list(tuned["lora"]["tried"]) == ["0.0007", "0.002", "0.006"]
 
 
 def test_a_cell_of_the_comparison_names_its_defaults(monkeypatch, tmp_path):
