@@ -18,6 +18,7 @@ import shutil
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ RUN_FILES = """
     influence_scores.csv influence.json merged_train.csv validation.csv test.csv
     influence_scores.png influence_convergence.png influence_selection.png
 """.split()
+INPUT_FILES = ("train_file", "validation_file", "test_file", "external_file")
 RUN_PIECES = ("member-*", "finetune-*", "influence_state.safetensors")  # of runs that train several models
 ARGUMENTS_FILE = "arguments.json"
 LOCK_FILE = ".lock"
@@ -420,7 +422,10 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
         if args and not args[0].startswith("-") and Path(args[0]).suffix in (".json", ".yaml", ".yml"):
             args = _read_argument_file(args[0]) + args[1:]
         parser.set_defaults(**defaults)
-        arguments = parser.parse_args_into_dataclasses(args)
+        *arguments, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+        if unknown:  # without their values, which may be a token
+            flags = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
+            raise ValueError(f"{', '.join(flags)} is no argument of this script. --help lists those that there are.")
         arguments[-1].run_values = _values_to_repeat(vars(parser.parse_args(args)))
         return arguments
     except (ValueError, OSError) as error:
@@ -647,6 +652,16 @@ def clear_run(output_dir):
         (output_dir / name).unlink(missing_ok=True)
 
 
+def belongs_to_run(output_dir, path):
+    """Returns whether `clear_run` would remove a file."""
+    inside = Path(path).resolve()
+    if Path(output_dir).resolve() not in inside.parents:
+        return False
+    first = inside.relative_to(Path(output_dir).resolve()).parts[0]
+    patterns = (*RUN_PIECES, *RUN_FILES, "checkpoint-*", "merged", "to_push")
+    return any(fnmatch(first, pattern) for pattern in patterns)
+
+
 def remove_checkpoints(output_dir):
     """Removes the folders `checkpoint-N` of a run."""
     for folder in Path(output_dir).glob("checkpoint-*"):
@@ -667,6 +682,12 @@ def begin_writing(training_args, checkpoint, source=None, replace=None):
     folder = Path(training_args.output_dir).resolve()
     if replace and source is not None and folder in (Path(source).resolve(), *Path(source).resolve().parents):
         raise InputError(f"--output_dir {training_args.output_dir} would replace {source}. Give another --output_dir.")
+    for name, value in (getattr(training_args, "run_values", None) or {}).items():
+        if replace and name in INPUT_FILES and Path(value).is_file() and belongs_to_run(folder, value):
+            raise InputError(
+                f"--{name} {value} has the name of a file that a run in {training_args.output_dir} writes, and would "
+                "be replaced. Give another --output_dir."
+            )
     if checkpoint is not None:
         check_resumed(training_args)
     if training_args.world_size > 1:

@@ -34,7 +34,8 @@ CUT=
 if [ "$QUICK" ]; then
     CUT="--max_train_samples 256 --max_eval_samples 64 --max_predict_samples 128"
     EXTRA="$EXTRA --num_train_epochs 2"
-    INFLUENCE="$INFLUENCE --influence_params head --recursion_depth 50 --pool_size 60"
+    INFLUENCE="$INFLUENCE --influence_params head --recursion_depth 50"
+    [ "$EXTERNAL_FILE" ] || INFLUENCE="$INFLUENCE --pool_size 60"
 fi
 . studies/run_once.sh
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Table 1 of the paper and this project's rows beside it. Trains every cell that is not finished, continues the
 # interrupted ones, and writes table1.json, table1.md and table1.png: into results/ for the embedded checkpoint, beside
-# the cells for any other model.
+# the cells for any other model, and for a part where the table in results/ has more.
 #
 #   ./reproduce_table1.sh                                # the embedded checkpoint; hours on two cores
 #   ./reproduce_table1.sh ibm/MoLFormer-XL-both-10pct    # with a network, and better with a GPU
@@ -18,6 +18,7 @@ MODEL=${1:-$EMBEDDED}
 if [ "$MODEL" = $EMBEDDED ]; then DEFAULT_OUT=outputs/table1; else DEFAULT_OUT=outputs/table1-$(basename "$MODEL"); fi
 OUT=${OUT:-$DEFAULT_OUT}
 if [ "$MODEL" = $EMBEDDED ]; then RESULTS=${RESULTS:-results}; else RESULTS=${RESULTS:-$OUT}; fi
+if [ "$MODEL" = $EMBEDDED ]; then SHAPE=configs/molformer-mini.json; else SHAPE=$MODEL; fi # of the row from scratch
 SEEDS=${SEEDS:-0 1 2 3 4}
 SPLITS=${SPLITS:-random scaffold}
 ROWS=${ROWS:-regression mlm_regression ensemble from_scratch descriptor_boosting${CHEMPROP:+ chemprop}}
@@ -49,7 +50,7 @@ cell() {
         fi
         run "$folder" run_regression.py --model_name_or_path "$start" --learning_rate $RATE $RECIPE $where
         ;;
-    from_scratch) run "$folder" run_regression.py --config_name configs/molformer-mini.json --learning_rate 3e-4 $where ;;
+    from_scratch) run "$folder" run_regression.py --config_name "$SHAPE" --learning_rate 3e-4 $where ;;
     descriptor_boosting) run "$folder" studies/peers.py --peer $row $where ;;
     chemprop) run "$folder" studies/peers.py --peer $row --chemprop "$CHEMPROP" $where ;;
     *) echo "There is no row $row." && return 1 ;;

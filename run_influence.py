@@ -45,6 +45,7 @@ from utils_molecules import (
     default_descriptors,
     load_molecules,
     prepare_molecules,
+    read_header,
     read_table,
     split_groups,
     split_hash,
@@ -58,9 +59,11 @@ from utils_report import finish_run, save_figure
 DEFAULTS = {"output_dir": "outputs/influence", "per_device_eval_batch_size": 16}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
 KIND = ("pooling", "regression_head", "head_descriptors", "redraw_features")
+SIZES = ("hidden_size", "num_hidden_layers")
 NO_FORWARD_MODE = ("shira",)  # adapters whose sparse tensors have none; merged, the model has
 PAPER_LOSSES = (0.581, 0.318, 0.198, 0.105, 0.071, 0.048, 0.046)  # evaluation loss by epoch, the paper's Table 2
-SIGN = "positive = learning the molecule lowers the loss; predicted change of the loss: -score / training molecules"
+SIGN = "positive = learning the molecule lowers the loss"
+CHANGE = "; predicted change of the loss: -score / training molecules"  # where the curvature is in it
 
 logger = logging.getLogger("molformer.influence")
 
@@ -177,6 +180,10 @@ class InfluenceArguments:
             raise InputError(f"--num_selected {self.num_selected} is more than the {count} molecules to choose from.")
 
     def __post_init__(self):
+        pool, external = ("pool_size", "pool_noise"), ("external_smiles_column", "external_label_column")
+        for name in external if self.external_file is None else pool:
+            if getattr(self, name) is not None:
+                raise ValueError(f"--{name} goes {'without' if name in pool else 'with'} --external_file.")
         modes = {"num_selected": "top_k", "threshold": "threshold", "fraction": "fraction"}
         for name, mode in modes.items():
             if getattr(self, name) is not None and self.select != mode:
@@ -259,10 +266,14 @@ def load_external(tokenizer, data_args, influence_args, molecules):
     Raises:
         InputError: if file, columns, labels or molecules cannot be used, or none is left.
     """
-    path = influence_args.external_file
-    label = influence_args.external_label_column
-    columns = (influence_args.external_smiles_column, None if label is None else [label])
-    table = read_table(path, *columns, prefix="external_")
+    path, (header, _) = influence_args.external_file, read_header(influence_args.external_file)
+    (label,) = data_args.label_column or [None]
+    # the names of the training file's columns, where this file has them too
+    smiles = influence_args.external_smiles_column or (
+        data_args.smiles_column if data_args.smiles_column in header else None
+    )
+    label = influence_args.external_label_column or (label if label in header else None)
+    table = read_table(path, smiles, None if label is None else [label], prefix="external_")
     external, dropped = prepare_molecules(table, tokenizer, data_args, path)
     excluded = [dropped[["row", "smiles", "reason"]]]
     for part in ("validation", "test"):
@@ -480,10 +491,11 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     solutions, solved = inverse_curvature(
         problem, parts["train"], gradient, influence_args, seed, state_file, show_progress
     )
+    earlier = solved.pop("earlier_seconds", 0.0)  # of a solution that was continued
     table, agreement = score_molecules(problem, external, solutions, gradient, influence_args)
     table["selected"] = select_molecules(table, influence_args)
     report = {
-        "sign": SIGN,
+        "sign": SIGN + CHANGE * (influence_args.ihvp != "identity"),
         "training_molecules": len(parts["train"]),
         "label_std": problem.model.config.label_std,
         "score_split": influence_args.score_split,
@@ -496,7 +508,7 @@ def compute_scores(problem, parts, external, influence_args, training_args):
         **detection(table),
         "molecules": len(table),
         "selected": int(table["selected"].sum()),
-        "seconds": time.monotonic() - started,
+        "seconds": time.monotonic() - started + earlier,
         "peak_memory_bytes": peak_memory(),  # of the process so far, with a fine-tuning that it did
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -602,8 +614,16 @@ def main(model_args, data_args, influence_args, training_args):
     model.to(training_args.device)
     chunk_size = training_args.per_device_eval_batch_size
     problem = MoleculeProblem(model, tokenizer, names, chunk_size, influence_args.curvature)
-    with full_float32():
-        table, report = compute_scores(problem, parts, external, influence_args, training_args)
+    try:
+        with full_float32():
+            table, report = compute_scores(problem, parts, external, influence_args, training_args)
+    except InputError as error:
+        if "none" not in comparison.results:
+            raise
+        raise InputError(
+            f"{error} The model that was fine-tuned is in {folder}: give it as --model_name_or_path, with another "
+            "--output_dir."
+        ) from error
     report |= {"split_hash": digest, "model": str(scored_args.model_name_or_path)}
     report |= {"excluded": excluded.reindex(columns=["row", "reason"]).to_dict("records")}
     start = start_args.model_name_or_path or start_args.config_name
@@ -622,7 +642,9 @@ def main(model_args, data_args, influence_args, training_args):
     # Report
     if training_args.should_save:
         write_comparison(output_dir, report, results, data_args)
-        if table["selected"].any():
+        if table["selected"].any() and (
+            training_args.do_train or is_same_size(load_config(start_args), load_config(scored_args))
+        ):
             print(merged_command(output_dir, parts, start_args, data_args, report["leakage"]))
         (output_dir / "influence_state.safetensors").unlink(missing_ok=True)
     models = [("", output_dir / "finetune-selected")] if "selected" in results else []
@@ -638,7 +660,7 @@ def write_comparison(output_dir, report, results, data_args):
         print(results_table(results, report["leakage"]))
         print(losses_table(losses["selected"]))
     if not report.get("converged", True):
-        print(f"The scores are not converged: residual {report['residual']:.3g}, see influence.json.")
+        print(f"The scores are {report['verdict']}; see influence.json.")
     values = {"influence": report, "results": results, "evaluation_losses": losses}
     write_json(values, output_dir / "all_results.json")
 
@@ -655,6 +677,9 @@ def merged_command(output_dir, parts, start_args, data_args, leakage):
     for part, name in files.items():
         command += [f"--{part}_file", str(output_dir / name)] if part in parts else []
     command += [] if data_args.smiles_form == "canonical" else ["--smiles_form", data_args.smiles_form]
+    command += ["--protocol", "paper"] if data_args.protocol == "paper" else []
+    longer = data_args.max_length != DataTrainingArguments.max_length
+    command += ["--max_length", str(data_args.max_length)] if longer else []
     leak = " (chosen by the test molecules, whose error there will be optimistic too)" if leakage else ""
     return (
         f"To learn the selected molecules elsewhere{leak}: {shlex.join([*command, '--output_dir', 'outputs/merged'])}"
@@ -683,6 +708,10 @@ def check_pool(model, whole, model_args, data_args):
         )
 
 
+def is_same_size(config, other):
+    return all(getattr(config, name) == getattr(other, name) for name in SIZES)
+
+
 def pretrained_arguments(model_args, influence_args, model, needed=True):
     """Returns the arguments of the model that is fine-tuned again, when the one that is scored is fine-tuned already.
 
@@ -699,12 +728,9 @@ def pretrained_arguments(model_args, influence_args, model, needed=True):
     kind |= {"model_name_or_path": source, "config_name": None, "model_revision": "main"}
     pretrained_args = replace(model_args, **kind)
     config = load_config(pretrained_args)
-    sizes = [
-        name for name in ("hidden_size", "num_hidden_layers") if getattr(config, name) != getattr(model.config, name)
-    ]
-    if sizes and needed and influence_args.pretrained_model is None:
+    if needed and influence_args.pretrained_model is None and not is_same_size(config, model.config):
         raise InputError(
-            f"{model_args.model_name_or_path} is fine-tuned, and not from models/molformer-mini: {', '.join(sizes)} "
+            f"{model_args.model_name_or_path} is fine-tuned, and not from models/molformer-mini: their sizes "
             "differ. Pass --pretrained_model with the checkpoint that the selection is to be fine-tuned from."
         )
     if needed:

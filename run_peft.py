@@ -406,6 +406,7 @@ def main(model_args, data_args, peft_args, training_args):
         select_parts,
         train_regression,
         write_reports,
+        write_splits,
     )
     from utils_checkpoints import (
         check_split,
@@ -471,6 +472,8 @@ def main(model_args, data_args, peft_args, training_args):
             metrics, table = write_reports(training_args.output_dir, parts, predictions, digest, data_args)
             trainer.save_metrics("predict", metrics)
             print(table)
+    elif training_args.do_train and trainer.is_world_process_zero():
+        write_splits(training_args.output_dir, parts, digest, data_args)
 
     # Merge
     output_dir = Path(training_args.output_dir)

@@ -178,6 +178,7 @@ def main(model_args, data_args, regression_args, training_args):
         set_learning_rate,
         train_regression,
         write_reports,
+        write_splits,
     )
     from utils_checkpoints import check_split, load_config, load_tokenizer, settle_smiles_form
     from utils_molecules import label_metrics, label_names, labels_of, load_molecules, write_json
@@ -239,6 +240,8 @@ def main(model_args, data_args, regression_args, training_args):
             test_metrics, table = write_reports(output_dir, parts, predictions, digest, data_args)
             metrics |= test_metrics
             print(table)
+        elif training_args.do_train:
+            write_splits(output_dir, parts, digest, data_args)
         if len(plan) > 1:
             write_json(metrics, output_dir / "all_results.json")
         elif metrics:

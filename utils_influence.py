@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -500,6 +501,7 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
     fixed = train.sample(min(FIXED_MOLECULES, len(train)), random_state=seed)
     file = StateFile(state_file, settings_key(problem, train, influence_args, seed), gradient)
     gradient = file.gradient
+    report["earlier_seconds"] = file.earlier_seconds
     if "measured" not in file.values:
         measured = measure_curvature(problem, fixed, batches, influence_args, show_progress)
         file.save({}, measured=measured, position=batches.position, trace=[])
@@ -534,8 +536,14 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
     report["trace"] = file.values["trace"]  # of the last iterate, on these; `residual` is of the answer, on all
     # conjugate gradients stop by a residual that they carry along, which in float32 is not quite the true one
     solved = report["residual"] <= influence_args.tolerance * (2 if influence_args.ihvp == "cg" else 1)
-    report["converged"] = solved and report.get("smallest_eigenvalue", 0.0) + damping > 0
+    definite = report.get("smallest_eigenvalue", 0.0) + damping > 0
+    report |= {"converged": solved and definite, "verdict": "converged"}
+    if not definite:
+        report["verdict"] = "of a Hessian that has negative eigenvalues beyond the damping, and mean little"
     if not solved:
+        report["verdict"] = (
+            f"not converged: residual {report['residual']:.3g}, tolerance {influence_args.tolerance:.3g}"
+        )
         logger.warning(
             "Not converged: the relative residual is %.3g, --tolerance %.3g. Raise --recursion_depth or --damping%s.",
             report["residual"],
@@ -637,6 +645,7 @@ class StateFile:
 
     def __init__(self, path, key, gradient):
         self.path, self.key, self.gradient, self.vectors, self.values = path, key, gradient, {}, {}
+        self.earlier_seconds, self.started = 0.0, time.monotonic()  # of the pieces before this one
         if path is None or not Path(path).exists():
             return
         with safe_open(path, framework="pt") as file:
@@ -649,11 +658,12 @@ class StateFile:
             logger.warning("%s is of a run with other settings; the solution starts anew", path)
             return
         self.gradient, self.vectors, self.values = found, vectors, json.loads(metadata["values"])
+        self.earlier_seconds = self.values["seconds"]
         logger.info("Going on from %s", path)
 
     def save(self, vectors, **values):
         """Writes vectors and values, whole or not at all; only the first process does."""
-        self.values |= values
+        self.values |= values | {"seconds": self.earlier_seconds + time.monotonic() - self.started}
         if self.path is None or not PartialState().is_main_process:
             return
         # copies: two of them may be one tensor, which the format refuses

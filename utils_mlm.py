@@ -112,10 +112,9 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
     held_out = digest = None
     options = (tokenizer, mlm_args, heads)
 
-    def encode(corpus, source, smiles_form=data_args.smiles_form):
-        encoded, dropped = encode_corpus(
-            corpus, tokenizer, replace(data_args, smiles_form=smiles_form), mlm_args, source
-        )
+    def encode(corpus, source, smiles_form=data_args.smiles_form, least=2):
+        form_args = replace(data_args, smiles_form=smiles_form)
+        encoded, dropped = encode_corpus(corpus, tokenizer, form_args, mlm_args, source, least)
         # all of it, so that another split or seed finds it in the cache; but not of a corpus that is then cut
         return encoded if data_args.max_train_samples else add_descriptors(encoded, *options), dropped
 
@@ -129,10 +128,11 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
     if find_labels(columns, data_args.label_column, "--label_column", source):
         molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
         parts = {}
-        for name in ("train", "validation"):
+        for name, least in (("train", 2), ("validation", 1)):
             texts = molecules.loc[molecules["split"] == name, "text"].tolist()
             if texts:  # canonical already
-                parts[name], _ = encode(datasets.Dataset.from_dict({"smiles": texts}), source, smiles_form="raw")
+                part = datasets.Dataset.from_dict({"smiles": texts})
+                parts[name], _ = encode(part, source, smiles_form="raw", least=least)
         train, held_out = parts["train"], parts.get("validation")
         logger.info("%s has labels: learning the training molecules of its split alone", source)
     else:
@@ -142,7 +142,7 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         if data_args.validation_file is not None:
             corpus = read_corpus(data_args.validation_file, data_args, model_args.cache_dir)
             corpus = take_smiles(corpus, data_args, data_args.validation_file)
-            held_out, more = encode(corpus, data_args.validation_file)
+            held_out, more = encode(corpus, data_args.validation_file, least=1)
             dropped = pd.concat([dropped, more], ignore_index=True)
     if held_out is None:
         size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
@@ -200,11 +200,11 @@ def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False):
     return {"input_ids": ids, "length": [len(row) for row in ids], "reason": reasons}
 
 
-def encode_corpus(corpus, tokenizer, data_args, mlm_args, source):
+def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2):
     """Returns the corpus as memory-mapped token ids with lengths, cached on disk, and a table of the dropped rows.
 
     Raises:
-        InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if none is left.
+        InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if fewer than `least` are left.
     """
     features = datasets.Features(
         {
@@ -245,8 +245,10 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source):
         encoded = encoded.select(np.flatnonzero(reasons == ""))
     else:
         dropped = pd.DataFrame()
-    if len(encoded) < 2:
-        raise InputError(f"{source} has {len(encoded)} usable molecules; masked language modeling needs at least 2.")
+    if len(encoded) < least:
+        raise InputError(
+            f"{source} has {len(encoded)} usable molecules; masked language modeling needs at least {least}."
+        )
     return encoded.remove_columns("reason"), dropped
 
 

@@ -70,7 +70,12 @@ def open_table(source, data_args):
     }
     file = source
     if source == "-":
-        header = sys.stdin.readline().rstrip("\r\n")
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(encoding="utf-8-sig")  # as files are, whatever the locale
+        try:
+            header = sys.stdin.readline().rstrip("\r\n")
+        except UNREADABLE as error:
+            raise InputError(f"Standard input cannot be read: {error}") from error
         if not header:
             raise InputError("Standard input is empty. It needs a header and rows.")
         columns, separator = split_header(header.removeprefix("\ufeff"))

@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    get_token,
+)
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from rdkit import rdBase
@@ -45,6 +54,10 @@ PUSHED = re.compile(
     r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|(adapter_)?model\.safetensors\.index\.json|config\.json|adapter_config\.json|"
     r"trained_parameters\.json|(tokenizer|tokenizer_config|special_tokens_map|splits|arguments|influence|trainer_state)\.json|"
     r"(all|train|eval|predict)_results\.json|modeling_molformer_reg\.py|" + "|".join(map(re.escape, FIGURES))
+)
+OURS = re.compile(rf"(member-\d+/)?({PUSHED.pattern})")  # in a repository
+NOT_REWRITTEN = re.compile(
+    r"(adapter_)?config\.json|tok.*\.json|special.*\.json|.*\.index\.json|trained_parameters\.json"
 )
 PAPERS = {
     "MoLFormer": "Ross et al., Large-scale chemical language representations capture molecular structure and "
@@ -208,8 +221,14 @@ class Run:
 
     @property
     def metrics(self):
-        """The metrics of the model, by name."""
-        return self.results.get("results", {}).get("selected", {}) if self.kind == "influence" else self.results
+        """The metrics of the model, by name; what a run without predictions evaluated, by the name of that part."""
+        if self.kind == "influence":
+            return self.results.get("results", {}).get("selected", {})
+        if self.kind == "mlm" or any(key.startswith("test_") for key in self.results):
+            return self.results
+        part = "test" if self.values.get("protocol") == "paper" else "validation"
+        evaluated = {key: value for key, value in self.results.items() if key.startswith("eval_")}
+        return {f"{part}_{key.removeprefix('eval_')}": value for key, value in evaluated.items()} | self.results
 
     @property
     def address(self):
@@ -252,8 +271,8 @@ class Run:
     def base(self):
         """What the run started from: a Hub name, a path in this project, a folder's name; `None` if from scratch."""
         source = self.values.get("model_name_or_path")
-        if self.kind == "influence":
-            source = self.values.get("pretrained_model") or source
+        if self.kind == "influence":  # what its models were fine-tuned from
+            source = self.results.get("influence", {}).get("fine_tuned_from") or source
         if self.holds_adapter:
             source = self.values.get("base_hub_name") or source
         if source is None:
@@ -304,9 +323,10 @@ def card_data(run):
             task_name=f"prediction of {end.removeprefix('_') or run.label}",
             dataset_type=hub_data or run.data.lower().replace(" ", "-"),
             dataset_name=f"{run.data}, {run.split.get('split', 'unknown')} split",
+            dataset_config=end.removeprefix("_") or None,  # without it, all labels would be taken for one task
             dataset_split=f"{part} (n = {run.metrics.get(f'{part}_samples{end}')})",
             metric_type=key,
-            metric_name=f"{METRICS[key]}, {part}",
+            metric_name=", ".join(filter(None, (METRICS[key], part, end.removeprefix("_")))),
             metric_value=round(run.metrics[f"{part}_{key}{end}"], 6),
         )
         for end in run.ends
@@ -359,7 +379,7 @@ def results_section(run):
         if results.get("influence", {}).get("leakage"):
             lines += ["", "Molecules were chosen by the loss of the test set, so its numbers are optimistic."]
         if not results.get("influence", {}).get("converged", True):
-            lines += ["", "The scores are not converged: `influence.json` has the residual."]
+            lines += ["", f"The scores are {results['influence']['verdict']} (see `influence.json`)."]
         losses = results.get("evaluation_losses", {})
         if "selected" in losses:
             lines += [
@@ -378,10 +398,10 @@ def results_section(run):
     table = []
     for end in run.ends:
         for model, part, which in rows:
-            numbers = [results.get(f"{part}_{key}{which}{end}") for key in METRICS]
+            numbers = [run.metrics.get(f"{part}_{key}{which}{end}") for key in METRICS]
             if numbers[0] is not None:
                 texts = [f"{number:.4f}" if number is not None else "" for number in numbers]
-                cells = (f"{model}{end.replace('_', ': ', 1)}", part, str(results.get(f"{part}_samples{end}", "")))
+                cells = (f"{model}{end.replace('_', ': ', 1)}", part, str(run.metrics.get(f"{part}_samples{end}", "")))
                 table.append(f"| {' | '.join([*cells, *texts])} |")
     if not table:
         return ""
@@ -513,6 +533,10 @@ def check_push(training_args):
             "--push_to_hub needs a token that may write. Log in with `hf auth login`, or set HF_TOKEN in the "
             "environment."
         )
+    if training_args.hub_token:
+        training_args.hub_token = training_args.hub_token.strip()
+        if not re.fullmatch(r"[!-~]+", training_args.hub_token):  # or an error of the client would show it, escaped
+            raise InputError("--hub_token holds characters that no token has, such as a space or a line break.")
     name = repository_name(training_args)
     try:
         validate_repo_id(name)
@@ -545,7 +569,7 @@ def contents_to_push(run, folders, replaced):
     files = {target + name: path for target, folder in folders for name, path in files_to_push(folder).items()}
     contents = {**files, **{name: text.encode() for name, text in (replaced or {}).items()}}
     for name, path in files.items():
-        if path.name in (ARGUMENTS_FILE, "trainer_state.json"):
+        if path.suffix == ".json" and not NOT_REWRITTEN.fullmatch(path.name):
             contents[name] = json.dumps(without_folders(read_json(path)), indent=2).encode()
     # transformers looks for the code of a subfolder's model at the root
     code = [path for path in files.values() if path.name == MODELING_FILE]
@@ -571,9 +595,13 @@ def push_run(training_args, kind, folders, replaced=None):
         repository = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True)
         run = Run(root, kind, repository.repo_id, folders[0][1])  # now with its full name
         contents[CARD_FILE] = str(model_card(run)).encode()
+        before = api.list_repo_files(repository.repo_id, revision=training_args.hub_revision)
+        operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
+        # what an earlier push left would be taken for a part of this model
+        operations += [CommitOperationDelete(file) for file in before if OURS.fullmatch(file) and file not in contents]
         commit = api.create_commit(
             repository.repo_id,
-            [CommitOperationAdd(file, content) for file, content in contents.items()],
+            operations,
             commit_message="Model, metrics and card",
             revision=training_args.hub_revision,
         )
@@ -584,9 +612,10 @@ def push_run(training_args, kind, folders, replaced=None):
         command = ["hf", "upload", name, str(staged), "."]
         command += ["--private"] if training_args.hub_private_repo else []
         command += ["--revision", training_args.hub_revision] if training_args.hub_revision else []
+        login = "" if get_token() else " (log in with `hf auth login` first)"
         raise InputError(
             f"The push to {name} failed: {type(error).__name__}: {lines[0] if lines else ''} The run in "
-            f"{training_args.output_dir} is whole. Push it again with: {shlex.join(command)}"
+            f"{training_args.output_dir} is whole. Push it again with: {shlex.join(command)}{login}"
         ) from error
     logger.info("Pushed %d files to %s", len(contents), commit.repo_url)
     return str(commit.repo_url)

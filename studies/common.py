@@ -80,6 +80,20 @@ def write_report(path, values, jobs=None, unit="logD7.4"):
     path.write_text(json.dumps(report | values, indent=2) + "\n")
 
 
+def place_of(path, values, count, folder):
+    """Returns where a report goes: to `path`, or into `folder` if the one at `path` holds more runs.
+
+    So a part of a study never replaces the table of all of it.
+
+    Args:
+        count (`Callable`): the number of runs in a report (`dict`).
+    """
+    if path.exists() and count(json.loads(path.read_text())) > count(values):
+        print(f"{path} holds more runs than these and stays as it is; theirs are in {folder / path.name}.")
+        return folder / path.name
+    return path
+
+
 def interval(values, test_share=0.2):
     """Returns mean and half width of its 95 % interval over seeds; the width is `None` for one value.
 

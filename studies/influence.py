@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import as_text, interval, run_all, run_script, study_parser, with_interval, write_report
+from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
 from run_once import is_done
 
 
@@ -172,16 +172,23 @@ def main():
         cells = [cell for cell in cells if is_done(*command_of(cell, args))]
     before = json.loads(args.output.read_text()) if args.output.exists() else {}
     runs = run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs)
+    if not runs:
+        raise SystemExit(f"There is no finished run in {args.folder}.")
     rows, detected = summarize(runs), detection_rows(runs)
     values = {"selection": rows, "detection": detected, "runs": runs, "exact": before.get("exact")}
-    write_report(args.output, values, args.jobs)
+    output = place_of(args.output, values, lambda report: len(report["runs"]), args.folder)
+
+    def write():
+        write_report(output, values, args.jobs)
+        output.with_suffix(".md").write_text(to_markdown(rows, detected, values["exact"]))
+        plot(rows, output.with_suffix(".png"))
+
+    write()
     first = ("corrupted", "random", args.seeds[0], False)
     scores = command_of(first, args)[0] / "influence_scores.csv"  # not there of a run that was kept from elsewhere
     if scores.exists() and not args.finished:
         values["exact"] = next(iter(run_all(lambda cell, threads: compare_with_exact(cell, args), [first], 1)), None)
-        write_report(args.output, values, args.jobs)
-    args.output.with_suffix(".md").write_text(to_markdown(rows, detected, values["exact"]))
-    plot(rows, args.output.with_suffix(".png"))
+        write()
     print(to_markdown(rows, detected, values["exact"]))
 
 

@@ -4,9 +4,9 @@
     python studies/kept_runs.py --restore    # before one: lays them where the studies look for finished runs
 
 A line is a run: its folder, its command with the checksums of the files and weights that it names (see run_once.py),
-its all_results.json, those of an ensemble's members, and the machine on which it was kept first. Weights and
-predictions are not kept, so a run that starts from another run's model has to be trained with it. A folder that is
-there is left as it is.
+its all_results.json, those of an ensemble's members as far as they are known (alone where the ensemble itself did not
+finish), and the machine on which it was kept first (none in the oldest lines). Weights and predictions are not kept,
+so a run that starts from another run's model has to be trained with it. A folder that is there is left as it is.
 """
 
 import argparse
@@ -27,11 +27,12 @@ def finished_runs(root):
     for note in sorted(path for name in FOLDERS for path in (root / name).glob("*/*.command")):
         folder = note.with_suffix("")
         members = sorted(folder.glob("member-*"))
+        record = {"folder": str(folder.relative_to(root)), "command": note.read_text().splitlines()}
         if is_finished(folder) and all(map(is_finished, members)):
-            record = {"folder": str(folder.relative_to(root)), "command": note.read_text().splitlines()}
             record["results"] = json.loads((folder / RESULTS).read_text())
-            if members:
-                record["members"] = {path.name: json.loads((path / RESULTS).read_text()) for path in members}
+        if finished := [path for path in members if is_finished(path)]:  # of an unfinished ensemble too
+            record["members"] = {path.name: json.loads((path / RESULTS).read_text()) for path in finished}
+        if {"results", "members"} & set(record):
             yield record
 
 
@@ -61,7 +62,8 @@ def restore(root=ROOT, path=RUNS):
         note = folder.with_name(f"{folder.name}.command")
         if folder.exists() or note.exists():
             continue
-        for place, results in {".": record["results"], **record.get("members", {})}.items():
+        whole = {".": record["results"]} if "results" in record else {}
+        for place, results in (whole | record.get("members", {})).items():
             (folder / place).mkdir(parents=True, exist_ok=True)
             (folder / place / RESULTS).write_text(json.dumps(results, indent=4) + "\n")
         note.write_text("\n".join(record["command"]) + "\n")

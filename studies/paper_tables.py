@@ -16,7 +16,8 @@ from pathlib import Path
 
 import peft_comparison
 import table1
-from common import ROOT, interval, with_interval, write_report
+from common import ROOT, interval, place_of, with_interval, write_report
+from run_once import is_finished
 
 
 sys.path.insert(0, str(ROOT))
@@ -33,17 +34,50 @@ METRICS = ("test_mse", "test_mae", "test_r2")
 
 
 def collect(folder):
-    """Returns the finished runs by name: results by seed, and a command (`dict`)."""
+    """Returns the finished runs by name: results by seed, and a command (`dict`).
+
+    Of a name those count that were made like the newest one: by its command but for the seed, from its weights.
+    """
+    folders = {}
+    for path in sorted(folder.glob("*-*")):
+        match = re.fullmatch(r"(.+)-(\d+)", path.name)
+        if match and is_finished(path):
+            folders.setdefault(match[1], {})[int(match[2])] = path
     runs = {}
-    for path in sorted(folder.glob("*-*/all_results.json")):
-        match = re.fullmatch(r"(.+)-(\d+)", path.parent.name)
-        if match and not (path.parent / "unfinished").exists():
-            found = runs.setdefault(match[1], {"seeds": {}, "command": ""})
-            found["seeds"][int(match[2])] = json.loads(path.read_text())
-            command = folder / f"{path.parent.name}.command"
-            if command.exists() and not found["command"]:
-                found["command"] = command.read_text().splitlines()[0]
+    for name, cells in folders.items():
+        notes = {seed: note_lines(path) for seed, path in cells.items()}
+        recipes = {seed: recipe_of(lines, seed, folders) for seed, lines in notes.items()}
+        newest = recipes[max(cells, key=lambda seed: age_of(cells[seed]))]
+        same = [seed for seed in sorted(cells) if recipes[seed] == newest]
+        if len(same) < len(cells):
+            others = ", ".join(cells[seed].name for seed in sorted(cells) if seed not in same)
+            print(f"Left out, since made by another command or from other weights than the newest: {others}")
+        seeds = {seed: json.loads((cells[seed] / "all_results.json").read_text()) for seed in same}
+        start = note_lines(folder / f"mlm-{same[0]}")[:1] if name == "mlm_regression" else []
+        runs[name] = {"seeds": seeds, "command": " && ".join([*start, *notes[same[0]][:1]])}
     return runs
+
+
+def age_of(folder):
+    note = folder.with_name(f"{folder.name}.command")
+    return note.stat().st_mtime if note.exists() else 0.0
+
+
+def note_lines(folder):
+    """Returns a run's command and, a line each, the checksums of what it names (see run_once.py)."""
+    note = folder.with_name(f"{folder.name}.command")
+    return note.read_text().splitlines() if note.exists() else [""]
+
+
+def recipe_of(lines, seed, names):
+    """Returns what runs of one row have in common, whatever their seed.
+
+    Checksums count where the run starts from no other run, whose files differ from seed to seed.
+    """
+    runs = "|".join(map(re.escape, names))
+    command = re.sub(rf"(--seed |\b(?:{runs})-){seed}\b", r"\1", lines[0])
+    depends = re.search(rf"\b(?:{runs})-( |/|$)", command.split(" --output_dir ")[0])
+    return [command] if depends else [command, *lines[1:]]
 
 
 def rows_of(runs):
@@ -82,6 +116,10 @@ def row(run, table, title, metrics, paper):
     }
 
 
+def number_of_values(report):
+    return sum(len(numbers) for row in report["rows"] for numbers in row["values"].values())
+
+
 def to_markdown(rows):
     """Returns the three tables, and the commands of their rows."""
     titles = {
@@ -118,8 +156,9 @@ def main():
     rows = rows_of(collect(args.folder))
     if not rows:
         raise SystemExit(f"There is no finished run in {args.folder}. Run ./reproduce_paper.sh first.")
-    write_report(args.output, {"rows": rows})
-    args.output.with_suffix(".md").write_text(to_markdown(rows))
+    output = place_of(args.output, {"rows": rows}, number_of_values, args.folder)
+    write_report(output, {"rows": rows})
+    output.with_suffix(".md").write_text(to_markdown(rows))
     print(to_markdown(rows))
 
 

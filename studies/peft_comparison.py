@@ -24,7 +24,7 @@ import shlex
 import sys
 
 import numpy as np
-from common import ROOT, as_text, interval, run_all, run_script, study_parser, with_interval, write_report
+from common import ROOT, as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
 from run_once import is_done
 
 
@@ -127,8 +127,9 @@ def tune(args):
 
     def write():
         values = {"tuned": before["tuned"] | tuned, "runs": before["runs"] + runs}
-        write_report(path, values, args.jobs)
-        path.with_suffix(".md").write_text(tuning_to_markdown(values["tuned"]))
+        place = place_of(path, values, number_of_runs, args.folder)
+        write_report(place, values, args.jobs)
+        place.with_suffix(".md").write_text(tuning_to_markdown(values["tuned"]))
         return values
 
     first, *others = TUNING_SEEDS
@@ -142,9 +143,13 @@ def tune(args):
         write()
         following = {method: next_rate(method, tuned.get(method)) for method in rates}
         rates = {method: [rate] for method, rate in following.items() if rate not in (None, *rates[method])}
-    train({method: finalists(found) for method, found in tuned.items()}, others)
-    for method in {row["method"] for row in runs if row["seed"] in others}:
-        del tuned[method]
+    last = {method: finalists(found) for method, found in tuned.items()}
+    train(last, others)
+    known = {(row["method"], row["learning_rate"], row["seed"]) for row in runs}
+    for method, rates in last.items():
+        if args.finished and any((method, rate, seed) not in known for rate in rates for seed in others):
+            continue  # one finalist alone would win by being the only one
+        tuned.pop(method)
         if found := best_rate(method, tried[method], runs, TUNING_SEEDS):
             tuned[method] = found
     values = write()
@@ -177,6 +182,10 @@ def best_rate(method, tried, runs, seeds):
     return {"learning_rate": best, "validation_mse": known[best], "seeds": list(seeds), "tried": tried}
 
 
+def number_of_runs(report):
+    return len(report["runs"])
+
+
 def finalists(found):
     """Returns the two rates of lowest error with the first seed, which the other seeds try too."""
     errors = {rate: values[0] for rate, values in found["tried"].items() if values and values[0] is not None}
@@ -184,21 +193,19 @@ def finalists(found):
 
 
 def tuning_to_markdown(tuned):
-    """Returns the table of the README: one line a method, the best one first."""
-    lines = [
-        "| method | best rate | seeds | validation MSE | at the other rates |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
-    for method in sorted(tuned, key=lambda name: tuned[name]["validation_mse"]):
-        found = tuned[method]
-        others = []
-        for rate, errors in found["tried"].items():
-            if float(rate) != found["learning_rate"]:
-                shown = ", ".join("none" if error is None else f"{error:.3f}" for error in errors)
-                others.append(f"{float(rate):g}: {shown or 'none'}")
-        cells = (method, f"{found['learning_rate']:g}", str(len(found["seeds"])))
-        cells += (f"{found['validation_mse']:.3f}", "; ".join(others))
-        lines.append("| " + " | ".join(cells) + " |")
+    """Returns the table of the README: one line a method, errors by seed; the best one with the first seed first."""
+    lines = ["| method | best rate | validation MSE | at the other rates |", "| --- | ---: | ---: | --- |"]
+
+    def shown(errors):
+        return ", ".join("none" if error is None else f"{error:.3f}" for error in errors) or "none"
+
+    rows = []
+    for method, found in tuned.items():
+        errors = {float(rate): values for rate, values in found["tried"].items()}
+        best = errors.pop(found["learning_rate"])
+        others = "; ".join(f"{rate:g}: {shown(values)}" for rate, values in errors.items())
+        rows.append((best[0], f"| {method} | {found['learning_rate']:g} | {shown(best)} | {others} |"))
+    lines += [line for _, line in sorted(rows)]  # seeds have easier and harder splits
     return "\n".join(lines) + "\n"
 
 
@@ -265,7 +272,8 @@ def summarize(runs):
 
     # by the ratio: those of three seeds stand beside those of five, whose splits are harder or easier
     def place(row):
-        return row["split"], row["name"].startswith("paper"), row.get("of_full", 1.0)
+        ratio = 1.0 if row["name"] == full_of(row["name"]) else row.get("of_full", float("inf"))
+        return row["split"], row["name"].startswith("paper"), ratio
 
     return sorted(rows, key=place)
 
@@ -306,6 +314,8 @@ def plot(rows, path):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for row in (row for row in rows if row["split"] == "random" and row["name"] in METHODS):
+        if row["name"] != "full" and "of_full" not in row:
+            continue  # no run of full fine-tuning to divide by
         ratio, half = row.get("of_full", 1.0), row.get("of_full_half_width")
         axes.errorbar(row["trainable_parameters"], ratio, yerr=half, fmt="o", color="tab:blue", capsize=3)
         axes.annotate(row["name"], (row["trainable_parameters"], ratio), xytext=(5, 4),
@@ -361,13 +371,15 @@ def replaced_runs(rates, args):
 def report(winner, runs, args):
     """Writes the results as JSON, CSV, Markdown and a plot."""
     rows = summarize(runs)
-    write_report(args.output, {"winner": winner, "paper": PAPER, "rows": rows, "runs": runs}, args.jobs)
-    args.output.with_suffix(".md").write_text(to_markdown(rows))
-    with args.output.with_suffix(".csv").open("w", newline="") as file:
+    values = {"winner": winner, "paper": PAPER, "rows": rows, "runs": runs}
+    output = place_of(args.output, values, number_of_runs, args.folder)
+    write_report(output, values, args.jobs)
+    output.with_suffix(".md").write_text(to_markdown(rows))
+    with output.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-    plot(rows, args.output.with_suffix(".png"))
+    plot(rows, output.with_suffix(".png"))
     print(to_markdown(rows))
 
 

@@ -6,8 +6,9 @@ Every trial pre-trains a model from random weights with run_mlm.py on as many mo
 same time), and fine-tunes it with run_regression.py for every seed: 7 epochs, with 30 % of the training side held out,
 which judges the model of the last epoch; the test set is not read. `--mixed` is a corpus with all sources in random
 order, `--chembl` one without those of MOSES. Writes results/pretraining_trials.json (.md): flags, seconds, held-out
-metrics of the pre-training, validation MSE of the fine-tunings with the paired difference to the reference. Finished
-runs are not repeated.
+metrics of the pre-training, validation MSE of the fine-tunings, and the paired difference to the reference with its
+95 % interval over fine-tunings (every trial pre-trains once: what another pre-training seed would give is not in it).
+Finished runs are not repeated.
 """
 
 import json
@@ -16,10 +17,12 @@ import shlex
 import statistics
 from pathlib import Path
 
-from common import ROOT, interval, run_all, run_script, study_parser, with_interval, write_report
+from common import ROOT, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from recipes import number_of_runs
 
 
 # name: corpus, batch, flags of run_mlm.py
+HELD_OUT = 0.3  # of the training side, in fine-tuning
 ALL = ["--objective", "mlm+mtr+atoms", "--masked_share", "0.125"]
 ALL_MASKED = ["--objective", "mlm+mtr+atoms"]
 TRIALS = {
@@ -64,7 +67,7 @@ def commands(name, args):
     pretrain += ["--save_strategy", "no", "--load_best_model_at_end", "false"]
     tune = ["run_regression.py", "--model_name_or_path", str(folder / "model"), "--pooling", "mean", "--do_train"]
     # the last epoch counts: the best one would be chosen by the molecules that are to judge
-    tune += ["--do_eval", "--validation_fraction", "0.3", "--load_best_model_at_end", "false", "--seed"]
+    tune += ["--do_eval", "--validation_fraction", str(HELD_OUT), "--load_best_model_at_end", "false", "--seed"]
     return folder, pretrain, {seed: [*tune, str(seed)] for seed in args.seeds}
 
 
@@ -95,7 +98,7 @@ def to_markdown(rows):
     for row in rows:
         errors = row["validation_mse"]
         pairs = [error - reference[seed] for seed, error in errors.items() if seed in reference]
-        paired = with_interval(interval(pairs), signed=True) if pairs and row["name"] != "reference" else ""
+        paired = with_interval(interval(pairs, HELD_OUT), signed=True) if pairs and row["name"] != "reference" else ""
         mean = statistics.mean(errors.values())
         lines.append(f"| {row['name']} | {row['seconds'] / 60:.1f} | {mean:.3f} | {paired} |")
     return "\n".join(lines) + "\n"
@@ -111,8 +114,11 @@ def main():
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), help="names of the trials")
     args = parser.parse_args()
     rows = run_all(lambda name, threads: run(name, args, threads), args.trials, args.jobs)
-    write_report(args.output, {"rows": rows}, args.jobs)
-    args.output.with_suffix(".md").write_text(to_markdown(rows))
+    if not rows:
+        raise SystemExit("No trial finished. The logs stand beside the folders.")
+    output = place_of(args.output, {"rows": rows}, number_of_runs, args.folder)
+    write_report(output, {"rows": rows}, args.jobs)
+    output.with_suffix(".md").write_text(to_markdown(rows))
     print(to_markdown(rows))
 
 

@@ -5,19 +5,22 @@
     python studies/recipes.py --finished                  # the table of the runs that are there; trains nothing
 
 Every recipe trains run_regression.py on the same splits and seeds, with 20 % of the training side held out, which
-judges the model of the last epoch; the test set is not read. Writes results/recipes.json (.md): flags, validation MSE
-of every seed, and the paired difference to the reference with its 95 % interval.
+judges the model of the last epoch; the test set is not read (of each seed's own split: the validation molecules of one
+are among the others' test molecules now and then). With --recipes or --seeds the others are what is finished of them.
+Writes results/recipes.json (.md): flags, validation MSE of every seed, and the paired difference to the reference with
+its 95 % interval.
 """
 
 import shlex
 import statistics
 
-from common import as_text, interval, run_all, run_script, study_parser, with_interval, write_report
+from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
 from run_once import is_done
 
 
 START = "models/molformer-mini"
 SCRATCH = ["--config_name", "configs/molformer-mini.json"]
+SEEDS = (0, 1, 2)
 RATE = ["--learning_rate", "6e-4"]  # of all recipes that name no other one
 DESCRIPTORS = ["--head_descriptors", "all"]
 RECIPES = {
@@ -108,6 +111,10 @@ def summarize(runs):
     return sorted(rows, key=lambda row: row.get("minus_reference", [0.0])[0])
 
 
+def number_of_runs(report):
+    return sum(len(row["validation_mse"]) for row in report["rows"])
+
+
 def to_markdown(rows):
     """Returns the table of the README: one line a recipe."""
     lines = ["| recipe | seeds | validation MSE | minus reference | minutes |", "| --- | ---: | ---: | ---: | ---: |"]
@@ -121,20 +128,22 @@ def to_markdown(rows):
 def main():
     parser = study_parser(__doc__, "recipes", "recipes.json")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
     parser.add_argument("--extra", default="", help="further flags of run_regression.py for all, as one text")
     args = parser.parse_args()
-    cells = [(name, seed) for seed in args.seeds for name in dict.fromkeys(["reference", *args.recipes])]
-    if args.finished:
-        cells = [
-            cell for cell in cells if all(is_done(folder, command) for command, folder in trainings_of(cell, args))
-        ]
-    if not cells:
+    asked = [] if args.finished else [(name, seed) for seed in args.seeds for name in {"reference", *args.recipes}]
+
+    def is_wanted(cell):
+        return cell in asked or all(is_done(folder, command) for command, folder in trainings_of(cell, args))
+
+    cells = [(name, seed) for seed in sorted({*SEEDS, *args.seeds}) for name in RECIPES]
+    rows = summarize(run_all(lambda cell, threads: run(cell, args, threads), filter(is_wanted, cells), args.jobs))
+    if not rows:
         raise SystemExit(f"There is no finished run in {args.folder}.")
-    rows = summarize(run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs))
-    write_report(args.output, {"rows": rows}, args.jobs)
-    args.output.with_suffix(".md").write_text(to_markdown(rows))
+    output = place_of(args.output, {"rows": rows}, number_of_runs, args.folder)
+    write_report(output, {"rows": rows}, args.jobs)
+    output.with_suffix(".md").write_text(to_markdown(rows))
     print(to_markdown(rows))
 
 

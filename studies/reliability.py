@@ -42,6 +42,7 @@ SMALL = ["--max_train_samples", "128", "--max_eval_samples", "64", "--max_predic
 SMALL += ["--num_train_epochs", "3", "--disable_tqdm", "true"]
 NOT_COMPARED = ("runtime", "per_second", "seconds", "train_loss", "memory", "preparation_time")
 MOST_SECONDS = 10  # for one generated input
+NOBODY = 65534  # a user without rights
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -69,7 +70,8 @@ def phase_of(folder):
     """Returns where a run stood when it was killed, by its files."""
     if not any(folder.glob("**/checkpoint-*/trainer_state.json")):
         return "before a checkpoint"
-    return "after the training" if (folder / "model.safetensors").exists() else "in the training"
+    trained = ("model.safetensors", "adapter_model.safetensors", "influence_scores.csv")
+    return "after the training" if any((folder / name).exists() for name in trained) else "in the training"
 
 
 def half_written(folder):
@@ -135,17 +137,19 @@ def kill_and_resume(folder, kills, seed):
             raise SystemExit(f"{script} fails uninterrupted: {errors[-1000:]}")
         seconds, expected = time.monotonic() - begun, metrics(whole)
         for number in range(kills // len(SCRIPTS)):
-            target, moment = folder / f"{script}-{number}", generator.uniform(0, 1) * seconds
-            process = start(script, target)
-            wait_for(process, target, "unfinished")  # imports and checks are over
-            try:
-                process.wait(timeout=moment)
-                row = {"killed": False}
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                row = {"killed": True}
-            process.communicate()
-            row = {"script": script, **row, "after_seconds": moment, "of": seconds, "phase": phase_of(target)}
+            target, moment = folder / f"{script}-{number}", None
+            while moment is None:
+                moment = generator.uniform(0, 1) * seconds
+                process = start(script, target)
+                wait_for(process, target, "unfinished")  # imports and checks are over
+                try:
+                    process.wait(timeout=moment)
+                    moment = None  # it was faster this time: no kill
+                    shutil.rmtree(target)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGKILL)
+                process.communicate()
+            row = {"script": script, "after_seconds": moment, "of": seconds, "phase": phase_of(target)}
             row["half_written"] = half_written(target)
             code, errors = run(script, target, "--resume_from_checkpoint", "true")
             if code == 2 and "Leave --resume_from_checkpoint out" in errors:  # nothing was saved yet
@@ -174,9 +178,30 @@ def full_disk(folder):
         rows.append({"script": script, "clear": clear, "resumed": code == 0, "last": errors[-300:]})
         rows[-1]["passed"] = clear and code == 0
     code, errors = run("run_regression.py", "/proc/self/run")
-    rows.append({"script": "run_regression.py", "folder": "not writable", "last": errors[-300:]})
+    rows.append({"script": "run_regression.py", "folder": "cannot be made", "last": errors[-300:]})
     rows[-1]["passed"] = code == 2 and "cannot be made" in errors and "Traceback" not in errors
-    return rows
+    return [*rows, read_only(folder)]
+
+
+def read_only(folder):
+    """Takes the right to write away while a run is saving, and gives it back; returns the row of that."""
+    target, options = folder / "read-only", {}
+    target.mkdir()
+    if os.geteuid() == 0:  # whom nothing is forbidden: the run is another user's
+        options = {"user": NOBODY, "env": ENVIRONMENT | {"HOME": str(target), "HF_HOME": str(target / "hf")}}
+        folder.chmod(0o755)
+        os.chown(target, NOBODY, NOBODY)
+    process = start("run_regression.py", target, **options)
+    wait_for(process, target, "checkpoint-*/trainer_state.json")
+    target.chmod(0o555)
+    if os.geteuid() == 0:
+        os.chown(target, 0, 0)
+    errors = process.communicate()[1]
+    target.chmod(0o755)
+    clear = process.returncode == 1 and "must not be written" in errors and "Traceback" not in errors
+    code, _ = run("run_regression.py", target, "--resume_from_checkpoint", "true")
+    row = {"script": "run_regression.py", "folder": "read-only while saving", "clear": clear, "resumed": code == 0}
+    return row | {"last": errors[-300:], "passed": clear and code == 0}
 
 
 ODD_SMILES = (
@@ -220,6 +245,10 @@ class Generator:
         return frame
 
 
+class NoAnswer(BaseException):
+    """The alarm of an input that takes too long, which no reader takes for an error of its own."""
+
+
 def fuzz(inputs, seed):
     """Feeds generated tables to training's readers and to the prediction, and generated SMILES to the checks.
 
@@ -234,7 +263,7 @@ def fuzz(inputs, seed):
     counts, failures = {"read": 0, "refused": 0}, []
 
     def too_long(*_):
-        raise TimeoutError(f"no answer within {MOST_SECONDS} seconds")
+        raise NoAnswer(f"within {MOST_SECONDS} seconds")
 
     signal.signal(signal.SIGALRM, too_long)
     with tempfile.TemporaryDirectory() as folder:
@@ -249,7 +278,7 @@ def fuzz(inputs, seed):
                 except InputError as error:
                     counts["refused"] += 1
                     problem = f"a message that says little: {error}" if len(str(error)) < 20 else None
-                except Exception as error:  # what no user should see
+                except (Exception, NoAnswer) as error:  # what no user should see
                     problem = f"{type(error).__name__}: {error}"[:200]
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -295,8 +324,12 @@ def predict_as_new(generator, path, frame):
     regression_args = RegressionArguments(predict_augment=generator.random.choice([0, 2]))
     training_args = TrainingArguments(output_dir=str(path.parent), disable_tqdm=True)
     output = path.with_name("predictions.csv")
-    report = predict_file([model], tokenizer, data_args, regression_args, training_args, output)
-    answers = pd.read_csv(output, dtype={"SMILES": str}, keep_default_na=False)
+
+    def predict():
+        report = predict_file([model], tokenizer, data_args, regression_args, training_args, output)
+        return report, pd.read_csv(output, dtype={"SMILES": str}, keep_default_na=False)
+
+    report, answers = predict()
     if len(answers) != report["predict_samples"]:
         return "number of the rows"
     if frame is not None and answers["SMILES"].tolist() != frame["SMILES"].tolist():
@@ -304,7 +337,15 @@ def predict_as_new(generator, path, frame):
     if not set(answers["status"]) <= {"ok", *STATUS.values()}:
         return "unknown status"
     answered = answers["prediction"].astype(str) != ""
-    return None if (answered == (answers["status"] == "ok")).all() else "a prediction without its status"
+    if not (answered == (answers["status"] == "ok")).all():
+        return "a prediction without its status"
+    if frame is not None and len(frame) and not regression_args.predict_augment:
+        frame[::-1].to_csv(path, index=False)
+        turned = predict()[1]["prediction"][::-1]  # each row's own prediction moves with it
+        pairs = zip(pd.to_numeric(turned), pd.to_numeric(answers["prediction"]), strict=True)
+        if not all(math.isclose(one, other, abs_tol=1e-4) or one != one and other != other for one, other in pairs):
+            return "order of the predictions"
+    return None
 
 
 def check_texts(generator, path, frame):
@@ -340,7 +381,7 @@ def hostile(folder):
         change(target)
         flags = ["--model_name_or_path", str(target), "--max_steps", "1"]
         code, errors = run("run_regression.py", folder / f"{name}-run", *flags)
-        row = {"checkpoint": name, "last": errors[-300:], "ran_code": trace.exists()}
+        row = {"checkpoint": name, "last": errors[-300:], "code": code, "ran_code": trace.exists()}
         row["passed"] = not trace.exists() and code == 2 and named in errors and "Traceback" not in errors
         rows.append(row)
 
@@ -385,7 +426,7 @@ def hostile(folder):
     offer("no-json", lambda target: (target / "config.json").write_text("{"), "cannot be loaded")
     # an auto_map is left aside, whatever it names: the run succeeds and no code of the checkpoint runs
     offer("auto-map", auto_map, "")
-    rows[-1]["passed"] = not rows[-1]["ran_code"] and "Traceback" not in rows[-1]["last"]
+    rows[-1]["passed"] = not rows[-1]["ran_code"] and rows[-1]["code"] == 0
     return rows
 
 

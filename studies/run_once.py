@@ -86,6 +86,10 @@ def run_once(folder, command, threads=None):
         note.write_text(text)
     elif is_finished(folder):
         return
+    for part in command:
+        start = Path(ROOT, part)
+        if is_finished(start) and not any(start.glob("**/*.safetensors")):
+            raise SystemExit(f"The results of {start} were restored without its weights. Remove it to train it again.")
     begun = last_complete_checkpoint(folder) is not None or run_pieces(folder)
     resume = begun and (folder / UNFINISHED).exists()
     mode = ["--resume_from_checkpoint", "true"] if resume else ["--overwrite_output_dir"]

@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 
 import pandas as pd
-from common import ROOT, interval, write_report
+from common import ROOT, interval, place_of, write_report
 from run_once import is_finished
 
 
@@ -206,11 +206,15 @@ def main():
         raise SystemExit(f"There is no finished cell in {args.folder}. Run ./reproduce_table1.sh first.")
     pairs = differences(rows)
     paper = {name: dict(zip(METRICS, values, strict=True)) for name, values in PAPER.items()}
-    write_report(args.output, {"paper": paper, "rows": rows, "paired_differences": pairs})
+    values = {"paper": paper, "rows": rows, "paired_differences": pairs}
+    output = place_of(
+        args.output, values, lambda report: sum(len(row["test_mse"]) for row in report["rows"]), args.folder
+    )
+    write_report(output, values)
     text = markdown(rows, pairs)
-    args.output.with_suffix(".md").write_text(text)
+    output.with_suffix(".md").write_text(text)
     print(text)
-    plot(rows, args.folder, args.output.with_suffix(".png"))
+    plot(rows, args.folder, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -98,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif key == "lfsFile":
                     files[value["path"]] = self.server.objects[value["oid"]]
+                elif key == "deletedFile":
+                    del files[value["path"]]
             url = f"{self.server.endpoint}/{match[1]}/commit/{COMMIT}"
             return self.answer(200, {"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})
         self.answer(404, {"error": f"{path} is not known here"})

@@ -407,6 +407,12 @@ def test_an_unknown_flag_is_named(capsys, args, named):
     assert named in refusal(capsys, *args)
 
 
+@pytest.mark.parametrize("args", [["--token", "hf_secret"], ["--push_to_hub_token=hf_secret"]])
+def test_the_value_of_an_unknown_flag_is_not_shown(capsys, args):
+    message = refusal(capsys, *args)
+    assert args[0].split("=")[0] in message and "hf_secret" not in message
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -759,6 +765,21 @@ def test_a_run_does_not_replace_the_checkpoint_that_it_starts_from(tmp_path):
     with pytest.raises(InputError, match="would replace"):
         begin_writing(training_args, None, str(source))
     assert source.exists()
+
+
+@pytest.mark.parametrize(("name", "kept"), [("test.csv", True), ("member-0/a.csv", True), ("mine.csv", False)])
+def test_a_run_does_not_replace_the_data_that_it_reads(tmp_path, name, kept):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("SMILES,label\n")
+    training_args, _ = arguments_for(tmp_path)
+    training_args.run_values = {"test_file": str(path), "split_file": str(tmp_path / "splits.json")}
+    if kept:
+        with pytest.raises(InputError, match="--test_file .* would be replaced"):
+            begin_writing(training_args, None)
+    else:
+        begin_writing(training_args, None)
+    assert path.exists()
 
 
 def test_evaluation_alone_removes_no_training_results(tmp_path):

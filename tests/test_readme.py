@@ -56,6 +56,27 @@ def test_the_readme_has_the_tables_of_the_results():
         assert text == (ROOT / "results" / f"{name}.md").read_text(), name
 
 
+def test_the_speeds_that_the_readme_tells_are_those_of_the_results():
+    """Each within a tenth; goals: 1.35 and 2.1 times the published way in training, 1.4 and 2.3 in evaluation."""
+    report = json.loads((ROOT / "results" / "bench.json").read_text())
+    ratios = {(row["case"], row["against"]): row for row in report["ratios"] if row["size"] == "xl"}
+    goals = {"training, fp32": (1.35, 1.5), "training, bf16": (2.1, 2.3),
+             "evaluation, fp32": (1.4, 1.6), "evaluation, bf16": (2.3, 2.6)}  # fmt: skip
+    for case, (goal, told) in goals.items():
+        found = ratios[case, f"{case.split(',')[0]}, the published way"]["ratio"]
+        assert found >= goal and found == pytest.approx(told, rel=0.1), case
+        assert ratios[case, f"{case}, BERT (SDPA)"]["ratio"] >= 1, case
+    shares = {row["case"]: row.get("share_of_bound") for row in report["rows"] if row["size"] == "xl"}
+    assert shares["training, fp32"] == pytest.approx(3 / 4, rel=0.1)
+    assert shares["evaluation, fp32"] == pytest.approx(5 / 6, rel=0.1)
+    assert all(found["pays_after_steps"] is None or found["pays_after_steps"] > 10_000
+               for found in report["compilation"].values())  # fmt: skip
+    for method, most in (("bitfit", 0.75), ("ln_tuning", 0.75)):
+        found = ratios[f"{method}, training, fp32", "full, training, fp32"]
+        assert found["memory"] < most and found["ratio"] > 4 / 3
+    assert ratios["lora, training, fp32", "full, training, fp32"]["memory"] > 1
+
+
 def test_pretraining_is_clearly_better_than_from_scratch():
     rows = json.loads((ROOT / "results" / "table1.json").read_text())["rows"]
     mse = {row["name"]: row["test_mse"] for row in rows if row["split"] == "random"}

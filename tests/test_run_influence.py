@@ -19,7 +19,7 @@ from conftest import ROOT
 from PIL import Image
 
 import run_influence
-from arguments import InputError, ModelArguments, parse_arguments
+from arguments import DataTrainingArguments, InputError, ModelArguments, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from run_influence import (
     PAPER_LOSSES,
@@ -521,14 +521,39 @@ def test_the_test_set_as_target_is_called_leakage(scoring, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         call_main(*scoring, "--score_split", "test", "--ihvp", "identity", "--output_dir", tmp_path / "out")
     assert "leak" in caplog.text
-    assert json.loads((tmp_path / "out" / "influence.json").read_text())["leakage"]
+    report = json.loads((tmp_path / "out" / "influence.json").read_text())
+    assert report["leakage"] and "predicted change" not in report["sign"]  # which takes the inverse curvature
 
 
 @pytest.mark.parametrize(("named", "printed"), [(["all"], "all"), (["TPSA", "MolLogP"], "TPSA MolLogP")])
 def test_the_command_for_elsewhere_names_the_descriptors(named, printed, tmp_path):
-    arguments = ModelArguments(head_descriptors=named), argparse.Namespace(smiles_form="canonical")
+    arguments = ModelArguments(head_descriptors=named), DataTrainingArguments(smiles_form="canonical")
     command = run_influence.merged_command(tmp_path, {"train": None}, *arguments, leakage=False)
-    assert f"--head_descriptors {printed} --train_file" in command
+    assert f"--head_descriptors {printed} --train_file" in command and "--protocol" not in command
+
+
+def test_the_command_for_elsewhere_repeats_protocol_and_length(tmp_path):
+    arguments = ModelArguments(), DataTrainingArguments(smiles_form="canonical", protocol="paper", max_length=300)
+    command = run_influence.merged_command(tmp_path, {"train": None}, *arguments, leakage=True)
+    assert "--protocol paper --max_length 300 --output_dir" in command
+
+
+def test_external_columns_are_those_of_the_training_file_where_they_are_there(tmp_path):
+    """logD is a name that is found by itself, pKa is the one that was asked for."""
+    path = tmp_path / "external.csv"
+    path.write_text("smiles,logD,pKa\nCCO,1,7\n")
+    molecules = pd.DataFrame({"group": [], "split": []})
+    influence_args = InfluenceArguments(external_file=str(path))
+
+    def label(**values):
+        data_args = DataTrainingArguments(smiles_form="canonical", **values)
+        external, _ = run_influence.load_external(build_tokenizer(), data_args, influence_args, molecules)
+        return external["label"].tolist()
+
+    assert label(label_column=["pKa"]) == [7.0] and label() == [1.0]
+    assert label(label_column=["y"]) == [1.0]  # which this file does not have
+    influence_args.external_label_column = "pKa"
+    assert label(label_column=["logD"]) == [7.0]
 
 
 @pytest.mark.parametrize(
@@ -544,6 +569,8 @@ def test_the_command_for_elsewhere_names_the_descriptors(named, printed, tmp_pat
         ({"controls": ["none", "luck"]}, "--controls luck is unknown. Choose from none, all"),
         ({"tolerance": math.nan}, "--tolerance is nan"),
         ({"tolerance": 1.0, "ihvp": "cg"}, "--tolerance is 1.0; give a number below 1"),
+        ({"pool_size": 10, "external_file": "a.csv"}, "--pool_size goes without --external_file"),
+        ({"external_label_column": "y"}, "--external_label_column goes with --external_file"),
         ({"threshold": 0.5}, "--threshold goes with --select threshold, not with --select top_k"),
         ({"num_selected": 5, "select": "fraction"}, "--num_selected goes with --select top_k"),
         ({"threshold": math.nan, "select": "threshold"}, "--threshold is nan"),

@@ -352,6 +352,20 @@ def test_scores_by_jvp_equal_scores_by_gradients_on_the_real_model(embedded):
     assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max()
 
 
+def test_no_more_molecules_than_a_chunk_are_computed_at_once(embedded, monkeypatch):
+    """So memory does not grow with their number: no function of parameters is made of more of them."""
+    _, _, molecules = embedded
+    problem = problem_of(embedded, "last_1", chunk_size=8)
+    sizes, residuals = [], problem.residuals
+    monkeypatch.setattr(problem, "residuals", lambda rows: sizes.append(len(rows)) or residuals(rows))
+    for count in (16, 48):
+        rows = molecules.iloc[:count]
+        gradient = problem.gradient(rows)
+        problem.curvature(rows, gradient)
+        problem.each(SCORES["jvp"], rows, gradient)
+    assert max(sizes) == 8 and sum(sizes) == 3 * (16 + 48)
+
+
 @pytest.mark.parametrize("curvature", PRODUCTS)
 def test_products_do_not_depend_on_chunks_and_are_symmetric(embedded, curvature):
     _, _, molecules = embedded

@@ -159,6 +159,16 @@ def test_what_repeats_in_a_corpus_is_not_held_out_from_itself(tiny_checkpoint, t
     assert {tuple(ids) for ids in again["input_ids"]} != kept
 
 
+def test_a_small_labeled_table_may_have_one_molecule_to_validate(tiny_checkpoint, small_table, tmp_path):
+    pd.read_csv(small_table, nrows=12).to_csv(tmp_path / "few.csv", index=False)
+    train, held_out, *_ = load(tmp_path / "few.csv", tiny_checkpoint, tmp_path)
+    assert len(held_out) == 1 and len(train) == 9
+    (tmp_path / "one.txt").write_text("CCCO\n")
+    (tmp_path / "c.txt").write_text("CCO\nCCN\n")
+    held_out = load(tmp_path / "c.txt", tiny_checkpoint, tmp_path, "--validation_file", tmp_path / "one.txt")[1]
+    assert len(held_out) == 1
+
+
 def test_a_corpus_of_one_molecule_is_refused(tiny_checkpoint, tmp_path):
     (tmp_path / "c.txt").write_text("CCO\nOCC\n")
     with pytest.raises(InputError, match="the same molecule"):

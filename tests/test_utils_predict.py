@@ -8,12 +8,14 @@ import contextlib
 import gzip
 import io
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.numpy import load_file
 
 import run_regression
@@ -160,6 +162,13 @@ def test_standard_input_takes_what_a_file_may_be(tmp_path, fine_tuned, monkeypat
     run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=flags))
     read = pd.read_csv(io.StringIO(capsys.readouterr().out), sep=",")
     assert read["status"].tolist() == statuses
+
+
+def test_standard_input_that_is_no_utf8_is_refused(fine_tuned):
+    flags = ["--do_predict", "--model_name_or_path", fine_tuned / "member-0", "--test_file", "-"]
+    command = [sys.executable, str(ROOT / "run_regression.py"), *map(str, flags)]
+    ran = subprocess.run(command, input=b"SMILES,name\nCC,caf\xe9\n", capture_output=True, check=False)
+    assert ran.returncode == 2 and b"Standard input cannot be read" in ran.stderr and b"Traceback" not in ran.stderr
 
 
 def test_standard_input_is_answered_on_standard_output(run_script, table, fine_tuned, tmp_path):

@@ -234,8 +234,9 @@ def test_a_network_that_is_gone_ends_in_one_line(online, training, tmp_path):
         ([], lambda patch: patch.setattr(constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE is set"),
         (["--hub_model_id", "a/b/c"], None, "no name of a repository"),
         (["--do_predict"], None, "Add it to the flags of the training"),
+        (["--hub_token", "hf_a\nb"], None, "--hub_token holds characters that no token has"),
     ],
-    ids=["no token", "offline", "name", "nothing trained"],
+    ids=["no token", "offline", "name", "nothing trained", "no token's characters"],
 )
 def test_a_push_that_cannot_succeed_is_refused_before_any_work(
     connected, training, tmp_path, flags, change, named, monkeypatch
@@ -329,6 +330,7 @@ def test_pretraining_and_influence_go_to_the_hub_and_come_back(connected, online
     files = hub.repositories["someone/influence"]
     assert {"model.safetensors", "influence.json", "influence_scores.png", "README.md"} <= set(files)
     assert "influence_scores.csv" not in files and "| selected | 5 |" in files["README.md"].decode()
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
     card = ModelCard(files["README.md"].decode())
     selected = json.loads(files["all_results.json"])["results"]["selected"]
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
@@ -341,6 +343,45 @@ def test_pretraining_and_influence_go_to_the_hub_and_come_back(connected, online
     assert run_card(card.text, online, tmp_path) == pytest.approx(expected, abs=1e-3)
     own = (tmp_path / "run" / "README.md").read_text()  # beside the model's folder
     assert "run/finetune-selected" in own and "(finetune-selected/loss_curves.png)" in own
+
+
+def test_a_second_push_leaves_nothing_of_the_first_model(connected, hub, training):
+    """Members of an earlier ensemble would be taken for the model; what others put there stays."""
+    flags = ["--push_to_hub", "--hub_model_id", "someone/again", "--overwrite_output_dir"]
+    connected(run_regression, *training, *flags, "--num_seeds", "2")
+    files = hub.repositories["someone/again"]
+    assert "member-1/model.safetensors" in files
+    files["onnx/model.onnx"] = b"theirs"
+    connected(run_regression, *training, *flags)
+    assert not [name for name in files if name.startswith("member-")]
+    assert {"model.safetensors", "config.json", "onnx/model.onnx"} <= set(files)
+
+
+def test_a_training_without_predictions_has_its_card(connected, hub, training, tmp_path):
+    flags = ["--do_train", "--do_eval", "--push_to_hub", "--hub_model_id", "someone/unread"]
+    connected(run_regression, *training, *flags)
+    card = ModelCard(hub.repositories["someone/unread"]["README.md"].decode())
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    evaluated = json.loads((tmp_path / "run" / "all_results.json").read_text())["eval_mse"]
+    assert results.keys() == {"MSE, validation", "RMSE, validation", "MAE, validation", "R², validation"}
+    assert results["MSE, validation"] == pytest.approx(evaluated, abs=1e-6)
+    assert "| this model | validation |" in card.text and "splits.json" in hub.repositories["someone/unread"]
+
+
+def test_the_numbers_of_several_labels_stand_under_their_names(connected, hub, training, tmp_path):
+    table = pd.read_csv(training[3])
+    table.assign(other=-table.iloc[:, -1]).to_csv(tmp_path / "two.csv", index=False)
+    training[3] = tmp_path / "two.csv"
+    labels = [table.columns[-1], "other"]
+    flags = ["--label_column", *labels, "--push_to_hub", "--hub_model_id", "someone/two"]
+    connected(run_regression, *training, *flags)
+    files = hub.repositories["someone/two"]
+    written = json.loads(files["all_results.json"])
+    found = {(result.task_name, result.metric_name): result.metric_value
+             for result in ModelCard(files["README.md"].decode()).data.eval_results}  # fmt: skip
+    for label in labels:
+        value = found[f"prediction of {label}", f"MSE, test, {label}"]
+        assert value == pytest.approx(written[f"test_mse_{label}"], abs=1e-6)
 
 
 def test_an_ensemble_goes_to_the_hub_and_comes_back(connected, online, hub, training, small_table, tmp_path):
