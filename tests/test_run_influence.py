@@ -152,6 +152,9 @@ FILES += ("all_results.json", "influence_scores.png", "influence_convergence.png
 def call_main(*flags):
     """Parses `flags` as the script does and calls its `main`."""
     flags = [str(flag) for flag in flags]
+    if "--external_file" in flags:  # which has no pool beside it
+        place = flags.index("--pool_size")
+        flags[place : place + 2] = []
     run_influence.main(*parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=flags))
 
 

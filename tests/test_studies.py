@@ -580,7 +580,9 @@ def test_tuning_ends_where_a_rate_diverges_and_keeps_what_was_tuned_before(monke
     report = tmp_path / "peft_tuning.json"
     tuned_before = {"learning_rate": 1.0, "validation_mse": 0.1, "seeds": [0], "tried": {"1.0": [0.1]}}
     report.write_text(json.dumps({"tuned": {"ia3": tuned_before, "lora": {}}, "runs": [{"method": "ia3"}]}))
-    args = argparse.Namespace(methods=["lora", "bitfit"], output=tmp_path / "peft_comparison.json", jobs=1)
+    args = argparse.Namespace(
+        methods=["lora", "bitfit"], output=tmp_path / "peft_comparison.json", jobs=1, folder=tmp_path
+    )
     args.finished = False
     peft_comparison.tune(args)
     values = json.loads(report.read_text())
@@ -599,7 +601,9 @@ def test_the_table_of_a_tuning_that_goes_on_has_what_is_finished(monkeypatch, tm
         return [peft_run(cell[0], 0, 0.0, learning_rate=cell[4], eval_mse=errors[cell[4]]) for cell in done]
 
     monkeypatch.setattr(peft_comparison, "run_cells", run_cells)
-    args = argparse.Namespace(methods=["lora", "vera"], output=tmp_path / "peft_comparison.json", jobs=1)
+    args = argparse.Namespace(
+        methods=["lora", "vera"], output=tmp_path / "peft_comparison.json", jobs=1, folder=tmp_path
+    )
     args.finished = True
     peft_comparison.tune(args)
     tuned = json.loads((tmp_path / "peft_tuning.json").read_text())["tuned"]

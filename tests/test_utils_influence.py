@@ -456,6 +456,7 @@ def test_an_interrupted_solution_goes_on_from_its_file(tiny, tmp_path, solver, m
     going_on.curvature = lambda rows, vector: products.append(len(rows)) or product(rows, vector)
     again, again_report = run(going_on, path)
     assert torch.equal(again, whole)
+    assert again_report.pop("earlier_seconds") > report.pop("earlier_seconds") == 0
     assert again_report == report
     assert 0 < products.count(steps[0]) < {"lissa": 20, "cg": 10}[solver]  # the first ones were not done again
     other = InfluenceArguments(recursion_depth=5, **options)
