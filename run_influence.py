@@ -13,6 +13,9 @@ and with the controls, all_results.json and plots.
 The mathematics, with its sources, is in utils_influence.py.
 """
 
+import contextlib
+import ctypes
+import gc
 import logging
 import math
 import shlex
@@ -517,6 +520,13 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     return table, report
 
 
+def release_memory():
+    """Gives what a training has freed back to the system, which C's allocator keeps otherwise; glibc only."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class Comparison:
     """Fine-tunes with external molecules added to the training part, each choice in a folder of its own.
 
@@ -543,6 +553,7 @@ class Comparison:
             logger.info("Fine-tuning with %d of the external molecules: %s", len(added), name)
             arguments = (self.model_args, self.data_args, self.training_args, self.tokenizer, parts, digest)
             self.results[name] = {"added": len(added), **fine_tune(folder, *arguments)}
+            release_memory()
         return folder
 
     def fine_tune_with_controls(self, table, controls, seed):

@@ -329,7 +329,7 @@ def test_lissa_on_molformer_is_near_the_exact_solution(embedded, pattern):
     problem, train, target = problem_of(embedded, pattern), molecules.iloc[:48], molecules.iloc[48:]
     gradient = problem.gradient(target)
     influence_args = InfluenceArguments(
-        relative_damping=0.03, recursion_depth=200, num_repeats=1, hessian_batch_size=16
+        relative_damping=0.03, recursion_depth=120, num_repeats=1, hessian_batch_size=16
     )
     solutions, report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)
     matrix = explicit_ggn(problem, train)
