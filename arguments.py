@@ -424,7 +424,8 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
         parser.set_defaults(**defaults)
         *arguments, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
         if unknown:  # without their values, which may be a token
-            flags = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
+            flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+            flags = flags or [word for word in unknown if not word.startswith("hf_")] or ["A word"]
             raise ValueError(f"{', '.join(flags)} is no argument of this script. --help lists those that there are.")
         arguments[-1].run_values = _values_to_repeat(vars(parser.parse_args(args)))
         return arguments

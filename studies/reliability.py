@@ -42,13 +42,23 @@ SMALL = ["--max_train_samples", "128", "--max_eval_samples", "64", "--max_predic
 SMALL += ["--num_train_epochs", "3", "--disable_tqdm", "true"]
 NOT_COMPARED = ("runtime", "per_second", "seconds", "train_loss", "memory", "preparation_time")
 MOST_SECONDS = 10  # for one generated input
-NOBODY = 65534  # a user without rights
+# of the superuser, to whom a folder's mode means nothing (util-linux)
+WITHOUT_POWER = ("setpriv", "--bounding-set", "-dac_override", "--inh-caps", "-dac_override")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start(script, folder, *flags, **options):
+def start(script, folder, *flags, launcher=(), **options):
     """Starts a script on a small part of the embedded data (`subprocess.Popen`)."""
-    command = [sys.executable, str(ROOT / script), *SMALL, *SCRIPTS[script], "--output_dir", str(folder), *flags]
+    command = [
+        *launcher,
+        sys.executable,
+        str(ROOT / script),
+        *SMALL,
+        *SCRIPTS[script],
+        "--output_dir",
+        str(folder),
+        *flags,
+    ]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT} | options
     return subprocess.Popen(command, **options)
 
@@ -185,19 +195,15 @@ def full_disk(folder):
 
 def read_only(folder):
     """Takes the right to write away while a run is saving, and gives it back; returns the row of that."""
-    target, options = folder / "read-only", {}
-    target.mkdir()
-    if os.geteuid() == 0:  # whom nothing is forbidden: the run is another user's
-        options = {"user": NOBODY, "env": ENVIRONMENT | {"HOME": str(target), "HF_HOME": str(target / "hf")}}
-        folder.chmod(0o755)
-        os.chown(target, NOBODY, NOBODY)
-    process = start("run_regression.py", target, **options)
+    target = folder / "read-only"
+    process = start("run_regression.py", target, launcher=WITHOUT_POWER if os.geteuid() == 0 else ())
     wait_for(process, target, "checkpoint-*/trainer_state.json")
-    target.chmod(0o555)
-    if os.geteuid() == 0:
-        os.chown(target, 0, 0)
+    folders = [target, *target.glob("checkpoint-*")]
+    for path in folders:
+        path.chmod(0o555)
     errors = process.communicate()[1]
-    target.chmod(0o755)
+    for path in folders:
+        path.chmod(0o755)
     clear = process.returncode == 1 and "must not be written" in errors and "Traceback" not in errors
     code, _ = run("run_regression.py", target, "--resume_from_checkpoint", "true")
     row = {"script": "run_regression.py", "folder": "read-only while saving", "clear": clear, "resumed": code == 0}
