@@ -306,6 +306,17 @@ def check_descriptors(config, source, named):
         )  # fmt: skip
 
 
+def check_labels(config, source, count):
+    """Refuses another number of labels than the trained head of the checkpoint `source` predicts."""
+    if config.label_mean is not None and config.num_labels != count:
+        names = config.label_names or ([config.label_column] if config.label_column else [])
+        raise InputError(
+            f"The regression head of {source} predicts {config.num_labels} label{'s' * (config.num_labels > 1)}"
+            f"{': ' * bool(names)}{', '.join(names)}. This run has {count}. Name as many with --label_column, or "
+            "start from a checkpoint without a regression head."
+        )
+
+
 def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
     """Returns the model of the checkpoint, or one with random weights if only a configuration was named.
 
@@ -325,7 +336,9 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
     try:
         if model_class is MolformerForRegression and source is not None:
             named = values.get("head_descriptors", load_config(model_args).head_descriptors) or []
-            check_descriptors(load_config(replace(model_args, config_name=None)), source, named)
+            own = load_config(replace(model_args, config_name=None))
+            check_descriptors(own, source, named)
+            check_labels(own, source, values.get("num_labels", own.num_labels))
         if source is None:
             config = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
             logger.warning(

@@ -734,6 +734,9 @@ def test_an_evaluation_finds_several_labels_by_their_names(tiny_checkpoint, tmp_
         assert second[name] == pytest.approx(first[name], rel=1e-6), name
     with pytest.raises(InputError, match="predicts label, other"):
         call_main(*again, "--label_column", "other", "--output_dir", tmp_path / "one")
+    one = ["--model_name_or_path", tmp_path / "out", *flags, "--label_column", "other"]
+    with pytest.raises(InputError, match=r"predicts 2 labels: label, other\. This run has 1\."):
+        call_main(*one, "--output_dir", tmp_path / "one")
 
 
 def test_molecules_without_any_label_are_left_out(tiny_checkpoint, tmp_path, caplog):
