@@ -71,7 +71,7 @@ METHODS = {
         "factors for keys, values and the inner state of the feed-forward layer",
     ),
     "ln_tuning": Method(9e-3, None, r".*LayerNorm", "weight and bias of every LayerNorm"),
-    "lora": Method(2e-3, 4, ALL_LINEAR, "low-rank updates of every linear layer", alpha=2, dropout=True),
+    "lora": Method(1.2e-3, 4, ALL_LINEAR, "low-rank updates of every linear layer", alpha=2, dropout=True),
     "rslora": Method(3e-3, 4, ALL_LINEAR, "LoRA scaled by 1 / sqrt(rank)", alpha=2, dropout=True),
     "dora": Method(2e-3, 4, ALL_LINEAR, "LoRA of directions, with a magnitude for each output", alpha=2, dropout=True),
     "pissa": Method(3e-3, 4, ALL_LINEAR, "LoRA that starts from the largest singular vectors", alpha=1, dropout=True),
