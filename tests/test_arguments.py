@@ -127,13 +127,29 @@ def test_training_is_in_bfloat16_where_it_is_fast_and_nobody_says_otherwise(
     assert os.environ.get("ACCELERATE_MIXED_PRECISION") == launched  # the next arguments of this process are free
 
 
-def test_the_processor_says_whether_it_has_bfloat16():
-    """Reference: the flags that the Linux kernel lists."""
+@pytest.mark.parametrize(
+    ("name", "flags", "expected"),
+    [
+        ("AMD EPYC", ["avx512_bf16"], True),
+        ("Intel Xeon", ["avx512_bf16"], False),  # slower than float32 there
+        ("Intel Xeon", ["avx512_bf16", "amx_bf16"], True),
+        ("AMD EPYC", [], False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_gain_by_it(monkeypatch, name, flags, expected):
+    capabilities = {"cpu_name": name} | dict.fromkeys(flags, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert arguments.has_bfloat16(use_cpu=True) is expected
+
+
+def test_the_processor_says_what_it_is():
+    """Reference: vendor and flags that the Linux kernel lists."""
     listed = Path("/proc/cpuinfo")
-    if not listed.exists():
-        pytest.skip("not on Linux")
+    if not listed.exists() or "vendor_id" not in listed.read_text():
+        pytest.skip("not Linux on x86")
     words = set(listed.read_text().split())
-    assert arguments.has_bfloat16(use_cpu=True) == bool(words & {"avx512_bf16", "amx_bf16"})
+    by_vector = "avx512_bf16" in words and "GenuineIntel" not in words
+    assert arguments.has_bfloat16(use_cpu=True) == (by_vector or "amx_bf16" in words)
 
 
 def test_the_dataclasses_work_without_a_parser():
