@@ -22,11 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pandas as pd
 from common import ROOT, write_report
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
 
 
 sys.path.insert(0, str(ROOT))
@@ -218,79 +222,118 @@ ODD_SMILES = (
 LABELS = ("1.5", "-2", "", "x", "inf", "1e3", "0")
 
 
-class Generator:
-    """Makes SMILES and tables, many of them broken, as a function of a seed."""
+@cache
+def known_smiles():
+    return pd.read_csv(ROOT / "data" / "lipophilicity.csv")["SMILES"].tolist()
 
-    def __init__(self, seed):
-        self.random = random.Random(seed)
-        self.good = pd.read_csv(ROOT / "data" / "lipophilicity.csv")["SMILES"].tolist()
 
-    def smiles(self):
-        """Returns a molecule of the data or an odd text, sometimes with another character somewhere."""
-        text = self.random.choice(self.good if self.random.random() < 0.6 else ODD_SMILES)
-        if self.random.random() < 0.3 and text:
-            place = self.random.randrange(len(text))
-            other = chr(self.random.choice([*range(32, 127), 0, 233, 0x4E2D, 0x1F600]))
-            text = text[:place] + other + text[place + 1 :]
-        return text
+def smiles_texts():
+    """Returns the strategy of molecules of the data and odd texts, some with another character somewhere."""
+    texts = st.one_of(st.sampled_from(known_smiles()), st.sampled_from(ODD_SMILES))
 
-    def write_table(self, path):
-        """Writes a table of a few rows, and returns it; `None` if its bytes were changed, taken out or cut."""
-        labels = LABELS[: self.random.choice([2, 7])]
-        rows = [(self.smiles(), self.random.choice(labels)) for _ in range(self.random.randrange(6))]
-        frame = pd.DataFrame(rows, columns=["SMILES", "label"])
-        content = frame.to_csv(index=False, sep=self.random.choice([",", "\t", ";"])).encode()
-        for _ in range(self.random.choice([0, 0, 0, 1, 3])):
-            if content:
-                place = self.random.randrange(len(content))
-                rest = content[place + 1 :]
-                other = bytes([self.random.randrange(256)])
-                content = content[:place] + self.random.choice([b"", other + rest, rest])
-                frame = None
-        path.write_bytes(content)
-        return frame
+    def replace(text, place, other):
+        place %= len(text) + 1
+        return text[:place] + other + text[place + 1 :]
+
+    return st.one_of(texts, texts, st.builds(replace, texts, PLACES, st.characters(codec="utf-8")))
+
+
+PLACES = st.integers(0, 2000)
+DAMAGES = st.tuples(PLACES, st.sampled_from(["cut", "taken out", "changed"]), st.binary(min_size=1, max_size=1))
+
+
+@dataclass
+class Input:
+    """A table of a few rows as a file has it, and what else a trial is to take.
+
+    Args:
+        frame (`pd.DataFrame`, *optional*): what the table was made of; `None` if its bytes were then damaged.
+    """
+
+    content: bytes
+    frame: pd.DataFrame | None
+    texts: list[str]
+    smiles_form: str
+    predict_augment: int
+
+
+@st.composite
+def inputs_of_all_kinds(draw):
+    labels = draw(st.sampled_from([LABELS[:2], LABELS]))
+    rows = draw(st.lists(st.tuples(smiles_texts(), st.sampled_from(labels)), max_size=5))
+    frame = pd.DataFrame(rows, columns=["SMILES", "label"])
+    content = frame.to_csv(index=False, sep=draw(st.sampled_from([",", "\t", ";"]))).encode()
+    for place, damage, other in draw(st.one_of(st.just([]), st.lists(DAMAGES, min_size=1, max_size=3))):
+        place %= len(content) + 1
+        rest = {"cut": b"", "taken out": content[place + 1 :], "changed": other + content[place + 1 :]}[damage]
+        content, frame = content[:place] + rest, None
+    texts = draw(st.lists(smiles_texts(), min_size=3, max_size=3))
+    form, augment = draw(st.sampled_from(["canonical", "isomeric", "raw"])), draw(st.sampled_from([0, 2]))
+    return Input(content, frame, texts, form, augment)
 
 
 class NoAnswer(BaseException):
     """The alarm of an input that takes too long, which no reader takes for an error of its own."""
 
 
-def fuzz(inputs, seed):
+def fuzz(inputs, seed, trials=None):
     """Feeds generated tables to training's readers and to the prediction, and generated SMILES to the checks.
 
     What is wrong must end in an `InputError`; what is read must have as many rows as were written, in their order.
+    Hypothesis generates the inputs, and looks for the smallest one of those that fail.
 
+    Args:
+        inputs (`int`): how many each trial gets.
+        trials (`list[Callable]`, *optional*): of an `Input` and the file that holds its table; by default all three.
     Returns:
-        counts, and what failed.
+        one row for each trial: counts, and what failed.
     """
     from arguments import InputError
 
-    generator, trials = Generator(seed), (read_as_training, predict_as_new, check_texts)
-    counts, failures = {"read": 0, "refused": 0}, []
+    trials = trials or [read_as_training, predict_as_new, check_texts]
 
     def too_long(*_):
         raise NoAnswer(f"within {MOST_SECONDS} seconds")
 
+    def answer(trial, given_input, path):
+        """Returns what a trial said: `read`, `refused`, or what is wrong."""
+        path.write_bytes(given_input.content)
+        signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+        try:
+            return trial(given_input, path) or "read"
+        except InputError as error:
+            return "refused" if len(str(error)) >= 20 else f"a message that says little: {error}"
+        except (Exception, NoAnswer) as error:  # what no user should see
+            return f"{type(error).__name__}: {error}"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def feed(trial, path):
+        counts, failure = {"read": 0, "refused": 0}, None
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(max_examples=inputs, deadline=None, database=None, suppress_health_check=HealthCheck)
+        @hypothesis.given(inputs_of_all_kinds())
+        def attempt(given_input):
+            nonlocal failure
+            found = answer(trial, given_input, path)
+            if found in counts:
+                counts[found] += 1
+            else:
+                failure = {"input": repr(given_input)[:1000], "what": found[:300]}  # the last one is the smallest
+                raise AssertionError(found)
+
+        try:
+            attempt()
+        except AssertionError:
+            pass
+        return {"trial": trial.__name__, "inputs": sum(counts.values()), **counts, "failure": failure,
+                "passed": failure is None}  # fmt: skip
+
     signal.signal(signal.SIGALRM, too_long)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.csv"
-        for _ in range(inputs):
-            for trial in trials:
-                frame, problem = generator.write_table(path), None
-                signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
-                try:
-                    problem = trial(generator, path, frame)
-                    counts["read"] += 1
-                except InputError as error:
-                    counts["refused"] += 1
-                    problem = f"a message that says little: {error}" if len(str(error)) < 20 else None
-                except (Exception, NoAnswer) as error:  # what no user should see
-                    problem = f"{type(error).__name__}: {error}"[:200]
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                if problem is not None:
-                    failures.append({"trial": trial.__name__, "input": repr(path.read_bytes()[:200]), "what": problem})
-    return {"inputs": inputs * len(trials), **counts, "failures": failures[:20], "passed": not failures}
+        return [feed(trial, path) for trial in trials]
 
 
 @cache
@@ -304,12 +347,12 @@ def tools():
     return build_tokenizer(), model
 
 
-def read_as_training(generator, path, frame):
+def read_as_training(given_input, path):
     """Reads and checks a table as the training does; returns what is wrong with the answer, or `None`."""
     from arguments import DataTrainingArguments
     from utils_molecules import prepare_molecules, read_table
 
-    table = read_table(path)
+    table, frame = read_table(path), given_input.frame
     if frame is not None and table["smiles"].tolist() != [text.strip() for text in frame["SMILES"]]:
         return "rows changed"
     data_args = DataTrainingArguments(invalid_smiles="drop")
@@ -319,15 +362,15 @@ def read_as_training(generator, path, frame):
     return None if in_order else "order of the rows"
 
 
-def predict_as_new(generator, path, frame):
+def predict_as_new(given_input, path):
     """Predicts a table as new molecules; returns what is wrong with the answer, or `None`."""
     from arguments import DataTrainingArguments, TrainingArguments
     from run_regression import RegressionArguments
     from utils_predict import STATUS, predict_file
 
-    tokenizer, model = tools()
-    data_args = DataTrainingArguments(test_file=str(path), smiles_form=generator.random.choice(["canonical", "raw"]))
-    regression_args = RegressionArguments(predict_augment=generator.random.choice([0, 2]))
+    (tokenizer, model), frame = tools(), given_input.frame
+    data_args = DataTrainingArguments(test_file=str(path), smiles_form=given_input.smiles_form)
+    regression_args = RegressionArguments(predict_augment=given_input.predict_augment)
     training_args = TrainingArguments(output_dir=str(path.parent), disable_tqdm=True)
     output = path.with_name("predictions.csv")
 
@@ -354,13 +397,12 @@ def predict_as_new(generator, path, frame):
     return None
 
 
-def check_texts(generator, path, frame):
+def check_texts(given_input, path):
     """Checks three SMILES; returns what is wrong with the answer, or `None`."""
     from utils_molecules import check_smiles
 
-    texts, form = [generator.smiles() for _ in range(3)], generator.random.choice(["canonical", "isomeric", "raw"])
-    found = check_smiles(texts, tools()[0], form, 256)
-    return None if all(len(column) == 3 for column in found) else f"number of answers to {texts}"
+    found = check_smiles(given_input.texts, tools()[0], given_input.smiles_form, 256)
+    return None if all(len(column) == 3 for column in found) else f"number of answers to {given_input.texts}"
 
 
 class RunsCode:
@@ -462,7 +504,7 @@ def main():
         works = {
             "kills": lambda: kill_and_resume(folder, args.kills, args.seed),
             "full_disk": lambda: full_disk(folder),
-            "fuzz": lambda: [fuzz(args.inputs, args.seed)],
+            "fuzz": lambda: fuzz(args.inputs, args.seed),
             "hostile": lambda: hostile(folder),
             "second_run": lambda: second_run(folder),
         }

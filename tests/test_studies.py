@@ -6,18 +6,22 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 import run_influence
+import utils_molecules
 from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import LEARNING_RATES
 from utils_checkpoints import build_tokenizer
+from utils_molecules import write_json
 
 
 sys.path.insert(0, str(ROOT / "studies"))
@@ -31,6 +35,7 @@ import peers  # noqa: E402
 import peft_comparison  # noqa: E402
 import pretraining_trials  # noqa: E402
 import recipes  # noqa: E402
+import reliability  # noqa: E402
 import run_once  # noqa: E402
 import ship_checkpoint  # noqa: E402
 import table1  # noqa: E402
@@ -723,3 +728,41 @@ def test_what_several_runs_logged_is_told_by_the_molecules_seen(tmp_path):
     assert seen == 60 * 8 + 50 * 4
     assert [(entry["run"], entry["molecules"]) for entry in entries] == [(1, 400), (2, 580), (2, 680)]
     assert "eval_runtime" not in entries[-1]
+
+
+# --------------------------------------------------------------------------------------------------------- reliability
+
+
+def test_generated_inputs_are_read_or_refused_with_a_reason():
+    rows = reliability.fuzz(inputs=40, seed=0)
+    assert [row["trial"] for row in rows] == ["read_as_training", "predict_as_new", "check_texts"]
+    assert all(row["passed"] and row["inputs"] == 40 for row in rows)
+    assert all(row["read"] > 5 and row["refused"] > 5 for row in rows[:2])  # both kinds of input are there
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        pytest.param(lambda table: table.assign(smiles=table["smiles"].to_numpy()[::-1]), "rows changed", id="turned"),
+        pytest.param(lambda table: table["no such column"], "KeyError", id="traceback"),
+        pytest.param(lambda table: time.sleep(5), "NoAnswer", id="hang", marks=pytest.mark.slow),
+    ],
+)
+def test_generated_inputs_find_a_reader_that_is_wrong(monkeypatch, wrong, named):
+    right = utils_molecules.read_table
+    monkeypatch.setattr(utils_molecules, "read_table", lambda path: wrong(right(path)))
+    monkeypatch.setattr(reliability, "MOST_SECONDS", 0.5)
+    [reader] = reliability.fuzz(40, 0, [reliability.read_as_training])
+    assert not reader["passed"] and named in reader["failure"]["what"] and reader["failure"]["input"]
+
+
+def test_half_written_files_are_found(tmp_path):
+    write_json({"a": 1}, tmp_path / "whole.json")
+    (tmp_path / "half.json").write_text('{"a": ')
+    save_file({"a": torch.zeros(100)}, tmp_path / "half.safetensors")
+    (tmp_path / "half.safetensors").write_bytes((tmp_path / "half.safetensors").read_bytes()[:150])
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "half.json").write_text("{")  # of a checkpoint that nothing takes for a whole one
+    assert [line.split(":")[0] for line in sorted(reliability.half_written(tmp_path))] == [
+        "half.json", "half.safetensors"
+    ]  # fmt: skip
