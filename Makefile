@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# whole files side by side, one a core: what a file's tests share is made once
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: run test test-slow coverage lint style table1 recipes paper influence-study peft bench reliability clean
 
@@ -10,13 +12,13 @@ run: $(READY)
 	$(BIN)/python run_regression.py --overwrite_output_dir
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 coverage: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term-missing
+	$(PYTEST) --cov --cov-report=term-missing
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -220,9 +220,16 @@ class DataTrainingArguments:
     split_file: str | None = field(
         default=None, metadata={"help": "JSON with lists of row numbers: train, validation, test."}
     )
-    test_fraction: float = field(default=0.2, metadata={"help": "Share of all molecules held out as test set."})
+    test_fraction: float = field(
+        default=0.2,
+        metadata={"help": "Share of all molecules held out as test set; 0 for a model that learns from all of them."},
+    )
     validation_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the training side held out to choose the best epoch."}
+        default=0.1,
+        metadata={
+            "help": "Share of the training side held out to choose the best epoch. With 0 all of it is learned, and "
+            "the model of the last epoch is kept."
+        },
     )
     split_seed: int | None = field(default=None, metadata={"help": "Seed of the split. Default: --seed."})
     augment_smiles: int = field(
@@ -252,8 +259,10 @@ class DataTrainingArguments:
     def __post_init__(self):
         for name in ("test_fraction", "validation_fraction"):
             value = getattr(self, name)
-            if not 0 < value < 1:
-                raise ValueError(f"--{name} is {value}; give a number between 0 and 1.")
+            if not 0 <= value < 1:
+                raise ValueError(f"--{name} is {value}; give a number from 0 up to, not including, 1.")
+        if self.protocol == "paper" and not self.test_fraction:
+            raise ValueError("--protocol paper chooses the epoch by the test set, and --test_fraction 0 leaves none.")
         for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -286,8 +295,8 @@ class DataTrainingArguments:
 def has_bfloat16(use_cpu):
     """Returns whether the processor, or else the GPU, multiplies bfloat16 faster than float32.
 
-    Intel's processors do by AMX alone: by AVX-512 BF16 one of them had 84 GFLOP/s a core where float32 had 150 (matrices
-    of the embedded checkpoint), and trained at 0.6 of float32's speed. AMD's gain by AVX-512 BF16.
+    Intel's processors do by AMX alone: by AVX-512 BF16 one of them had 84 GFLOP/s a core where float32 had 150
+    (matrices of the embedded checkpoint), and trained at 0.6 of float32's speed. AMD's gain by AVX-512 BF16.
     """
     if use_cpu:
         capabilities = torch.cpu.get_capabilities()

@@ -103,6 +103,11 @@ def main(model_args, data_args, mlm_args, training_args):
     from utils_report import finish_run, plot_losses
 
     # Data, tokenizer and model
+    if not data_args.validation_fraction and data_args.validation_file is None:
+        raise InputError(
+            "What was learned is measured on molecules that are held out. Leave --validation_fraction 0 out, or give "
+            "a --validation_file."
+        )
     if model_args.head_descriptors is not None:
         raise InputError("--head_descriptors is for a regression head, which run_regression.py trains. Leave it out.")
     tokenizer = load_tokenizer(model_args)

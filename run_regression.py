@@ -192,7 +192,7 @@ def main(model_args, data_args, regression_args, training_args):
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
     molecules = order_labels(molecules, config, training_args)
     parts = select_parts(molecules, data_args)
-    held_out, names = held_out_name(parts), label_names(molecules)
+    held_out, names = held_out_name(parts, data_args), label_names(molecules)
 
     predictions = {name: [] for name in parts}
     for number, (member_model_args, member_args, start) in enumerate(plan):
@@ -216,7 +216,9 @@ def main(model_args, data_args, regression_args, training_args):
         # Predict
         if training_args.do_predict or len(plan) > 1 or regression_args.predict_augment:
             metrics = {}
-            for name, part in parts.items() if training_args.do_predict else [(held_out, parts[held_out])]:
+            for name, part in parts.items():
+                if not training_args.do_predict and name != held_out:
+                    continue
                 predicted = trainer.predict_molecules(
                     part, regression_args.predict_augment, data_args.max_length, training_args.seed
                 )
@@ -233,9 +235,11 @@ def main(model_args, data_args, regression_args, training_args):
         output_dir = Path(training_args.output_dir)
         metrics = {}
         if len(plan) > 1:
-            mean = np.mean(predictions[held_out], axis=(0, 2))
-            values = label_metrics(mean, labels_of(parts[held_out]), names)
-            metrics = {f"eval_{key}": value for key, value in values.items()} | {"members": len(plan)}
+            metrics = {"members": len(plan)}
+            if held_out is not None:
+                mean = np.mean(predictions[held_out], axis=(0, 2))
+                values = label_metrics(mean, labels_of(parts[held_out]), names)
+                metrics |= {f"eval_{key}": value for key, value in values.items()}
         if training_args.do_predict:
             test_metrics, table = write_reports(output_dir, parts, predictions, digest, data_args)
             metrics |= test_metrics

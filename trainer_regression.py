@@ -31,6 +31,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy
 
 from arguments import (
     TRAINING_SETTINGS,
@@ -62,7 +63,7 @@ from utils_molecules import (
     write_json,
     write_text,
 )
-from utils_report import draw_worst_molecules, metrics_table, plot_losses, plot_parity, plot_residuals
+from utils_report import NO_TEST, draw_worst_molecules, metrics_table, plot_losses, plot_parity, plot_residuals
 
 
 LEARNING_RATES = {"default": 6e-4, "paper": 1e-4}  # the default was found on validation, see the README
@@ -437,7 +438,7 @@ def order_labels(molecules, config, training_args):
 def select_parts(molecules, data_args):
     """Returns the molecules of each split, by name, cut to `--max_train_samples` and its like.
 
-    With `--protocol paper` there is no validation part.
+    With `--protocol paper` and `--validation_fraction 0` there is no validation part.
     """
     limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_predict_samples)
     parts = {
@@ -496,12 +497,15 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     """Returns a `RegressionTrainer` of the model that the arguments name, when model and labels are checked.
 
     Args:
-        parts (`dict[str, pandas.DataFrame]`): molecules of each split; the trainer evaluates on validation, or on the
-            test set where there is no validation part.
+        parts (`dict[str, pandas.DataFrame]`): molecules of each split; the trainer evaluates on that of
+            `held_out_name`. Where there is none, it evaluates nothing and keeps the last epoch.
         adapt (`Callable`, *optional*): returns the model that is trained in place of the one that was loaded.
     Raises:
-        InputError: as `load_model` and `prepare_head` do.
+        InputError: as `load_model` and `prepare_head` do; if there is nothing to evaluate, and the run does no more.
     """
+    held_out = parts.get(held_out_name(parts, data_args))
+    if held_out is None and not (training_args.do_train or training_args.do_predict):
+        raise InputError("--do_eval evaluates validation molecules, and --validation_fraction 0 leaves none.")
     set_learning_rate(training_args, data_args)
     set_seed(training_args.seed)
     num_labels = len(label_columns(parts["train"]))
@@ -510,8 +514,10 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     )
     prepare_head(model, parts["train"], digest, data_args, training_args)
     names = model.config.head_descriptors
-    # by length: batches of like length, and no metric depends on the order
-    held_out = parts[held_out_name(parts)].sort_values("length", ascending=False, kind="stable")
+    if held_out is None:
+        training_args.eval_strategy, training_args.load_best_model_at_end = IntervalStrategy.NO, False
+    else:  # by length: batches of like length, and no metric depends on the order
+        held_out = to_dataset(held_out.sort_values("length", ascending=False, kind="stable"), names)
     if adapt is not None:
         source = model_args.model_name_or_path
         if source is not None and Path(source).exists():  # PEFT asks the Hub for what it takes for no folder
@@ -521,7 +527,7 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
         model=model,
         args=training_args,
         train_dataset=training_set(parts["train"], tokenizer, data_args, training_args, names),
-        eval_dataset=to_dataset(held_out, names),
+        eval_dataset=held_out,
         processing_class=tokenizer,
     )
 
@@ -551,9 +557,11 @@ def training_set(molecules, tokenizer, data_args, training_args, descriptors=Non
     return augment(dataset, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length)
 
 
-def held_out_name(parts):
-    """Returns which part chooses the epoch: validation, or the test set with `--protocol paper`."""
-    return "validation" if "validation" in parts else "test"
+def held_out_name(parts, data_args):
+    """Returns which part chooses the epoch: validation, or the test set with `--protocol paper`; `None` for none."""
+    if "validation" in parts:
+        return "validation"
+    return "test" if data_args.protocol == "paper" else None
 
 
 def train_regression(trainer, parts, checkpoint=None):
@@ -569,15 +577,17 @@ def train_regression(trainer, parts, checkpoint=None):
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
-    if trainer.is_world_process_zero() and any("eval_loss" in entry for entry in trainer.state.log_history):
+    if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
         path = Path(trainer.args.output_dir) / "loss_curves.png"
-        loss_name = "mean squared error of standardized labels"
-        plot_losses(trainer.state.log_history, path, held_out_name(parts), loss_name)
+        held_out = "validation" if "validation" in parts else "test"
+        plot_losses(trainer.state.log_history, path, held_out, "mean squared error of standardized labels")
     return metrics
 
 
 def evaluate_regression(trainer):
-    """Evaluates on the held-out part, and writes its metrics into the output folder."""
+    """Evaluates on the held-out part, if there is one, and writes its metrics into the output folder."""
+    if trainer.eval_dataset is None:
+        return
     metrics = trainer.evaluate()
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
@@ -715,7 +725,7 @@ def write_reports(output_dir, parts, members, digest, data_args):
     table = table.sort_values("row", kind="stable") if data_args.test_file is None else table
     write_csv(table, output_dir / "predictions.csv")
     write_splits(output_dir, parts, digest, data_args)
-    text = metrics_table(lines)
+    text = metrics_table(lines) + ("" if "test" in parts else f"\n{NO_TEST}")
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."
     return metrics, text

@@ -406,7 +406,7 @@ def assign_splits(molecules, data_args, seed):
 
     Random: groups of stereo twins in random order. Scaffold: groups of one Bemis-Murcko scaffold. File: row numbers in
     `--split_file`, or the `split` column that separate files gave. With `--protocol paper` rows are split at random
-    without regard to twins, and there is no validation part.
+    without regard to twins, and there is no validation part. A fraction of 0 gives no such part.
 
     Raises:
         InputError: if a split would be empty, or if a given split is no partition of rows of the file.
@@ -421,10 +421,12 @@ def assign_splits(molecules, data_args, seed):
     else:
         split = np.full(len(molecules), "train", dtype=object)
         split[split_groups(groups, round(len(molecules) * data_args.test_fraction), seed)] = "test"
-    if not paper and not (split == "validation").any():
+    held_out = data_args.validation_fraction > 0 and not paper
+    if held_out and not (split == "validation").any():
         rest = np.flatnonzero(split == "train")
         split[rest[split_groups(groups[rest], round(len(rest) * data_args.validation_fraction), seed)]] = "validation"
-    counts = {name: int((split == name).sum()) for name in SPLITS if name != "validation" or not paper}
+    wanted = {"train": True, "validation": held_out, "test": data_args.test_fraction > 0}
+    counts = {name: int((split == name).sum()) for name in SPLITS if wanted[name]}
     if min(counts.values()) == 0:
         raise InputError(
             f"{len(molecules)} molecules cannot be split: {counts}. Give more molecules, or change --test_fraction "
@@ -435,8 +437,8 @@ def assign_splits(molecules, data_args, seed):
 
 def _given_split(molecules, data_args):
     if data_args.split_file is None:
-        if data_args.test_file is None:
-            raise InputError("--validation_file alone gives no test set. Pass --test_file too.")
+        if data_args.test_file is None and data_args.test_fraction:
+            raise InputError("--validation_file alone gives no test set. Pass --test_file too, or --test_fraction 0.")
         return molecules["split"].to_numpy(dtype=object)
     try:
         given = json.loads(Path(data_args.split_file).read_text(encoding="utf-8"))

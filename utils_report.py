@@ -454,6 +454,10 @@ def protocol_section(run):
         text = ", ".join(f"{count} {name}" for name, count in sizes.items())
         hashed = f"hash `{run.split.get('hash')}` (`splits.json` has the rows)"
         lines.append(f"- Split: {run.split.get('split')}, {text}; {hashed}")
+        if "validation" not in sizes and run.values.get("protocol") != "paper":
+            lines.append("- No molecules were held out to choose the epoch: the model is that of the last one.")
+        if "test" not in sizes:
+            lines.append(f"- {NO_TEST}")
     flags = as_flags({name: value for name, value in without_folders(run.values).items() if name != "output_dir"})
     lines.append(f"- Command: `python run_{run.kind}.py {ARGUMENTS_FILE}`, which stands for: `{shlex.join(flags)}`")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "rdkit": rdBase.rdkitVersion}
@@ -502,6 +506,7 @@ DESCRIPTOR_ANSWER = """
 functions, molecule = dict(Descriptors.descList), MolFromSmiles("CCO")
 descriptors = torch.tensor([[functions[name](molecule) for name in model.config.head_descriptors]])
 print(model(**tokenizer("CCO", return_tensors="pt"), descriptors=descriptors).logits)  # in the unit of the label"""
+NO_TEST = "No molecules were held out as a test set: this run does not tell how well the model predicts others."
 LIMITS = """## Intended use and limits
 
 For ranking and prioritizing molecules like those it was trained on, by people who can judge the answer. The error of a

@@ -55,7 +55,8 @@ ARGUMENTS = (ModelArguments, DataTrainingArguments, PeerArguments, TrainingArgum
 def descriptor_boosting(molecules, seed):
     """Returns predictions of gradient boosting on Morgan counts and RDKit descriptors, shape (N,).
 
-    The number of trees is the one of the lowest squared error on the validation part, at most 1,000.
+    The number of trees is the one of the lowest squared error on the validation part, at most 1,000; then as many are
+    fitted to the training and validation parts together.
     """
     from rdkit import Chem
     from rdkit.Chem import Descriptors
@@ -69,12 +70,14 @@ def descriptor_boosting(molecules, seed):
     features = np.hstack((morgan_counts(molecules["group"]), descriptors))
     labels, split = molecules["label"].to_numpy(), molecules["split"].to_numpy()
     train, validation = split == "train", split == "validation"
-    model = HistGradientBoostingRegressor(
-        learning_rate=0.05, max_iter=1000, max_leaf_nodes=31, early_stopping=False, random_state=seed
-    ).fit(features[train], labels[train])
-    errors = [np.mean((p - labels[validation]) ** 2) for p in model.staged_predict(features[validation])]
-    stages = list(model.staged_predict(features))
-    return stages[int(np.argmin(errors))]
+
+    def fit(rows, trees):
+        options = {"learning_rate": 0.05, "max_leaf_nodes": 31, "early_stopping": False, "random_state": seed}
+        return HistGradientBoostingRegressor(max_iter=trees, **options).fit(features[rows], labels[rows])
+
+    stages = fit(train, 1000).staged_predict(features[validation])
+    errors = [np.mean((predicted - labels[validation]) ** 2) for predicted in stages]
+    return fit(train | validation, int(np.argmin(errors)) + 1).predict(features)
 
 
 def chemprop(molecules, seed, program, epochs=50):
@@ -107,8 +110,8 @@ def main(model_args, data_args, peer_args, training_args):
     from utils_molecules import load_molecules, regression_metrics, write_csv, write_json
     from utils_report import metrics_table
 
-    if data_args.protocol == "paper":
-        raise InputError("--protocol paper has no validation part, and these methods choose on it.")
+    if data_args.protocol == "paper" or not data_args.validation_fraction:
+        raise InputError("These methods choose on a validation part. Leave --protocol paper and fractions of 0 out.")
     training_args.do_train = True
     molecules, digest, _ = load_molecules(load_tokenizer(model_args), model_args, data_args, training_args)
     begin_writing(training_args, None)

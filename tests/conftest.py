@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test needs a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # float32 on every machine, for the tests that ask for nothing else
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 import pandas as pd
 import pytest
@@ -19,6 +21,8 @@ from utils_checkpoints import build_tokenizer
 
 
 ROOT = Path(__file__).resolve().parent.parent
+# stands in for `python`; every call finds a free port
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

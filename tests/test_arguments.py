@@ -438,9 +438,9 @@ def test_the_value_of_an_unknown_flag_is_not_shown(capsys, args):
             for value, shown in (("1", "1.0"), ("-0.1", "-0.1"), ("nan", "nan"))
         ),
         *(
-            ([f"--{name}", value], f"--{name} is {shown}; give a number between 0 and 1.")
+            ([f"--{name}", value], f"--{name} is {shown}; give a number from 0 up to, not including, 1.")
             for name in ("test_fraction", "validation_fraction")
-            for value, shown in (("0", "0.0"), ("1", "1.0"), ("1.5", "1.5"), ("nan", "nan"))
+            for value, shown in (("-0.1", "-0.1"), ("1", "1.0"), ("1.5", "1.5"), ("nan", "nan"))
         ),
         *(
             ([f"--{name}", value], f"--{name} is {value}; give a positive number.")
@@ -456,6 +456,7 @@ def test_the_value_of_an_unknown_flag_is_not_shown(capsys, args):
             (["--layer_rate_decay", value], f"--layer_rate_decay is {shown}; give a number above 0, at most 1.")
             for value, shown in (("0", "0.0"), ("1.1", "1.1"), ("nan", "nan"))
         ),
+        (["--protocol", "paper", "--test_fraction", "0"], "chooses the epoch by the test set, and --test_fraction 0"),
         (["--num_train_epochs", "0"], "--num_train_epochs is 0.0; give a positive number."),
         (
             ["--dataset_name", "someone/molecules", "--train_file", "my.csv"],
@@ -482,7 +483,9 @@ def test_an_argument_that_cannot_be_used_is_refused_with_its_value_and_what_to_d
     assert message in refusal(capsys, *args)
 
 
-@pytest.mark.parametrize(("name", "value"), [("hidden_dropout_prob", 0), ("test_fraction", 0.999), ("max_length", 1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden_dropout_prob", 0), ("test_fraction", 0.999), ("test_fraction", 0), ("max_length", 1)]
+)
 def test_values_at_the_edge_are_taken(name, value):
     taken = [getattr(part, name) for part in parse(f"--{name}", value) if hasattr(part, name)]
     assert taken == [value]

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES
 from PIL import Image
 
 import run_influence
@@ -292,8 +292,8 @@ def test_two_runs_with_one_seed_give_equal_bits(scoring, tmp_path):
 def test_two_processes_give_the_scores_of_one(scoring, tmp_path, run_script):
     """Tolerance: 1e-5 of the largest score. 31 molecules in chunks of 8, so the shares are uneven."""
     call_main(*scoring, "--output_dir", tmp_path / "one")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    result = run_script("run_influence.py", *scoring, "--use_cpu", "--output_dir", tmp_path / "two", launcher=launcher)
+    both = ("--use_cpu", "--output_dir", tmp_path / "two")
+    result = run_script("run_influence.py", *scoring, *both, launcher=TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     one, two = (pd.read_csv(tmp_path / name / "influence_scores.csv") for name in ("one", "two"))
     for column in ("score", "gradient_dot", "loss", "prediction"):
@@ -304,9 +304,8 @@ def test_two_processes_give_the_scores_of_one(scoring, tmp_path, run_script):
 @pytest.mark.slow
 def test_two_processes_fine_tune_score_and_fine_tune_again(flags, finished_run, tmp_path, run_script):
     """Reference: one process with the same molecules a step; trainings differ by the order of sums and by dropout."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
     both = ("--use_cpu", "--per_device_train_batch_size", "8", "--output_dir", tmp_path / "two")
-    result = run_script("run_influence.py", *flags, *both, launcher=launcher)
+    result = run_script("run_influence.py", *flags, *both, launcher=TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     one, two = (json.loads((path / "all_results.json").read_text()) for path in (finished_run, tmp_path / "two"))
     assert two["results"].keys() == {"none", "selected", "all", "random"}
@@ -410,6 +409,8 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
         (("--scale", "1e-3"), r"LiSSA diverged: norm .* at step \d+ of 20 with scale=0.001.*Raise --scale"),
         (("--split_seed", "7"), "The checkpoint was trained with another split"),
         (("--protocol", "paper"), "--protocol paper has no validation molecules"),
+        (("--validation_fraction", "0"), "need validation molecules. Leave --validation_fraction 0 out"),
+        (("--test_fraction", "0"), "need test molecules. Leave --test_fraction 0 out"),
         (("--external_file", "nowhere.csv"), "There is no file nowhere.csv"),
         (("--ihvp", "cg", "--curvature", "hessian", "--damping", "1e-9"), "is not positive. Raise --damping"),
     ],

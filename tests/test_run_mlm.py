@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES
 
 import run_mlm
 import utils_mlm
@@ -100,6 +100,12 @@ def test_bad_corpora_are_refused_before_training(name, content, message, tiny_ch
     assert not (tmp_path / "x").exists()
 
 
+def test_nothing_held_out_is_refused(tiny_checkpoint, tmp_path):
+    flags = ("--model_name_or_path", tiny_checkpoint, "--validation_fraction", 0, "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match="Leave --validation_fraction 0 out, or give a --validation_file"):
+        run_mlm.main(*parse(*flags))
+
+
 def test_corpus_that_is_not_utf8_is_refused(tiny_checkpoint, tmp_path):
     (tmp_path / "c.txt").write_bytes("CCO\ncaf\xe9\n".encode("latin-1"))
     parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--output_dir",
@@ -148,10 +154,9 @@ def test_two_processes_resume_in_the_middle_of_a_later_epoch(tiny_checkpoint, co
         "no", "--save_strategy", "steps", "--save_steps", 5, "--save_total_limit", 10, "--load_best_model_at_end",
         "false", "--logging_strategy", "steps", "--logging_steps", 1, "--disable_tqdm", "true", "--use_cpu",
         "--do_train"]  # fmt: skip
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
 
     def losses(folder, *more):
-        done = run_script("run_mlm.py", *flags, "--output_dir", folder, *more, launcher=launcher)
+        done = run_script("run_mlm.py", *flags, "--output_dir", folder, *more, launcher=TWO_PROCESSES)
         assert done.returncode == 0, done.stderr
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES
 from safetensors.torch import load_file
 
 import run_influence
@@ -291,6 +291,14 @@ def plain_runs(step_by_step, tmp_path_factory):
     return run
 
 
+def test_an_adapter_of_all_molecules_holds_nothing_out(tiny_checkpoint, small_table, tmp_path):
+    flags = ("--validation_fraction", 0, "--test_fraction", 0, "--num_train_epochs", 1, "--disable_tqdm", "true")
+    call_main(*given(tiny_checkpoint, small_table), *flags, "--output_dir", tmp_path / "out")
+    values = results(tmp_path / "out")
+    assert values["train_samples"] == 160 and not [name for name in values if name.startswith(("eval_", "test_"))]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize("method", ["lora", "bitfit", *OTHERS])
 def test_accumulated_batches_give_the_gradients_of_one(method, step_by_step, plain_runs, tmp_path):
     """Reference: the same batches in one piece; losses and gradient norms of every step."""
@@ -304,10 +312,9 @@ def test_accumulated_batches_give_the_gradients_of_one(method, step_by_step, pla
 @pytest.mark.parametrize("method", ["lora", "bitfit", *OTHERS])
 def test_two_processes_train_as_one(method, step_by_step, plain_runs, tmp_path, run_script):
     """Reference: one process with the same molecules a step; losses and gradient norms of every step."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
     done = run_script(
         "run_peft.py", *step_by_step, *with_method(method), "--per_device_train_batch_size", 8, "--use_cpu",
-        "--output_dir", tmp_path / "two", launcher=launcher,
+        "--output_dir", tmp_path / "two", launcher=TWO_PROCESSES,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert np.allclose(history(tmp_path / "two"), history(plain_runs(method)), rtol=1e-3)

@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import DataCollatorWithPadding
 
 import run_regression
 import trainer_regression
 import utils_predict
-from arguments import InputError, parse_arguments
+from arguments import InputError, last_complete_checkpoint, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import training_set
 from utils_checkpoints import build_tokenizer
@@ -309,6 +310,53 @@ def test_paper_protocol_has_no_validation_part_and_says_so(tiny_checkpoint, smal
     assert values["eval_mse"] == pytest.approx(values["test_mse"], rel=1e-6)
 
 
+def test_without_a_validation_part_all_is_learned_and_the_last_epoch_kept(tiny_checkpoint, small_table, tmp_path):
+    """References: the last checkpoint's weights, and the test molecules of a run with a validation part."""
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *QUICK)
+    call_main(*flags, "--validation_fraction", 0, "--output_dir", tmp_path / "out")
+    values = results(tmp_path / "out")
+    assert (values["train_samples"], values["test_samples"]) == (128, 32)
+    assert not [name for name in values if name.startswith(("eval_", "validation_"))]
+    last = last_complete_checkpoint(tmp_path / "out")
+    assert last.name == "checkpoint-16"  # two epochs of eight batches
+    kept, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", last))
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "128 train, 32 test" in card and "No molecules were held out to choose the epoch" in card
+    assert (tmp_path / "out" / "loss_curves.png").exists()
+
+    alone = ("--model_name_or_path", tmp_path / "out", "--train_file", small_table, "--do_eval")
+    with pytest.raises(InputError, match="--validation_fraction 0 leaves none"):
+        call_main(*alone, "--validation_fraction", 0, "--output_dir", tmp_path / "evaluated")
+    with pytest.raises(InputError, match="another split"):  # its validation molecules were learned
+        call_main(*alone, "--output_dir", tmp_path / "evaluated")
+
+
+def test_an_ensemble_of_all_molecules_is_for_use_and_says_that_nothing_was_held_out(
+    tiny_checkpoint, small_table, tmp_path, capsys
+):
+    flags = ("--train_file", small_table, "--test_fraction", 0, "--validation_fraction", 0, "--num_seeds", 2)
+    call_main("--model_name_or_path", tiny_checkpoint, *flags, *QUICK, "--output_dir", tmp_path / "out")
+    assert "No molecules were held out as a test set" in capsys.readouterr().out
+    assert "No molecules were held out as a test set" in (tmp_path / "out" / "README.md").read_text()
+    values = results(tmp_path / "out")
+    assert values["train_samples"] == 160 and values["members"] == 2 and "test_mse" not in values
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert len(table) == 160 and set(table["split"]) == {"train"} and table["prediction_sd"].notna().all()
+    new = ("--do_predict", "--test_file", small_table, "--output_dir", tmp_path / "new")
+    call_main("--model_name_or_path", tmp_path / "out", *new)
+    predicted = pd.read_csv(tmp_path / "new" / "predictions.csv")["prediction"]
+    np.testing.assert_allclose(predicted, table["prediction"], atol=1e-5)
+
+
+def test_validation_molecules_alone_choose_the_epoch_of_a_model_for_use(tiny_checkpoint, small_table, tmp_path):
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--test_fraction", 0, *QUICK)
+    call_main(*flags, "--output_dir", tmp_path / "out")
+    values = results(tmp_path / "out")
+    assert (values["train_samples"], values["validation_samples"]) == (144, 16) and "test_mse" not in values
+    assert values["eval_mse"] == pytest.approx(values["validation_mse"], rel=1e-6)
+
+
 def test_evaluating_a_checkpoint_without_head_is_refused(tiny_checkpoint, small_table, tmp_path):
     flags = ("--do_predict", "--output_dir", tmp_path / "x")
     with pytest.raises(InputError, match="no trained regression head"):
@@ -521,9 +569,8 @@ destroy_process_group()
 def test_a_sharded_model_trains_as_a_whole_one_and_carries_our_file(tiny_checkpoint, tmp_path, run_script):
     """FSDP as configs/accelerate/fsdp.yaml has it, by torch's own call: Accelerate offers it for GPUs alone."""
     (tmp_path / "step.py").write_text(SHARDED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = run_script(
-        tmp_path / "step.py", tiny_checkpoint, tmp_path / "saved", launcher=launcher, PYTHONPATH=str(ROOT)
+        tmp_path / "step.py", tiny_checkpoint, tmp_path / "saved", launcher=TWO_PROCESSES, PYTHONPATH=str(ROOT)
     )
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "saved" / "config.json").read_text())

@@ -125,11 +125,13 @@ def test_boosting_beats_the_mean_on_the_split_of_the_regression(tiny_checkpoint,
     test = table[table["split"] == "test"]
     assert values["test_mse"] == pytest.approx(np.mean((test["prediction"] - test["label"]) ** 2))
     assert values["test_mse"] < other["test_mse_mean"]
+    assert values["validation_mse"] < values["test_mse"] / 4  # what chose the number of trees is learned too
 
 
-def test_boosting_needs_a_validation_part(small_table, tmp_path):
-    flags = ["--train_file", small_table, "--output_dir", str(tmp_path / "x"), "--protocol", "paper"]
-    with pytest.raises(InputError, match="no validation part"):
+@pytest.mark.parametrize("more", [("--protocol", "paper"), ("--validation_fraction", "0")])
+def test_boosting_needs_a_validation_part(more, small_table, tmp_path):
+    flags = ["--train_file", small_table, "--output_dir", str(tmp_path / "x"), *more]
+    with pytest.raises(InputError, match="choose on a validation part"):
         peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags))
 
 

@@ -613,6 +613,23 @@ def test_fractions_decide_the_sizes(prepared):
     assert [int((split == name).sum()) for name in SPLITS] == [1575, 525, 2100]
 
 
+@pytest.mark.parametrize("split", ["random", "scaffold"])
+@pytest.mark.parametrize(
+    ("test", "validation", "sizes"), [(0, 0, [4200, 0, 0]), (0, 0.1, [3780, 420, 0]), (0.2, 0, [3360, 0, 840])]
+)
+def test_a_fraction_of_zero_holds_nothing_out(prepared, split, test, validation, sizes):
+    arguments = DataTrainingArguments(test_fraction=test, validation_fraction=validation, split=split)
+    parts = assign_splits(prepared, arguments, 0)
+    assert [int((parts == name).sum()) for name in SPLITS] == sizes
+
+
+def test_no_validation_part_leaves_the_test_part_as_it_is(prepared):
+    with_part, without = (
+        assign_splits(prepared, DataTrainingArguments(validation_fraction=fraction), 0) for fraction in (0.1, 0)
+    )
+    assert ((with_part == "test") == (without == "test")).all()
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["random", "scaffold"])
 def test_too_few_molecules_are_refused_with_their_counts(tokenizer, count, kind):

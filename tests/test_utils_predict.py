@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES
 from safetensors.numpy import load_file
 
 import run_regression
@@ -184,8 +184,7 @@ def test_standard_input_is_answered_on_standard_output(run_script, table, fine_t
 def test_two_processes_answer_as_one(run_script, table, fine_tuned, tmp_path):
     flags = ["--do_predict", "--model_name_or_path", fine_tuned / "member-0", "--test_file", table]
     flags += ["--per_device_eval_batch_size", 1, "--use_cpu"]
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    ran = run_script("run_regression.py", *flags, "--output_dir", tmp_path / "two", launcher=launcher)
+    ran = run_script("run_regression.py", *flags, "--output_dir", tmp_path / "two", launcher=TWO_PROCESSES)
     assert ran.returncode == 0, ran.stderr
     one = predict(tmp_path, *flags)
     two = pd.read_csv(tmp_path / "two" / "predictions.csv")
