@@ -261,7 +261,8 @@ class DataTrainingArguments:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"--{name} is {value}; give a number from 0 up to, not including, 1.")
-        if self.protocol == "paper" and not self.test_fraction:
+        given = self.test_file is not None or self.split_file is not None
+        if self.protocol == "paper" and not self.test_fraction and not given:
             raise ValueError("--protocol paper chooses the epoch by the test set, and --test_fraction 0 leaves none.")
         for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
             value = getattr(self, name)
@@ -293,16 +294,22 @@ class DataTrainingArguments:
 
 
 def has_bfloat16(use_cpu):
-    """Returns whether the processor, or else the GPU, multiplies bfloat16 faster than float32.
-
-    Intel's processors do by AMX alone: by AVX-512 BF16 one of them had 84 GFLOP/s a core where float32 had 150
-    (matrices of the embedded checkpoint), and trained at 0.6 of float32's speed. AMD's gain by AVX-512 BF16.
-    """
+    """Returns whether the processor, or else the GPU, multiplies bfloat16 in hardware."""
     if use_cpu:
         capabilities = torch.cpu.get_capabilities()
-        vector = capabilities.get("avx512_bf16", False) and "Intel" not in capabilities.get("cpu_name", "")
-        return vector or capabilities.get("amx_bf16", False)
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def gains_by_bfloat16(use_cpu):
+    """Returns whether training is faster in bfloat16 than in float32, as far as the hardware tells.
+
+    Intel's processors gain by AMX alone: by AVX-512 BF16 one of them had 84 GFLOP/s a core where float32 had 150
+    (matrices of the embedded checkpoint), and trained at 0.6 of float32's speed. AMD's gain by AVX-512 BF16.
+    """
+    capabilities = torch.cpu.get_capabilities() if use_cpu else {}
+    by_vectors_alone = "Intel" in capabilities.get("cpu_name", "") and not capabilities.get("amx_bf16", False)
+    return has_bfloat16(use_cpu) and not by_vectors_alone
 
 
 @dataclass
@@ -384,7 +391,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.do_train = self.do_eval = self.do_predict = True
         if self.bf16 is None:
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # of accelerate launch
-            wanted = launched or ("bf16" if has_bfloat16(self.use_cpu) else "no")
+            wanted = launched or ("bf16" if gains_by_bfloat16(self.use_cpu) else "no")
             if wanted == "bf16" and self.use_cpu and not has_bfloat16(use_cpu=True):
                 wanted = "no"  # of a configuration that is meant for GPUs; emulated it is several times slower
             self.bf16 = self.do_train and not self.fp16 and wanted == "bf16"

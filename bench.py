@@ -48,7 +48,7 @@ from transformers import (  # noqa: E402
     ModernBertForSequenceClassification,
 )
 
-from arguments import TrainingArguments, has_bfloat16  # noqa: E402
+from arguments import TrainingArguments, gains_by_bfloat16, has_bfloat16  # noqa: E402
 from modeling_molformer_reg import (  # noqa: E402
     MolformerConfig,
     MolformerForMaskedLM,
@@ -535,10 +535,10 @@ def start_up(rounds=5):
 def compilation(size, lengths, batch_size, rounds):
     """Returns what `--torch_compile` takes and gives: seconds until all is compiled, and those of a training step.
 
-    As the scripts train: in bfloat16 where the hardware has it, batches of several lengths, then an evaluation.
+    As the scripts train: in bfloat16 where the hardware gains by it, batches of several lengths, then an evaluation.
     """
     batches = [make_batch(rows) for rows in choose_batches(lengths, BATCHES[size], batch_size, "grouped")]
-    model, bf16 = build.__wrapped__(MolformerForRegression, size), has_bfloat16(DEVICE.type == "cpu")
+    model, bf16 = build.__wrapped__(MolformerForRegression, size), gains_by_bfloat16(DEVICE.type == "cpu")
     models = {"plain": model, "compiled": torch.compile(model)}
     steps = {name: train_step(model, batches, bf16) for name, model in models.items()}
     evaluations = {name: eval_step(model, batches, bf16) for name, model in models.items()}

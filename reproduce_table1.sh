@@ -51,7 +51,7 @@ cell() {
         run "$folder" run_regression.py --model_name_or_path "$start" --learning_rate $RATE $RECIPE $where
         ;;
     from_scratch) run "$folder" run_regression.py --config_name "$SHAPE" --learning_rate 3e-4 $where ;;
-    descriptor_boosting) run "$folder" studies/peers.py --peer $row $where ;;
+    descriptor_boosting) run "$folder" studies/peers.py --peer $row --refit true $where ;;
     chemprop) run "$folder" studies/peers.py --peer $row --chemprop "$CHEMPROP" $where ;;
     *) echo "There is no row $row." && return 1 ;;
     esac

@@ -586,13 +586,13 @@ def main(model_args, data_args, influence_args, training_args):
         whole = None
         external, excluded = load_external(tokenizer, data_args, influence_args, molecules)
     parts = select_parts(molecules, data_args)
-    if data_args.protocol == "paper" and influence_args.score_split == "validation":
+    if data_args.protocol == "paper" and influence_args.score_split not in parts:
         raise InputError(
             "--protocol paper has no validation molecules to score for. Pass --score_split test (the paper's way, "
             "which leaks), or leave --protocol paper out."
         )
-    for name in ("test",) if data_args.protocol == "paper" else ("validation", "test"):
-        if name not in parts:
+    for name in ("validation", "test"):  # the paper's protocol chooses epochs by the test molecules
+        if name not in parts and not (name == "validation" and data_args.protocol == "paper"):
             raise InputError(f"Scores and their comparison need {name} molecules. Leave --{name}_fraction 0 out.")
     influence_args.check_selection(len(external))
     set_learning_rate(training_args, data_args)

@@ -103,7 +103,8 @@ def main(model_args, data_args, mlm_args, training_args):
     from utils_report import finish_run, plot_losses
 
     # Data, tokenizer and model
-    if not data_args.validation_fraction and data_args.validation_file is None:
+    given = data_args.validation_file is not None or data_args.split_file is not None
+    if not data_args.validation_fraction and not given:
         raise InputError(
             "What was learned is measured on molecules that are held out. Leave --validation_fraction 0 out, or give "
             "a --validation_file."

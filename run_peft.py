@@ -277,8 +277,9 @@ def check_base(model_args):
     if find_base(model_args.model_name_or_path, model_args) is not None:
         raise InputError(
             f"{model_args.model_name_or_path} holds an adapter, which cannot be the base of another one. Merge it "
-            f"first, `python run_peft.py --model_name_or_path {model_args.model_name_or_path} --do_eval "
-            "--merge_adapter --output_dir outputs/merge`, and pass outputs/merge/merged."
+            f"first, `python run_peft.py --model_name_or_path {model_args.model_name_or_path} --do_predict "
+            "--merge_adapter --output_dir outputs/merge` with the flags of data and split that it was trained with, "
+            "and pass outputs/merge/merged."
         )
     if model_args.redraw_features:
         raise InputError(

@@ -6,11 +6,12 @@
     python run_regression.py --train_file my.csv --label_column y --output_dir outputs/mine
     python run_regression.py --do_predict --model_name_or_path outputs/mine --test_file new.csv
 
-A tenth of the training side is held out to choose the best epoch; the test set is read once, at the end. Writes to
---output_dir the model (safetensors, config, tokenizer), all_results.json, predictions.csv (SMILES as given, label,
-prediction, error, split), splits.json, a parity plot and loss curves. With --num_seeds above 1 the models are in
-member-0, member-1 and so on, and predictions are means over them. With --do_predict alone, predictions.csv has
-a line for every row of --test_file: its own columns, prediction, status; by default in outputs/predictions.
+A tenth of the training side is held out to choose the best epoch (--validation_fraction), and a fifth of all molecules
+is the test set (--test_fraction), which is read once, at the end. Writes to --output_dir the model (safetensors,
+config, tokenizer), all_results.json, predictions.csv (SMILES as given, label, prediction, error, split), splits.json,
+a parity plot and loss curves. With --num_seeds above 1 the models are in member-0, member-1 and so on, and predictions
+are means over them. With --do_predict alone, predictions.csv has a line for every row of --test_file: its own columns,
+prediction, status; by default in outputs/predictions.
 
 Ross et al., Large-scale chemical language representations capture molecular structure and properties, 2022,
 https://arxiv.org/abs/2106.09553. Wu et al., MoleculeNet, 2018, https://arxiv.org/abs/1703.00564.
@@ -216,16 +217,15 @@ def main(model_args, data_args, regression_args, training_args):
         # Predict
         if training_args.do_predict or len(plan) > 1 or regression_args.predict_augment:
             metrics = {}
-            for name, part in parts.items():
-                if not training_args.do_predict and name != held_out:
-                    continue
+            for name in parts if training_args.do_predict else {held_out} & set(parts):
+                part = parts[name]
                 predicted = trainer.predict_molecules(
                     part, regression_args.predict_augment, data_args.max_length, training_args.seed
                 )
                 predictions[name].append(predicted)
                 values = label_metrics(predicted.mean(axis=1), labels_of(part), names)
                 metrics |= {f"{name}_{key}": value for key, value in values.items()}
-            if own_folder and (len(plan) > 1 or not training_args.do_predict):
+            if metrics and own_folder and (len(plan) > 1 or not training_args.do_predict):
                 trainer.save_metrics("predict", metrics)
         if member_args is not training_args:
             end_writing(member_args)

@@ -63,7 +63,7 @@ from utils_molecules import (
     write_json,
     write_text,
 )
-from utils_report import NO_TEST, draw_worst_molecules, metrics_table, plot_losses, plot_parity, plot_residuals
+from utils_report import draw_worst_molecules, metrics_table, no_test, plot_losses, plot_parity, plot_residuals
 
 
 LEARNING_RATES = {"default": 6e-4, "paper": 1e-4}  # the default was found on validation, see the README
@@ -438,7 +438,7 @@ def order_labels(molecules, config, training_args):
 def select_parts(molecules, data_args):
     """Returns the molecules of each split, by name, cut to `--max_train_samples` and its like.
 
-    With `--protocol paper` and `--validation_fraction 0` there is no validation part.
+    With `--protocol paper` or `--validation_fraction 0` there is no validation part.
     """
     limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_predict_samples)
     parts = {
@@ -504,8 +504,8 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
         InputError: as `load_model` and `prepare_head` do; if there is nothing to evaluate, and the run does no more.
     """
     held_out = parts.get(held_out_name(parts, data_args))
-    if held_out is None and not (training_args.do_train or training_args.do_predict):
-        raise InputError("--do_eval evaluates validation molecules, and --validation_fraction 0 leaves none.")
+    if held_out is None:
+        evaluate_nothing(training_args)
     set_learning_rate(training_args, data_args)
     set_seed(training_args.seed)
     num_labels = len(label_columns(parts["train"]))
@@ -514,9 +514,7 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
     )
     prepare_head(model, parts["train"], digest, data_args, training_args)
     names = model.config.head_descriptors
-    if held_out is None:
-        training_args.eval_strategy, training_args.load_best_model_at_end = IntervalStrategy.NO, False
-    else:  # by length: batches of like length, and no metric depends on the order
+    if held_out is not None:  # by length: batches of like length, and no metric depends on the order
         held_out = to_dataset(held_out.sort_values("length", ascending=False, kind="stable"), names)
     if adapt is not None:
         source = model_args.model_name_or_path
@@ -530,6 +528,30 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
         eval_dataset=held_out,
         processing_class=tokenizer,
     )
+
+
+def evaluate_nothing(training_args):
+    """Changes the arguments of a run that has no validation part: the model of the last epoch is kept.
+
+    Raises:
+        InputError: if a setting needs an evaluation, or the run does nothing else.
+    """
+    if not (training_args.do_train or training_args.do_predict):
+        raise InputError(
+            "--do_eval evaluates validation molecules, and --validation_fraction 0 leaves none. --do_predict reports "
+            "all that there are."
+        )
+    settings = {"lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"), "save_strategy": ("best",)}
+    for name, values in settings.items():
+        if training_args.do_train and getattr(training_args, name) in values:
+            raise InputError(
+                f"--{name} {getattr(training_args, name).value} needs validation molecules. Choose another, or leave "
+                "--validation_fraction 0 out."
+            )
+    if training_args.do_train:
+        logger.info("No validation molecules: nothing is evaluated, and the model of the last epoch is kept")
+    training_args.eval_strategy, training_args.eval_on_start = IntervalStrategy.NO, False
+    training_args.load_best_model_at_end = False
 
 
 def peak_memory():
@@ -577,9 +599,10 @@ def train_regression(trainer, parts, checkpoint=None):
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
-    if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    if trainer.is_world_process_zero() and {"loss", "eval_loss"} & logged:
         path = Path(trainer.args.output_dir) / "loss_curves.png"
-        held_out = "validation" if "validation" in parts else "test"
+        held_out = "validation" if "validation" in parts else "test"  # if there is one
         plot_losses(trainer.state.log_history, path, held_out, "mean squared error of standardized labels")
     return metrics
 
@@ -722,10 +745,11 @@ def write_reports(output_dir, parts, members, digest, data_args):
         draw_worst_molecules(panels, output_dir / "worst_molecules.png")
     table["split"] = everything["split"]
     # as one file, in its order; separate files follow one another
-    table = table.sort_values("row", kind="stable") if data_args.test_file is None else table
+    in_one_file = data_args.validation_file is None and data_args.test_file is None
+    table = table.sort_values("row", kind="stable") if in_one_file else table
     write_csv(table, output_dir / "predictions.csv")
     write_splits(output_dir, parts, digest, data_args)
-    text = metrics_table(lines) + ("" if "test" in parts else f"\n{NO_TEST}")
+    text = metrics_table(lines) + ("" if "test" in parts else f"\n{no_test(parts)}")
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."
     return metrics, text

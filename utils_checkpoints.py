@@ -401,7 +401,9 @@ def check_split(config, digest, data_args, checkpoint=None):
         "learned this run's test molecules."
     )
     if not data_args.ignore_split_mismatch:
-        raise InputError(f"{message} Use the same data, --split and --split_seed, or pass --ignore_split_mismatch.")
+        raise InputError(
+            f"{message} Use the same data, --split, --split_seed and fractions, or pass --ignore_split_mismatch."
+        )
     logger.warning("%s Going on, because --ignore_split_mismatch was given.", message)
 
 

@@ -406,7 +406,7 @@ def assign_splits(molecules, data_args, seed):
 
     Random: groups of stereo twins in random order. Scaffold: groups of one Bemis-Murcko scaffold. File: row numbers in
     `--split_file`, or the `split` column that separate files gave. With `--protocol paper` rows are split at random
-    without regard to twins, and there is no validation part. A fraction of 0 gives no such part.
+    without regard to twins, and there is no validation part. Of a fraction of 0 nothing is taken.
 
     Raises:
         InputError: if a split would be empty, or if a given split is no partition of rows of the file.
@@ -446,8 +446,11 @@ def _given_split(molecules, data_args):
         raise InputError(f"--split_file {data_args.split_file} cannot be read as JSON: {error}") from error
     lists = [given.get(name) or [] for name in SPLITS] if isinstance(given, dict) else []
     right = all(isinstance(rows, list) and all(type(row) is int for row in rows) for rows in lists)
-    if not right or not lists or not lists[0] or not lists[2]:
-        raise InputError(f'{data_args.split_file} needs the keys "train" and "test" with lists of row numbers.')
+    if not right or not lists or not lists[0] or (data_args.test_fraction and not lists[2]):
+        raise InputError(
+            f'{data_args.split_file} needs the keys "train" and "test" with lists of row numbers; "test" can be left '
+            "out with --test_fraction 0."
+        )
     position = {row: index for index, row in enumerate(molecules["row"])}
     split = np.full(len(molecules), "", dtype=object)
     for name, rows in zip(SPLITS, lists, strict=True):

@@ -44,8 +44,8 @@ FIGURES = {
     "the line is the mean error of ten groups of like size.",
     "worst_molecules.png": "The test molecules with the largest errors: look for a common group, or for a label that "
     "may be wrong.",
-    "loss_curves.png": "Losses by epoch: the model is that of the dashed line; a held-out loss that rises there says "
-    "that fewer epochs suffice.",
+    "loss_curves.png": "Losses by epoch: the dashed line is the lowest held-out one; if that rises afterwards, fewer "
+    "epochs suffice.",
     "influence_scores.png": "Influence scores of the external molecules, and against their loss.",
     "influence_convergence.png": "Norm and residual of the inverse-Hessian-vector product; flat is converged.",
     "influence_selection.png": "Test error with the selected molecules, and with the controls.",
@@ -454,15 +454,24 @@ def protocol_section(run):
         text = ", ".join(f"{count} {name}" for name, count in sizes.items())
         hashed = f"hash `{run.split.get('hash')}` (`splits.json` has the rows)"
         lines.append(f"- Split: {run.split.get('split')}, {text}; {hashed}")
-        if "validation" not in sizes and run.values.get("protocol") != "paper":
+        trained = "train_loss" in run.results or run.results.get("members")
+        if trained and "validation" not in sizes and run.values.get("protocol") != "paper":
             lines.append("- No molecules were held out to choose the epoch: the model is that of the last one.")
         if "test" not in sizes:
-            lines.append(f"- {NO_TEST}")
+            lines.append(f"- {no_test(sizes)}")
     flags = as_flags({name: value for name, value in without_folders(run.values).items() if name != "output_dir"})
     lines.append(f"- Command: `python run_{run.kind}.py {ARGUMENTS_FILE}`, which stands for: `{shlex.join(flags)}`")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "rdkit": rdBase.rdkitVersion}
     lines.append("- Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     return "\n".join(lines)
+
+
+def no_test(parts):
+    """Returns what a run without a test set tells, and what it does not."""
+    text = "No molecules were held out as a test set: "
+    if "validation" in parts:
+        return f"{text}the only estimate is the validation error, which is optimistic, since it chose the epoch."
+    return f"{text}this run does not tell how well the model predicts others."
 
 
 def training_section(run):
@@ -472,13 +481,13 @@ def training_section(run):
     history = next((state["log_history"] for state in states if state), [])
     losses = {round(entry["epoch"], 2): entry["loss"] for entry in history if "loss" in entry}
     held_out = {round(entry["epoch"], 2): entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    if not held_out:
+    epochs = sorted(held_out or losses)
+    if not epochs:
         return ""
     lines = ["## Training", "", "| epoch | training loss | held-out loss |", "| ---: | ---: | ---: |"]
-    epochs = sorted(held_out)
     for epoch in epochs[:: -(-len(epochs) // 20)]:
-        loss = f"{losses[epoch]:.4f}" if epoch in losses else ""
-        lines.append(f"| {epoch:g} | {loss} | {held_out[epoch]:.4f} |")
+        cells = (f"{values[epoch]:.4f}" if epoch in values else "" for values in (losses, held_out))
+        lines.append(f"| {epoch:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -506,7 +515,6 @@ DESCRIPTOR_ANSWER = """
 functions, molecule = dict(Descriptors.descList), MolFromSmiles("CCO")
 descriptors = torch.tensor([[functions[name](molecule) for name in model.config.head_descriptors]])
 print(model(**tokenizer("CCO", return_tensors="pt"), descriptors=descriptors).logits)  # in the unit of the label"""
-NO_TEST = "No molecules were held out as a test set: this run does not tell how well the model predicts others."
 LIMITS = """## Intended use and limits
 
 For ranking and prioritizing molecules like those it was trained on, by people who can judge the answer. The error of a

@@ -18,7 +18,7 @@ import torch
 from run_once import ROOT, as_text, run_once
 from scipy import stats
 
-from arguments import has_bfloat16
+from arguments import gains_by_bfloat16
 
 
 def machine():
@@ -30,7 +30,7 @@ def machine():
         **{package: version(package) for package in packages},
         "processor": cpu or platform.processor(),
         "cores": os.cpu_count(),
-        "bfloat16": has_bfloat16(use_cpu=not torch.accelerator.is_available()),  # then trainings are in it
+        "bfloat16": gains_by_bfloat16(use_cpu=not torch.accelerator.is_available()),  # then trainings are in it
     }
 
 

@@ -4,7 +4,8 @@
     python studies/peers.py --peer chemprop --chemprop chemprop_env/bin/chemprop --output_dir outputs/chemprop
 
 Takes the data and splits of run_regression.py (the same seed gives the same split), chooses on the validation part,
-reads the test part once, and writes all_results.json and predictions.csv of the same form. chemprop is no requirement
+reads the test part once, and writes all_results.json and predictions.csv of the same form. With --refit the validation
+part is learned too, once it has chosen. chemprop is no requirement
 of this project: install it in an environment of its own, `python -m venv chemprop_env && chemprop_env/bin/pip install
 chemprop==2.3.1`.
 
@@ -47,16 +48,26 @@ class PeerArguments:
 
     peer: str = field(default="descriptor_boosting", metadata={"choices": PEERS, "help": "Method."})
     chemprop: str = field(default="chemprop", metadata={"help": "The program of chemprop 2."})
+    refit: bool = field(
+        default=False,
+        metadata={"help": "Fit boosting again to the training and validation parts, with the number of trees found."},
+    )
+
+    def __post_init__(self):
+        if self.refit and self.peer != "descriptor_boosting":
+            raise ValueError(f"--refit is not for --peer {self.peer}. Leave it out.")
 
 
 ARGUMENTS = (ModelArguments, DataTrainingArguments, PeerArguments, TrainingArguments)
 
 
-def descriptor_boosting(molecules, seed):
+def descriptor_boosting(molecules, seed, refit=False):
     """Returns predictions of gradient boosting on Morgan counts and RDKit descriptors, shape (N,).
 
-    The number of trees is the one of the lowest squared error on the validation part, at most 1,000; then as many are
-    fitted to the training and validation parts together.
+    The number of trees is the one of the lowest squared error on the validation part, at most 1,000.
+
+    Args:
+        refit (`bool`): whether as many trees are then fitted to the training and validation parts together.
     """
     from rdkit import Chem
     from rdkit.Chem import Descriptors
@@ -77,7 +88,7 @@ def descriptor_boosting(molecules, seed):
 
     stages = fit(train, 1000).staged_predict(features[validation])
     errors = [np.mean((predicted - labels[validation]) ** 2) for predicted in stages]
-    return fit(train | validation, int(np.argmin(errors)) + 1).predict(features)
+    return fit(train | (validation & refit), int(np.argmin(errors)) + 1).predict(features)
 
 
 def chemprop(molecules, seed, program, epochs=50):
@@ -110,10 +121,13 @@ def main(model_args, data_args, peer_args, training_args):
     from utils_molecules import load_molecules, regression_metrics, write_csv, write_json
     from utils_report import metrics_table
 
-    if data_args.protocol == "paper" or not data_args.validation_fraction:
-        raise InputError("These methods choose on a validation part. Leave --protocol paper and fractions of 0 out.")
     training_args.do_train = True
     molecules, digest, _ = load_molecules(load_tokenizer(model_args), model_args, data_args, training_args)
+    if not {"validation", "test"} <= set(molecules["split"]):
+        raise InputError(
+            "These methods choose on validation molecules, and are judged by test molecules. Leave --protocol paper "
+            "and fractions of 0 out."
+        )
     begin_writing(training_args, None)
     start = time.perf_counter()
     if peer_args.peer == "chemprop":
@@ -121,7 +135,9 @@ def main(model_args, data_args, peer_args, training_args):
         program = str(Path(program).resolve()) if "/" in program else program
         predictions = chemprop(molecules, training_args.seed, program)
     else:
-        predictions = descriptor_boosting(molecules, training_args.seed)
+        predictions = descriptor_boosting(molecules, training_args.seed, peer_args.refit)
+    if peer_args.refit:
+        molecules["split"] = molecules["split"].replace("validation", "train")  # that is what it was in the end
     metrics = {"seconds": time.perf_counter() - start, "split_hash": digest}
     lines = []
     for name in molecules["split"].unique():

@@ -10,6 +10,7 @@ numbers; two runs on one folder. Exits with 1 if one fails.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -309,31 +310,33 @@ def fuzz(inputs, seed, trials=None):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def feed(trial, path):
-        counts, failure = {"read": 0, "refused": 0}, None
+        counts, failures = {"read": 0, "refused": 0}, []
 
         @hypothesis.seed(seed)
         @hypothesis.settings(max_examples=inputs, deadline=None, database=None, suppress_health_check=HealthCheck)
         @hypothesis.given(inputs_of_all_kinds())
         def attempt(given_input):
-            nonlocal failure
             found = answer(trial, given_input, path)
             if found in counts:
-                counts[found] += 1
+                counts[found] += not failures  # not those that shrink a failure
             else:
-                failure = {"input": repr(given_input)[:1000], "what": found[:300]}  # the last one is the smallest
+                failures.append({"input": repr(given_input)[:1000], "what": found[:300]})
                 raise AssertionError(found)
 
-        try:
+        with contextlib.suppress(AssertionError, hypothesis.errors.Flaky):  # Flaky: a hang that does not come again
             attempt()
-        except AssertionError:
-            pass
-        return {"trial": trial.__name__, "inputs": sum(counts.values()), **counts, "failure": failure,
-                "passed": failure is None}  # fmt: skip
+        row = {"trial": trial.__name__, "inputs": sum(counts.values()) + bool(failures), **counts}
+        if failures:  # the search has stopped there
+            row |= {"first_failure": failures[0], "smallest_failure": failures[-1]}
+        return row | {"passed": not failures}
 
-    signal.signal(signal.SIGALRM, too_long)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "table.csv"
-        return [feed(trial, path) for trial in trials]
+    before = signal.signal(signal.SIGALRM, too_long)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "table.csv"
+            return [feed(trial, path) for trial in trials]
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @cache

@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test needs a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # float32 on every machine, for the tests that ask for nothing else
-if "PYTEST_XDIST_WORKER" in os.environ:
+if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 import pandas as pd

@@ -118,7 +118,8 @@ def test_training_is_in_bfloat16_where_it_is_fast_and_nobody_says_otherwise(
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     if launched is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    monkeypatch.setattr(arguments, "has_bfloat16", lambda use_cpu: hardware)
+    for name in ("has_bfloat16", "gains_by_bfloat16"):
+        monkeypatch.setattr(arguments, name, lambda use_cpu: hardware)
     training_args = parse(*flags)[2]
     assert training_args.bf16 is expected
     half = "--fp16" in flags or (launched == "fp16" and "--do_train" in flags)
@@ -139,7 +140,11 @@ def test_training_is_in_bfloat16_where_it_is_fast_and_nobody_says_otherwise(
 def test_bfloat16_is_for_processors_that_gain_by_it(monkeypatch, name, flags, expected):
     capabilities = {"cpu_name": name} | dict.fromkeys(flags, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert arguments.has_bfloat16(use_cpu=True) is expected
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert arguments.gains_by_bfloat16(use_cpu=True) is expected
+    assert parse("--do_train", "--use_cpu")[2].bf16 is expected
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # who asks for it gets it where it is not emulated
+    assert parse("--do_train", "--use_cpu")[2].bf16 is bool(flags)
 
 
 def test_the_processor_says_what_it_is():
@@ -148,8 +153,9 @@ def test_the_processor_says_what_it_is():
     if not listed.exists() or "vendor_id" not in listed.read_text():
         pytest.skip("not Linux on x86")
     words = set(listed.read_text().split())
-    by_vector = "avx512_bf16" in words and "GenuineIntel" not in words
-    assert arguments.has_bfloat16(use_cpu=True) == (by_vector or "amx_bf16" in words)
+    assert arguments.has_bfloat16(use_cpu=True) == bool(words & {"avx512_bf16", "amx_bf16"})
+    slow = "GenuineIntel" in words and "amx_bf16" not in words
+    assert arguments.gains_by_bfloat16(use_cpu=True) == (not slow and bool(words & {"avx512_bf16", "amx_bf16"}))
 
 
 def test_the_dataclasses_work_without_a_parser():

@@ -350,11 +350,54 @@ def test_an_ensemble_of_all_molecules_is_for_use_and_says_that_nothing_was_held_
 
 
 def test_validation_molecules_alone_choose_the_epoch_of_a_model_for_use(tiny_checkpoint, small_table, tmp_path):
-    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--test_fraction", 0, *QUICK)
-    call_main(*flags, "--output_dir", tmp_path / "out")
+    """Its splits.json gives the same split again; separate files follow one another in predictions.csv."""
+    flags = ("--model_name_or_path", tiny_checkpoint, "--test_fraction", 0, *QUICK)
+    call_main(*flags, "--train_file", small_table, "--output_dir", tmp_path / "out")
     values = results(tmp_path / "out")
     assert (values["train_samples"], values["validation_samples"]) == (144, 16) and "test_mse" not in values
     assert values["eval_mse"] == pytest.approx(values["validation_mse"], rel=1e-6)
+    assert "the validation error, which is optimistic" in (tmp_path / "out" / "README.md").read_text()
+
+    split = ("--split_file", tmp_path / "out" / "splits.json")
+    call_main(*flags, "--train_file", small_table, *split, "--output_dir", tmp_path / "again")
+    assert results(tmp_path / "again") == values
+    with pytest.raises(InputError, match='"test" can be left out with --test_fraction 0'):
+        call_main(*flags[:2], *QUICK, "--train_file", small_table, *split, "--output_dir", tmp_path / "no")
+
+    whole = pd.read_csv(small_table)
+    files = tmp_path / "train.csv", tmp_path / "validation.csv"
+    for path, part in zip(files, (whole[:120], whole[120:]), strict=True):
+        part.to_csv(path, index=False)
+    given = ("--train_file", files[0], "--validation_file", files[1])
+    call_main(*flags, *given, "--output_dir", tmp_path / "files")
+    table = pd.read_csv(tmp_path / "files" / "predictions.csv")
+    assert table["row"].tolist() == [*range(120), *range(40)] and table["SMILES"].tolist() == whole["SMILES"].tolist()
+    with pytest.raises(InputError, match="Pass --test_file too, or --test_fraction 0"):
+        call_main(*flags[:2], *QUICK, *given, "--output_dir", tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--lr_scheduler_type", "reduce_lr_on_plateau"), "--lr_scheduler_type reduce_lr_on_plateau needs validation"),
+        (("--save_strategy", "best"), "--save_strategy best needs validation molecules"),
+    ],
+)
+def test_settings_that_need_an_evaluation_are_refused_without_a_validation_part(
+    more, message, tiny_checkpoint, small_table, tmp_path
+):
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--validation_fraction", 0)
+    with pytest.raises(InputError, match=message):
+        call_main(*flags, *QUICK, *more, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluations_that_cannot_be_are_left_out_and_that_is_said(tiny_checkpoint, small_table, tmp_path, caplog):
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--validation_fraction", 0)
+    more = ("--eval_on_start", "true", "--load_best_model_at_end", "true", "--predict_augment", 1, "--do_eval")
+    call_main(*flags, *QUICK, *more, "--do_train", "--output_dir", tmp_path / "out")
+    assert "the model of the last epoch is kept" in caplog.text
+    assert not [name for name in results(tmp_path / "out") if name.startswith(("eval_", "validation_", "test_"))]
 
 
 def test_evaluating_a_checkpoint_without_head_is_refused(tiny_checkpoint, small_table, tmp_path):

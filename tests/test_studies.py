@@ -117,6 +117,8 @@ def test_boosting_beats_the_mean_on_the_split_of_the_regression(tiny_checkpoint,
 
     flags = ["--train_file", small_table, "--seed", "0", "--output_dir"]
     peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=[*flags, str(tmp_path / "x")]))
+    both = [*flags, str(tmp_path / "both"), "--refit", "true"]
+    peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=both))
     flags += [str(tmp_path / "y"), "--model_name_or_path", tiny_checkpoint, "--max_steps", "1"]
     run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=flags))
     values, other = (json.loads((tmp_path / run / "all_results.json").read_text()) for run in "xy")
@@ -125,13 +127,16 @@ def test_boosting_beats_the_mean_on_the_split_of_the_regression(tiny_checkpoint,
     test = table[table["split"] == "test"]
     assert values["test_mse"] == pytest.approx(np.mean((test["prediction"] - test["label"]) ** 2))
     assert values["test_mse"] < other["test_mse_mean"]
-    assert values["validation_mse"] < values["test_mse"] / 4  # what chose the number of trees is learned too
+    # what chose the number of trees is learned too
+    again = json.loads((tmp_path / "both" / "all_results.json").read_text())
+    assert again["train_samples"] == values["train_samples"] + values["validation_samples"]
+    assert "validation_mse" not in again and again["test_mse"] != values["test_mse"]
 
 
 @pytest.mark.parametrize("more", [("--protocol", "paper"), ("--validation_fraction", "0")])
 def test_boosting_needs_a_validation_part(more, small_table, tmp_path):
     flags = ["--train_file", small_table, "--output_dir", str(tmp_path / "x"), *more]
-    with pytest.raises(InputError, match="choose on a validation part"):
+    with pytest.raises(InputError, match="choose on validation molecules"):
         peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags))
 
 
@@ -739,7 +744,7 @@ def test_generated_inputs_are_read_or_refused_with_a_reason():
     rows = reliability.fuzz(inputs=40, seed=0)
     assert [row["trial"] for row in rows] == ["read_as_training", "predict_as_new", "check_texts"]
     assert all(row["passed"] and row["inputs"] == 40 for row in rows)
-    assert all(row["read"] > 5 and row["refused"] > 5 for row in rows[:2])  # both kinds of input are there
+    assert all(row["read"] and row["refused"] for row in rows[:2])  # both kinds of input are there
 
 
 @pytest.mark.parametrize(
@@ -753,9 +758,10 @@ def test_generated_inputs_are_read_or_refused_with_a_reason():
 def test_generated_inputs_find_a_reader_that_is_wrong(monkeypatch, wrong, named):
     right = utils_molecules.read_table
     monkeypatch.setattr(utils_molecules, "read_table", lambda path: wrong(right(path)))
-    monkeypatch.setattr(reliability, "MOST_SECONDS", 0.5)
+    if named == "NoAnswer":
+        monkeypatch.setattr(reliability, "MOST_SECONDS", 0.5)
     [reader] = reliability.fuzz(40, 0, [reliability.read_as_training])
-    assert not reader["passed"] and named in reader["failure"]["what"] and reader["failure"]["input"]
+    assert not reader["passed"] and all(named in reader[f"{which}_failure"]["what"] for which in ("first", "smallest"))
 
 
 def test_half_written_files_are_found(tmp_path):
