@@ -2,6 +2,7 @@
 
     python run_peft.py                                                    # LoRA on the embedded checkpoint and data
     python run_peft.py --peft_method bitfit --output_dir outputs/bitfit
+    python run_peft.py --model_name_or_path outputs/peft --merge_adapter --output_dir outputs/plain    # into its base
     python run_regression.py --do_predict --model_name_or_path outputs/peft --output_dir outputs/predicted
 
 Data, split, head, protocol and outputs are those of run_regression.py. Writes to --output_dir what was trained and
@@ -116,7 +117,8 @@ class PeftArguments:
         default=False,
         metadata={
             "help": "Also write a plain checkpoint, the adapter merged into its base, to the folder merged; "
-            "--push_to_hub then sends this one."
+            "--push_to_hub then sends this one. If --model_name_or_path is an adapter, it is merged without data, and "
+            "nothing is trained."
         },
     )
     base_hub_name: str | None = field(
@@ -277,9 +279,8 @@ def check_base(model_args):
     if find_base(model_args.model_name_or_path, model_args) is not None:
         raise InputError(
             f"{model_args.model_name_or_path} holds an adapter, which cannot be the base of another one. Merge it "
-            f"first, `python run_peft.py --model_name_or_path {model_args.model_name_or_path} --do_predict "
-            "--merge_adapter --output_dir outputs/merge` with the flags of data and split that it was trained with, "
-            "and pass outputs/merge/merged."
+            f"first, `python run_peft.py --model_name_or_path {model_args.model_name_or_path} --merge_adapter "
+            "--output_dir outputs/plain`, and pass outputs/plain/merged."
         )
     if model_args.redraw_features:
         raise InputError(
@@ -342,6 +343,26 @@ def write_merged(model, tokenizer, output_dir):
             shutil.copyfile(output_dir / name, folder / name)
 
 
+def merge_alone(model_args, data_args, training_args):
+    """Merges the adapter that the arguments name into its base, and writes it to the folder merged."""
+    from modeling_molformer_reg import MolformerForRegression
+    from trainer_regression import begin_run
+    from utils_checkpoints import load_model, load_tokenizer
+    from utils_report import finish_run
+
+    source = model_args.model_name_or_path
+    training_args.do_train = training_args.do_eval = training_args.do_predict = False
+    setup_run(training_args, data_args)
+    logger.info("%s holds an adapter: it is merged, and nothing is trained", source)
+    tokenizer = load_tokenizer(model_args)
+    model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
+    begin_run(training_args, None, source, [])
+    folder = Path(training_args.output_dir) / "merged"
+    if training_args.should_save:
+        write_merged(model, tokenizer, folder.parent)
+    finish_run(training_args, "peft", [("", folder)])
+
+
 def name_base(output_dir, peft_args):
     """Returns what an adapter that is pushed says in place of its configuration, by file: the Hub name of its base."""
     from utils_checkpoints import PARTIAL_FILE
@@ -386,9 +407,12 @@ def measure(trainer):
 def main(model_args, data_args, peft_args, training_args):
     if data_args.only_test_file and not (training_args.do_train or training_args.do_eval):
         raise InputError("New molecules are predicted by run_regression.py --do_predict, which takes adapters too.")
-    checkpoint = setup_run(training_args, data_args)
-    from utils_checkpoints import weights_digest
+    from utils_checkpoints import find_base, weights_digest
 
+    may_merge = training_args.do_train and peft_args.merge_adapter and peft_args.peft_method != "full"
+    if may_merge and find_base(model_args.model_name_or_path, model_args) is not None:
+        return merge_alone(model_args, data_args, training_args)
+    checkpoint = setup_run(training_args, data_args)
     source = model_args.model_name_or_path
     base_weights = weights_digest(source) if source is not None else None
     if checkpoint is not None:

@@ -588,6 +588,12 @@ def test_a_run_leaves_nothing_of_the_run_that_it_replaces(tiny_checkpoint, small
 def test_an_adapter_can_be_merged_and_trained_on(finished_run, small_table, tmp_path):
     """Merged later, it predicts as it did; as a start it is merged into its base first, and all is trained."""
     call_main(*given(finished_run, small_table), "--do_eval", "--merge_adapter", "--output_dir", tmp_path / "later")
+    assert results(tmp_path / "later")["eval_mse"] == pytest.approx(results(finished_run)["eval_mse"], rel=1e-6)
+    call_main("--model_name_or_path", finished_run, "--merge_adapter", "--output_dir", tmp_path / "alone")  # no data
+    both = [load_file(tmp_path / name / "merged" / "model.safetensors") for name in ("later", "alone")]
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    assert not list((tmp_path / "alone").glob("*.safetensors"))
+    assert "fine-tuned from" in (tmp_path / "alone" / "README.md").read_text()
     tokenizer = build_tokenizer()
     batch = tokenizer(["CCO", "c1ccccc1C(=O)NCC"], padding=True, return_tensors="pt")
     merged, adapter = (
