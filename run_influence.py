@@ -101,7 +101,7 @@ class InfluenceArguments:
         default=None,
         metadata={
             "help": "Checkpoint from which models are fine-tuned, if --model_name_or_path is fine-tuned already. "
-            "Default: models/molformer-mini, if it is of the same size."
+            "Default: the base of an adapter, else models/molformer-mini, if it is of the same size."
         },
     )
     ihvp: str = field(
@@ -734,12 +734,15 @@ def pretrained_arguments(model_args, influence_args, model, needed=True):
     Raises:
         InputError: if none was named, and the embedded checkpoint is of another size.
     """
-    from utils_checkpoints import load_config
+    from utils_checkpoints import find_base, load_config, path_of_base
 
-    source = influence_args.pretrained_model or EMBEDDED_CHECKPOINT
+    found = find_base(model_args.model_name_or_path, model_args) or {"base": EMBEDDED_CHECKPOINT, "revision": "main"}
+    if influence_args.pretrained_model is not None:
+        found = {"base": influence_args.pretrained_model, "revision": "main"}
+    source = path_of_base(found["base"])
     # of the same kind as the model that is scored
     kind = {name: getattr(model.config, name) for name in KIND if getattr(model_args, name) is None}
-    kind |= {"model_name_or_path": source, "config_name": None, "model_revision": "main"}
+    kind |= {"model_name_or_path": source, "config_name": None, "model_revision": found["revision"]}
     pretrained_args = replace(model_args, **kind)
     config = load_config(pretrained_args)
     if needed and influence_args.pretrained_model is None and not is_same_size(config, model.config):

@@ -16,6 +16,7 @@ https://arxiv.org/abs/2205.05638. Hu et al., LoRA, 2021, https://arxiv.org/abs/2
 
 import json
 import logging
+import math
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -117,8 +118,8 @@ class PeftArguments:
         default=False,
         metadata={
             "help": "Also write a plain checkpoint, the adapter merged into its base, to the folder merged; "
-            "--push_to_hub then sends this one. If --model_name_or_path is an adapter, it is merged without data, and "
-            "nothing is trained."
+            "--push_to_hub then sends this one. If --model_name_or_path is an adapter, it is merged into --output_dir "
+            "itself, without data, and nothing is trained."
         },
     )
     base_hub_name: str | None = field(
@@ -128,7 +129,10 @@ class PeftArguments:
 
     def __post_init__(self):
         if self.peft_method not in METHODS:
-            raise ValueError(f"--peft_method {self.peft_method} is unknown. Choose one of {', '.join(METHODS)}.")
+            raise ValueError(
+                f"--peft_method {self.peft_method} is unknown. Choose one of {', '.join(METHODS)}; "
+                "studies/peft_comparison.py trains and compares all of them."
+            )
         method = METHODS[self.peft_method]
         if method.targets is None and (self.peft_rank or self.target_modules):
             raise ValueError(f"--peft_method {self.peft_method} has neither rank nor target modules. Leave them out.")
@@ -137,7 +141,7 @@ class PeftArguments:
         smallest = 2 if self.peft_method == "oft" else 1  # a rotation needs two
         if self.peft_rank is not None and self.peft_rank < smallest:
             raise ValueError(f"--peft_rank is {self.peft_rank}; give a number from {smallest} up.")
-        if self.peft_alpha is not None and not self.peft_alpha > 0:
+        if self.peft_alpha is not None and not 0 < self.peft_alpha < math.inf:
             raise ValueError(f"--peft_alpha is {self.peft_alpha}; give a positive number.")
         if self.peft_alpha is not None and method.alpha is None:
             raise ValueError(f"--peft_method {self.peft_method} has no alpha. Leave --peft_alpha out.")
@@ -199,7 +203,9 @@ def check_shapes(modules, peft_args):
         most = min(module.weight.shape)
         if method == "shira":  # trains rank times (inputs + outputs) of the weights
             most = module.weight.numel() // sum(module.weight.shape)
-        if method not in ("vera", "oft") and rank > most:
+        if method == "vera":  # whose projections are not trained, and may have more rows than the layer
+            most = max(module.weight.shape)
+        if method != "oft" and rank > most:
             raise InputError(
                 f"--peft_rank {rank} is too large for {name}, {tuple(module.weight.shape)}. Give at most {most}."
             )
@@ -280,7 +286,7 @@ def check_base(model_args):
         raise InputError(
             f"{model_args.model_name_or_path} holds an adapter, which cannot be the base of another one. Merge it "
             f"first, `python run_peft.py --model_name_or_path {model_args.model_name_or_path} --merge_adapter "
-            "--output_dir outputs/plain`, and pass outputs/plain/merged."
+            "--output_dir outputs/plain`, and pass outputs/plain."
         )
     if model_args.redraw_features:
         raise InputError(
@@ -331,36 +337,35 @@ def check_resumed(training_args, checkpoint, base_weights):
             )
 
 
-def write_merged(model, tokenizer, output_dir):
-    """Writes a plain checkpoint to the folder merged, with the metrics and plots of the run."""
+def write_merged(model, tokenizer, folder, source):
+    """Writes a plain checkpoint to a folder, with arguments, metrics and plots of the run in `source`."""
     from utils_report import FIGURES
 
-    folder = output_dir / "merged"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name in (ARGUMENTS_FILE, "all_results.json", "splits.json", "trainer_state.json", *FIGURES):
-        if (output_dir / name).exists():
-            shutil.copyfile(output_dir / name, folder / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def merge_alone(model_args, data_args, training_args):
-    """Merges the adapter that the arguments name into its base, and writes it to the folder merged."""
+    """Writes the adapter that the arguments name, merged into its base, to the output folder; no data are needed."""
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import begin_run
     from utils_checkpoints import load_model, load_tokenizer
     from utils_report import finish_run
 
-    source = model_args.model_name_or_path
-    training_args.do_train = training_args.do_eval = training_args.do_predict = False
+    source, folder = model_args.model_name_or_path, Path(training_args.output_dir)
+    if Path(source).resolve() == folder.resolve():
+        raise InputError(f"--output_dir {folder} is the adapter itself. Give another folder for the merged model.")
     setup_run(training_args, data_args)
-    logger.info("%s holds an adapter: it is merged, and nothing is trained", source)
+    logger.info("%s holds an adapter: it is merged into its base, and nothing is trained", source)
     tokenizer = load_tokenizer(model_args)
     model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
     begin_run(training_args, None, source, [])
-    folder = Path(training_args.output_dir) / "merged"
     if training_args.should_save:
-        write_merged(model, tokenizer, folder.parent)
-    finish_run(training_args, "peft", [("", folder)])
+        write_merged(model, tokenizer, folder, Path(source))
+    finish_run(training_args, "peft")
 
 
 def name_base(output_dir, peft_args):
@@ -409,9 +414,10 @@ def main(model_args, data_args, peft_args, training_args):
         raise InputError("New molecules are predicted by run_regression.py --do_predict, which takes adapters too.")
     from utils_checkpoints import find_base, weights_digest
 
-    may_merge = training_args.do_train and peft_args.merge_adapter and peft_args.peft_method != "full"
-    if may_merge and find_base(model_args.model_name_or_path, model_args) is not None:
-        return merge_alone(model_args, data_args, training_args)
+    named = getattr(training_args, "run_values", None) or {}  # --do_train said so: then an adapter is refused as base
+    if peft_args.merge_adapter and training_args.do_train and not named.get("do_train"):
+        if find_base(model_args.model_name_or_path, model_args) is not None:
+            return merge_alone(model_args, data_args, training_args)
     checkpoint = setup_run(training_args, data_args)
     source = model_args.model_name_or_path
     base_weights = weights_digest(source) if source is not None else None
@@ -506,7 +512,7 @@ def main(model_args, data_args, peft_args, training_args):
         model = trainer.model
         if not training_args.do_train:  # of an adapter that was given
             model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
-        write_merged(merge_adapter(model), tokenizer, output_dir)
+        write_merged(merge_adapter(model), tokenizer, output_dir / "merged", output_dir)
     pushed = output_dir / "merged" if peft_args.merge_adapter else output_dir
     finish_run(training_args, "peft", [("", pushed)], name_base(output_dir, peft_args))
 

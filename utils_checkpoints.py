@@ -141,11 +141,16 @@ def find_base(source, model_args):
     Returns:
         `dict` with `method`, `base`, `revision` (of the base) and `partial`: whether it holds some of the model's own
         parameters.
+    Raises:
+        InputError: if the file that names them is no JSON of that form.
     """
     for name, base in ((PARTIAL_FILE, "base"), ("adapter_config.json", "base_model_name_or_path")):
         path = _find_file(source, name, hub_options(model_args)) if source is not None else None
         if path is not None:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            try:
+                values = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise InputError(_not_loaded("adapter", source, error)) from error
             method = values.get("method") or values.get("peft_type")
             found = {"method": method, "base": values.get(base), "revision": values.get("revision") or "main"}
             return found | {"partial": name == PARTIAL_FILE}
@@ -175,6 +180,11 @@ def portable_path(source):
         return source
     path = Path(source).resolve()
     return path.relative_to(ROOT).as_posix() if ROOT in path.parents else str(path)
+
+
+def path_of_base(base):
+    """Returns where the base lies that `portable_path` has named: a folder of this project, or as it was named."""
+    return str(ROOT / base) if base is not None and (ROOT / base).exists() else base
 
 
 def weights_digest(source, hub=None):
@@ -227,15 +237,14 @@ def _load_adapted(model_class, source, found, hub, values, merge):
 
     The encoder of another model than that for regression is the adapted one, its heads are the base's.
     """
-    base = found["base"]
-    if base is not None and (ROOT / base).exists():
-        base = str(ROOT / base)
+    base = path_of_base(found["base"])
     base_hub = {"cache_dir": hub["cache_dir"], "revision": found["revision"], "dtype": torch.float32}
     if model_class is not MolformerForRegression:
         adapted = _load_adapted(MolformerForRegression, source, found, hub, {}, merge=True)
         model = model_class.from_pretrained(base, **base_hub, **values)
         model.molformer.load_state_dict(adapted.molformer.state_dict())
-        model.config.split_hash = getattr(adapted.config, "split_hash", None)
+        for name in ("split_hash", "smiles_form"):
+            setattr(model.config, name, getattr(adapted.config, name, None))
         return model
     config = MolformerConfig.from_pretrained(source, **hub, **values)
     check_base_fits(source, base, {name: base_hub[name] for name in ("cache_dir", "revision")}, config)

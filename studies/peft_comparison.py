@@ -95,14 +95,16 @@ def run(cell, args, threads):
     return row | {key: values[key] for key in NUMBERS if key in values} | {"learning_rate": rate}
 
 
+def is_wanted(cell, args):
+    """Returns whether a cell is in the comparison: it is asked for, or finished."""
+    asked = cell[0] in args.methods and cell[2] in args.seeds and not args.finished
+    return asked or is_done(*command_of(cell, args))
+
+
 def run_cells(cells, args):
     """Returns the numbers of the cells: those that are asked for, and of the others those that are finished."""
 
-    def is_wanted(cell):
-        asked = cell[0] in args.methods and cell[2] in args.seeds and not args.finished
-        return asked or is_done(*command_of(cell, args))
-
-    cells = [cell for cell in cells if is_wanted(cell)]
+    cells = [cell for cell in cells if is_wanted(cell, args)]
     return run_all(lambda cell, threads: run(cell, args, threads), cells, args.jobs)
 
 
@@ -293,7 +295,8 @@ def to_markdown(rows):
     for row in rows:
         error = with_interval((row["test_mse"], row["half_width"]))
         ratio = with_interval((row["of_full"], row["of_full_half_width"])) if "of_full" in row else ""
-        title = row["name"] if row["name"] in METHODS else f"{row['method']}, rate {row['learning_rate']:g}"
+        which = "the paper's rate" if row["name"].startswith("paper-") else "rate"
+        title = row["name"] if row["name"] in METHODS else f"{row['method']}, {which} {row['learning_rate']:g}"
         cells = (title, row["split"], row["n"], error, ratio, f"{row['eval_mse']:.3f}")
         cells += (
             f"{row['final_train_mse']:.3f}",
@@ -344,8 +347,9 @@ def main():
         for seed in (SEEDS if method in ALL_SEEDS else SEEDS[:3])
     ]
     cells += [(method, "random", seed, f"paper-{method}", PAPER_RATE, []) for method in PAPER for seed in SEEDS[:3]]
+    first = [cell for cell in cells if cell[3] == cell[0] and cell[2] in SEEDS[:3]]  # what the winner is chosen by
+    is_whole = all(is_wanted(cell, args) for cell in first)
     runs = run_cells(cells, args) + replaced_runs(rates, args)
-    is_whole = set(METHODS) <= ({row["name"] for row in runs} if args.finished else set(args.methods))
     winner = winner_of(runs, SEEDS[:3]) if is_whole else None
     report(winner, runs, args)  # whatever becomes of the rest
     if winner is None:

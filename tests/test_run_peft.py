@@ -381,6 +381,29 @@ def test_influence_accepts_an_adapter(finished_run, tiny_checkpoint, small_table
     assert report["parameters"] == 2 * 4 * (4 * (32 + 32) + 2 * (32 + 48)) + 33  # of the adapter, and of the head
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "trained_parameters.json"])
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_adapter_ends_in_one_line(name, content, small_table, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / name).write_text(content)
+    with pytest.raises(InputError, match="The adapter in .* cannot be loaded"):
+        call_main(*given(tmp_path / "adapter", small_table), "--output_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_what_is_scored_by_an_adapter_is_learned_from_its_base(method, tiny_checkpoint, small_table, tmp_path):
+    """Reference: the folder that the adapter names; no flag says what is fine-tuned again."""
+    call_main(*given(tiny_checkpoint, small_table), *QUICK, "--peft_method", method, "--output_dir", tmp_path / "a")
+    external = tmp_path / "external.csv"
+    external.write_text("SMILES,Label\nCCOC(=O)c1ccccc1Br,1.5\nCCCCCCN,2\n")
+    flags = [*given(tmp_path / "a", small_table), "--external_file", external, "--ihvp", "identity", "--controls",
+             "none", "--influence_params", "head", *QUICK, "--output_dir", tmp_path / "out"]  # fmt: skip
+    flags = [str(flag) for flag in flags]
+    run_influence.main(*parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=flags))
+    report = json.loads((tmp_path / "out" / "influence.json").read_text())
+    assert Path(report["fine_tuned_from"]).resolve() == Path(tiny_checkpoint).resolve()
+
+
 @pytest.mark.parametrize("method", TUNERS)
 def test_every_adapter_has_scores_for_all_of_its_parameters(method, tiny_checkpoint, small_table, tmp_path):
     """As run_influence.py loads it; SHiRA's sparse tensors have no forward mode, so it is merged first."""
@@ -404,6 +427,7 @@ def test_every_adapter_has_scores_for_all_of_its_parameters(method, tiny_checkpo
         (("--peft_method", "shira", "--peft_rank", "17"), r"too large for molformer.*\(32, 32\). Give at most 16"),
         (("--target_modules", "("), "is no regular expression"),
         (("--peft_rank", "64"), r"--peft_rank 64 is too large for molformer.*\(32, 32\). Give at most 32"),
+        (("--peft_method", "vera"), r"--peft_rank 256 is too large for molformer.*\(32, 32\). Give at most 32"),
         (
             ("--peft_method", "oft", "--peft_rank", "5"),
             r"blocks of --peft_rank 5, which does not divide.*2, 4, 8, 16, 32",
@@ -539,7 +563,8 @@ def test_masked_language_modeling_takes_the_adapted_encoder(method, tiny_checkpo
         assert torch.equal(tensor, expected[name]), name
     changed = "molformer.encoder.layer.0.output.dense." + ("weight" if method == "lora" else "bias")
     assert not torch.equal(model.state_dict()[changed], base.state_dict()[changed])
-    assert model.config.split_hash == merged.config.split_hash is not None
+    for name in ("split_hash", "smiles_form"):
+        assert getattr(model.config, name) == getattr(merged.config, name) is not None
     assert not model.head_is_new
 
 
@@ -585,15 +610,32 @@ def test_a_run_leaves_nothing_of_the_run_that_it_replaces(tiny_checkpoint, small
         assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
 
 
+def test_an_adapter_is_merged_without_data(finished_run, small_table, tmp_path):
+    """References: the merged model and the metrics of an evaluation; what the output folder held before is gone."""
+    call_main(*given(finished_run, small_table), "--do_eval", "--merge_adapter", "--output_dir", tmp_path / "later")
+    assert results(tmp_path / "later")["eval_mse"] == pytest.approx(results(finished_run)["eval_mse"], rel=1e-6)
+    call_main(*given(finished_run, small_table), "--do_predict", "--output_dir", tmp_path / "plain")
+    merge = ("--model_name_or_path", finished_run, "--merge_adapter")
+    call_main(*merge, "--output_dir", tmp_path / "plain", "--overwrite_output_dir")
+    one, other = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "later" / "merged", tmp_path / "plain")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not (tmp_path / "plain" / "predictions.csv").exists()
+    assert results(tmp_path / "plain") == results(finished_run)
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert f"{results(finished_run)['test_mse']:.4f}" in card and "adapter_config" not in card
+    assert 'from_pretrained("plain", trust_remote_code=True)' in card and "with lora" in card
+    with pytest.raises(InputError, match="is the adapter itself. Give another folder"):
+        call_main(*merge, "--output_dir", finished_run)
+    with pytest.raises(InputError, match="cannot be the base of another one. Merge it first"):
+        call_main(*merge, "--do_train", "--output_dir", tmp_path / "trained")
+
+
 def test_an_adapter_can_be_merged_and_trained_on(finished_run, small_table, tmp_path):
     """Merged later, it predicts as it did; as a start it is merged into its base first, and all is trained."""
     call_main(*given(finished_run, small_table), "--do_eval", "--merge_adapter", "--output_dir", tmp_path / "later")
     assert results(tmp_path / "later")["eval_mse"] == pytest.approx(results(finished_run)["eval_mse"], rel=1e-6)
-    call_main("--model_name_or_path", finished_run, "--merge_adapter", "--output_dir", tmp_path / "alone")  # no data
-    both = [load_file(tmp_path / name / "merged" / "model.safetensors") for name in ("later", "alone")]
-    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
-    assert not list((tmp_path / "alone").glob("*.safetensors"))
-    assert "fine-tuned from" in (tmp_path / "alone" / "README.md").read_text()
     tokenizer = build_tokenizer()
     batch = tokenizer(["CCO", "c1ccccc1C(=O)NCC"], padding=True, return_tensors="pt")
     merged, adapter = (

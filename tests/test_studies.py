@@ -505,7 +505,7 @@ def test_methods_are_compared_with_full_fine_tuning_of_the_same_seed():
     assert "of_full" not in rows["paper-full", "random"]
     assert rows["before-lora-0.006", "random"]["of_full"] == pytest.approx(1.4 / 0.4)
     text = peft_comparison.to_markdown(list(rows.values()))
-    assert "| lora, rate 0.0001 | random | 1 | 0.800 | 1.600 |" in text and "0.7456, 0.778" in text
+    assert "| lora, the paper's rate 0.0001 | random | 1 | 0.800 | 1.600 |" in text and "0.7456, 0.778" in text
     assert "| lora, rate 0.006 | random | 1 | 1.400 | 3.500 |" in text and "| 0.4827 |" in text
 
 
@@ -535,6 +535,14 @@ def test_a_part_of_the_comparison_keeps_the_rest_of_it(monkeypatch, tmp_path):
     paper = {(f"paper-{method}", seed) for method in ("ia3",) for seed in (0, 1)}
     assert found == {("ia3", 0), ("ia3", 1), ("full", 0), ("lora", 4), ("before-lora-0.006", 0)} | paper
     assert report["winner"] is None and "lora-0.006-random-0" in trained
+
+    # all methods with one seed: none has won, and nothing is trained on scaffolds
+    flags = ["--seeds", "0", "--folder", str(folder), "--output", str(output), "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", ["peft_comparison.py", *flags])
+    peft_comparison.main()
+    report = json.loads(output.read_text())
+    assert {row["method"] for row in report["runs"]} == set(peft_comparison.METHODS)
+    assert report["winner"] is None and {row["split"] for row in report["runs"]} == {"random"}
 
 
 def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
