@@ -130,17 +130,13 @@ def test_descriptors_of_a_batch_are_those_of_its_molecules(tiny_checkpoint, smal
     np.testing.assert_allclose(given, expected, rtol=1e-5)
 
 
-def test_a_run_with_descriptors_resumes_to_the_same_metrics(
-    run_with_descriptors, tiny_checkpoint, small_table, tmp_path, monkeypatch
-):
-    """Reference: the run without interruption."""
-    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *QUICK,
-             "--head_descriptors", "MolLogP", "TPSA", "--output_dir", tmp_path / "x")  # fmt: skip
+def interrupt_and_resume(monkeypatch, *flags):
+    """Runs the script, stops it in the twelfth step (an epoch has 8), and runs it to its end."""
     step, taken = trainer_regression.RegressionTrainer.training_step, []
 
     def broken(self, *args):
         taken.append(1)
-        if len(taken) > 12:  # an epoch has 8
+        if len(taken) > 12:
             raise KeyboardInterrupt
         return step(self, *args)
 
@@ -148,8 +144,16 @@ def test_a_run_with_descriptors_resumes_to_the_same_metrics(
         patch.setattr(trainer_regression.RegressionTrainer, "training_step", broken)
         call_main(*flags)
     call_main(*flags, "--resume_from_checkpoint", "true")
-    expected = results(run_with_descriptors)
-    assert results(tmp_path / "x") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_with_descriptors_resumes_to_the_same_metrics(
+    run_with_descriptors, tiny_checkpoint, small_table, tmp_path, monkeypatch
+):
+    """Reference: the run without interruption."""
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *QUICK)
+    more = ("--head_descriptors", "MolLogP", "TPSA", "--output_dir", tmp_path / "x")
+    interrupt_and_resume(monkeypatch, *flags, *more)
+    assert results(tmp_path / "x") == pytest.approx(results(run_with_descriptors), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +334,16 @@ def test_without_a_validation_part_all_is_learned_and_the_last_epoch_kept(tiny_c
         call_main(*alone, "--validation_fraction", 0, "--output_dir", tmp_path / "evaluated")
     with pytest.raises(InputError, match="another split"):  # its validation molecules were learned
         call_main(*alone, "--output_dir", tmp_path / "evaluated")
+
+
+def test_a_run_without_a_validation_part_resumes_to_the_same_metrics(
+    tiny_checkpoint, small_table, tmp_path, monkeypatch
+):
+    """Reference: the run without interruption."""
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *QUICK, "--validation_fraction", 0)
+    call_main(*flags, "--output_dir", tmp_path / "whole")
+    interrupt_and_resume(monkeypatch, *flags, "--output_dir", tmp_path / "pieces")
+    assert results(tmp_path / "pieces") == pytest.approx(results(tmp_path / "whole"), rel=1e-6)
 
 
 def test_an_ensemble_of_all_molecules_is_for_use_and_says_that_nothing_was_held_out(
