@@ -310,23 +310,33 @@ def to_markdown(rows):
     return "\n".join(lines) + "\n"
 
 
+HIGHEST_RATIO = 1.8  # of the plot; what one seed does that diverged would hide all others
+
+
 def plot(rows, path):
-    """Draws test errors, divided by those of full fine-tuning on the same splits, against trained parameters."""
+    """Draws test errors, divided by those of full fine-tuning on the same splits, against trained parameters.
+
+    Methods that train as many stand beside one another; the best is first in the legend.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for row in (row for row in rows if row["split"] == "random" and row["name"] in METHODS):
-        if row["name"] != "full" and "of_full" not in row:
-            continue  # no run of full fine-tuning to divide by
-        ratio, half = row.get("of_full", 1.0), row.get("of_full_half_width")
-        axes.errorbar(row["trainable_parameters"], ratio, yerr=half, fmt="o", color="tab:blue", capsize=3)
-        axes.annotate(row["name"], (row["trainable_parameters"], ratio), xytext=(5, 4),
-                      textcoords="offset points", fontsize=8)  # fmt: skip
+    shown = [row for row in rows if row["split"] == "random" and row["name"] in METHODS and "of_full" in row]
+    places, last = {}, 0.0
+    for row in sorted(shown, key=lambda row: row["trainable_parameters"]):
+        last = places[row["name"]] = max(row["trainable_parameters"], 1.13 * last)
+    for number, row in enumerate(shown):
+        ratio, half = row["of_full"], row.get("of_full_half_width")
+        text = f"{row['name']}, {row['trainable_parameters']:,.0f}"
+        beyond = ratio > HIGHEST_RATIO
+        axes.errorbar(places[row["name"]], min(ratio, HIGHEST_RATIO), yerr=None if beyond else half, capsize=3,
+                      fmt="^" if beyond else "osDvP*X"[number % 7], color=f"C{number % 10}",
+                      label=f"{text} ({ratio:.2f})" if beyond else text)  # fmt: skip
     axes.axhline(1.0, color="0.5", linewidth=1, linestyle="--", label="full fine-tuning")
-    axes.legend(frameon=False)
-    axes.set(xscale="log", xlabel="trained parameters (head included)")
+    axes.set(xscale="log", xlabel="trained parameters (head included)", ylim=(0.8, HIGHEST_RATIO + 0.05))
     axes.set_ylabel("test mean squared error, times that of full fine-tuning")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
