@@ -736,13 +736,13 @@ def pretrained_arguments(model_args, influence_args, model, needed=True):
     """
     from utils_checkpoints import find_base, load_config, path_of_base
 
-    found = find_base(model_args.model_name_or_path, model_args) or {"base": EMBEDDED_CHECKPOINT, "revision": "main"}
-    if influence_args.pretrained_model is not None:
-        found = {"base": influence_args.pretrained_model, "revision": "main"}
-    source = path_of_base(found["base"])
+    source, revision = influence_args.pretrained_model or EMBEDDED_CHECKPOINT, "main"
+    found = find_base(model_args.model_name_or_path, model_args)
+    if influence_args.pretrained_model is None and found is not None:
+        source, revision = path_of_base(found["base"]), found["revision"]
     # of the same kind as the model that is scored
     kind = {name: getattr(model.config, name) for name in KIND if getattr(model_args, name) is None}
-    kind |= {"model_name_or_path": source, "config_name": None, "model_revision": found["revision"]}
+    kind |= {"model_name_or_path": source, "config_name": None, "model_revision": revision}
     pretrained_args = replace(model_args, **kind)
     config = load_config(pretrained_args)
     if needed and influence_args.pretrained_model is None and not is_same_size(config, model.config):

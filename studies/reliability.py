@@ -260,6 +260,7 @@ class Input:
 
 @st.composite
 def inputs_of_all_kinds(draw):
+    """The strategy of an `Input`: half of the tables are damaged, some have labels that are none."""
     labels = draw(st.sampled_from([LABELS[:2], LABELS]))
     rows = draw(st.lists(st.tuples(smiles_texts(), st.sampled_from(labels)), max_size=5))
     frame = pd.DataFrame(rows, columns=["SMILES", "label"])
@@ -310,6 +311,7 @@ def fuzz(inputs, seed, trials=None):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def feed(trial, path):
+        """Returns the row of a trial: how many inputs it got, and what failed."""
         counts, failures = {"read": 0, "refused": 0}, []
 
         @hypothesis.seed(seed)

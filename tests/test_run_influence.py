@@ -585,3 +585,14 @@ def test_external_columns_are_those_of_the_training_file_where_they_are_there(tm
 def test_arguments_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         InfluenceArguments(**values)
+
+
+def test_a_named_start_is_looked_for_where_the_user_is(finished_run, tiny_checkpoint, tmp_path, monkeypatch):
+    """Not in this project, which has a folder of the same name."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "models" / "molformer-mini")
+    monkeypatch.chdir(tmp_path)
+    model_args = ModelArguments(model_name_or_path=str(finished_run / "finetune-none"))
+    influence_args = run_influence.InfluenceArguments(pretrained_model="models/molformer-mini")
+    model = MolformerForRegression.from_pretrained(model_args.model_name_or_path)
+    start = run_influence.pretrained_arguments(model_args, influence_args, model)
+    assert start.model_name_or_path == "models/molformer-mini"
