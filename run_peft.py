@@ -203,8 +203,8 @@ def check_shapes(modules, peft_args):
         most = min(module.weight.shape)
         if method == "shira":  # trains rank times (inputs + outputs) of the weights
             most = module.weight.numel() // sum(module.weight.shape)
-        if method == "vera":  # whose projections are not trained, and may have more rows than the layer
-            most = max(module.weight.shape)
+        if method == "vera":  # scales random matrices of rank one: as many as there are weights span all matrices
+            most = module.weight.numel()
         if method != "oft" and rank > most:
             raise InputError(
                 f"--peft_rank {rank} is too large for {name}, {tuple(module.weight.shape)}. Give at most {most}."
