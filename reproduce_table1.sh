@@ -24,8 +24,8 @@ SPLITS=${SPLITS:-random scaffold}
 ROWS=${ROWS:-regression mlm_regression ensemble from_scratch descriptor_boosting${CHEMPROP:+ chemprop}}
 JOBS=${JOBS:-1}
 ADAPT=${ADAPT:-} # objective by which the ensemble's start is first adapted to the training molecules, if any
-# the best on validation, see results/recipes.md
-RECIPE=${RECIPE:---num_train_epochs 15 --layer_rate_decay 0.8 --head_descriptors all --num_seeds 5}
+# the best on validation (results/recipes.md), then trained on the validation molecules too
+RECIPE=${RECIPE:---num_train_epochs 15 --layer_rate_decay 0.8 --head_descriptors all --validation_fraction 0 --num_seeds 5}
 . studies/run_once.sh
 MLM_RATE=${MLM_RATE:-$RATE}
 export PYTHON OUT RATE MLM_RATE ADAPT RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}

@@ -316,7 +316,8 @@ HIGHEST_RATIO = 1.8  # of the plot; what one seed does that diverged would hide 
 def plot(rows, path):
     """Draws test errors, divided by those of full fine-tuning on the same splits, against trained parameters.
 
-    Methods that train as many stand beside one another; the best is first in the legend.
+    Methods that train as many stand beside one another; the best is first in the legend. The second axis has the
+    errors themselves, for splits as hard as those of full fine-tuning are on average.
     """
     from matplotlib.figure import Figure
 
@@ -336,6 +337,9 @@ def plot(rows, path):
     axes.axhline(1.0, color="0.5", linewidth=1, linestyle="--", label="full fine-tuning")
     axes.set(xscale="log", xlabel="trained parameters (head included)", ylim=(0.8, HIGHEST_RATIO + 0.05))
     axes.set_ylabel("test mean squared error, times that of full fine-tuning")
+    if whole := [row["test_mse"] for row in rows if (row["name"], row["split"]) == ("full", "random")]:
+        errors = axes.secondary_yaxis("right", functions=(lambda x: x * whole[0], lambda x: x / whole[0]))
+        errors.set_ylabel(f"the same in squared logD units, full: {whole[0]:.3f}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
