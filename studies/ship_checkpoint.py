@@ -6,6 +6,7 @@ Takes the weights of the last run without the head of the atoms (it is larger th
 does not need it), and writes beside them all_results.json of the last run, training_log.json with the losses and
 held-out metrics of all runs by the molecules seen, and loss_curves.png. In README.md of the output folder the table
 between the two marks is replaced. `--until` gives for each run but the last the step at which the next one took over.
+With `--after FOLDER` the runs continue the checkpoint in that folder, whose log comes first.
 """
 
 import argparse
@@ -29,9 +30,17 @@ COLUMNS = {
 KEPT = ("loss", "learning_rate", "eval_loss", *COLUMNS)
 
 
-def read_log(runs, until):
-    """Returns the logged entries of all runs in turn, with the molecules seen so far."""
+def read_log(runs, until, before=None):
+    """Returns the logged entries of all runs in turn, with the molecules seen so far.
+
+    Args:
+        before (`Path`, *optional*): a checkpoint of this script that the first run continued.
+    """
     entries, seen = [], 0
+    if before is not None:
+        entries = json.loads((before / "training_log.json").read_text())
+        seen = json.loads((before / "all_results.json").read_text())["molecules"]
+    earlier = max((entry["run"] for entry in entries), default=0)
     for number, run in enumerate(runs):
         states = [*run.glob("checkpoint-*/trainer_state.json"), *run.glob("trainer_state.json")]
         states = [json.loads(path.read_text()) for path in states]
@@ -41,7 +50,7 @@ def read_log(runs, until):
         for entry in state["log_history"]:
             values = {key: entry[key] for key in KEPT if key in entry}
             if values and entry["step"] <= last:
-                entries.append({"run": number + 1, "molecules": seen + entry["step"] * batch, **values})
+                entries.append({"run": earlier + number + 1, "molecules": seen + entry["step"] * batch, **values})
         seen += last * batch
     return entries, seen
 
@@ -92,6 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of run_mlm.py, the last one finished")
     parser.add_argument("--until", nargs="*", type=int, default=[], help="last step of each run but the last")
+    parser.add_argument("--after", type=Path, help="checkpoint that the first run continued; may be the output folder")
     parser.add_argument("--output", type=Path, default=ROOT / "models" / "molformer-mini")
     parser.add_argument("--half", action="store_true", help="store float16; config.json has them loaded as float32")
     args = parser.parse_args()
@@ -109,7 +119,7 @@ def main():
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     build_tokenizer().save_pretrained(args.output)
 
-    entries, seen = read_log(args.runs, args.until)
+    entries, seen = read_log(args.runs, args.until, args.after)
     (args.output / "training_log.json").write_text(json.dumps(entries, indent=1) + "\n")
     results = json.loads((args.runs[-1] / "all_results.json").read_text())
     (args.output / "all_results.json").write_text(json.dumps(results | {"molecules": seen}, indent=2) + "\n")

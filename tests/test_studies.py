@@ -743,6 +743,11 @@ def test_what_several_runs_logged_is_told_by_the_molecules_seen(tmp_path):
     assert seen == 60 * 8 + 50 * 4
     assert [(entry["run"], entry["molecules"]) for entry in entries] == [(1, 400), (2, 580), (2, 680)]
     assert "eval_runtime" not in entries[-1]
+    (tmp_path / "training_log.json").write_text(json.dumps(entries))
+    (tmp_path / "all_results.json").write_text(json.dumps({"molecules": seen}))
+    again, total = ship_checkpoint.read_log([tmp_path / "b"], [], tmp_path)
+    assert again[:3] == entries and total == seen + 50 * 4
+    assert [(entry["run"], entry["molecules"]) for entry in again[3:]] == [(3, seen + 100), (3, seen + 200)]
 
 
 # --------------------------------------------------------------------------------------------------------- reliability
