@@ -43,7 +43,7 @@ RUN_FILES = """
     influence_scores.png influence_convergence.png influence_selection.png
 """.split()
 INPUT_FILES = ("train_file", "validation_file", "test_file", "external_file")
-RUN_PIECES = ("member-*", "finetune-*", "influence_state.safetensors")  # of runs that train several models
+RUN_PIECES = ("member-*", "finetune-*", "influence_state.*")  # of runs that train several models
 ARGUMENTS_FILE = "arguments.json"
 LOCK_FILE = ".lock"
 LOCKS = {}  # of the folders that this process writes

@@ -34,6 +34,7 @@ from arguments import (
     InputError,
     ModelArguments,
     TrainingArguments,
+    belongs_to_run,
     run_script,
     setup_run,
 )
@@ -45,7 +46,10 @@ from utils_influence import (
     score_molecules,
 )
 from utils_molecules import (
+    LABEL_COLUMNS,
+    SMILES_COLUMNS,
     default_descriptors,
+    find_column,
     load_molecules,
     prepare_molecules,
     read_header,
@@ -85,10 +89,10 @@ class InfluenceArguments:
         },
     )
     external_smiles_column: str | None = field(
-        default=None, metadata={"help": "Its column of SMILES. Default: as --smiles_column."}
+        default=None, metadata={"help": "Its column of SMILES. Default: as in the training file, or found."}
     )
     external_label_column: str | None = field(
-        default=None, metadata={"help": "Its column of labels. Default: as --label_column."}
+        default=None, metadata={"help": "Its column of labels. Default: as in the training file, or found."}
     )
     pool_size: int | None = field(
         default=None,
@@ -125,7 +129,10 @@ class InfluenceArguments:
     )
     scale: str = field(
         default="auto",
-        metadata={"help": "What LiSSA divides the curvature by; auto: 1.5 times the largest eigenvalue of a batch."},
+        metadata={
+            "help": "What LiSSA divides the curvature by; auto: 1.5 times the largest eigenvalue of a batch, and the "
+            "damping."
+        },
     )
     recursion_depth: int = field(default=200, metadata={"help": "Steps of one LiSSA run, or most steps of cg."})
     num_repeats: int = field(default=2, metadata={"help": "LiSSA runs with other batches; scores are their mean."})
@@ -270,11 +277,13 @@ def load_external(tokenizer, data_args, influence_args, molecules):
         InputError: if file, columns, labels or molecules cannot be used, or none is left.
     """
     path, (header, _) = influence_args.external_file, read_header(influence_args.external_file)
-    (label,) = data_args.label_column or [None]
-    # the names of the training file's columns, where this file has them too
-    smiles = influence_args.external_smiles_column or (
-        data_args.smiles_column if data_args.smiles_column in header else None
-    )
+    smiles, (label,) = data_args.smiles_column, data_args.label_column or [None]
+    if data_args.dataset_name is None:  # those that were found in the training file, where none is named
+        known, _ = read_header(data_args.train_file)
+        smiles = find_column(known, smiles, SMILES_COLUMNS, "--smiles_column", data_args.train_file)
+        label = find_column(known, label, LABEL_COLUMNS, "--label_column", data_args.train_file)
+    # columns of one name hold one quantity
+    smiles = influence_args.external_smiles_column or (smiles if smiles in header else None)
     label = influence_args.external_label_column or (label if label in header else None)
     table = read_table(path, smiles, None if label is None else [label], prefix="external_")
     external, dropped = prepare_molecules(table, tokenizer, data_args, path)
@@ -466,9 +475,10 @@ def results_table(results, leakage=False):
 def losses_table(losses):
     """Returns a text table of evaluation losses by epoch after the selection, beside the paper's Table 2."""
     lines = [
-        "Evaluation loss after the selection (standardized labels; the paper's is of molecules seen in training):"
+        "Evaluation losses after the selection (standardized labels; the paper's, one an epoch, are of molecules seen "
+        "in training):"
     ]
-    lines.append(f"{'epoch':<10}" + " ".join(f"{epoch:>6}" for epoch in range(1, max(len(losses), 7) + 1)))
+    lines.append(f"{'evaluation':<10}" + " ".join(f"{epoch:>6}" for epoch in range(1, max(len(losses), 7) + 1)))
     lines.append(f"{'ours':<10}" + " ".join(f"{loss:6.3f}" for loss in losses))
     lines.append(f"{'paper':<10}" + " ".join(f"{loss:6.3f}" for loss in PAPER_LOSSES))
     return "\n".join(lines)
@@ -486,11 +496,11 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     from trainer_regression import peak_memory
 
     started, seed = time.monotonic(), training_args.seed
+    problem.show_progress = show_progress = training_args.should_log and not training_args.disable_tqdm
     gradient = problem.gradient(parts[influence_args.score_split])
     if not 0 < float(gradient.norm()) < math.inf:
         raise InputError("The gradient of the target loss is zero or not finite: no score can be computed.")
     state_file = Path(training_args.output_dir) / "influence_state.safetensors"
-    show_progress = training_args.should_log and not training_args.disable_tqdm
     solutions, solved = inverse_curvature(
         problem, parts["train"], gradient, influence_args, seed, state_file, show_progress
     )
@@ -613,6 +623,9 @@ def main(model_args, data_args, influence_args, training_args):
     if not model.head_is_new:
         start_args = pretrained_arguments(model_args, influence_args, model, training_args.do_train)
         check_split(load_config(start_args), digest, data_args)
+    start = start_args.model_name_or_path
+    if checkpoint is None and start is not None and belongs_to_run(output_dir, start):
+        raise InputError(f"--output_dir {output_dir} would replace {start}. Give another --output_dir.")
     begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped, replace=checkpoint is None)
     if training_args.should_save:
         known = {"pool": external, "corrupted": external[external["corrupted"]]} if "corrupted" in external else {}
@@ -640,8 +653,7 @@ def main(model_args, data_args, influence_args, training_args):
         ) from error
     report |= {"split_hash": digest, "model": str(scored_args.model_name_or_path)}
     report |= {"excluded": excluded.reindex(columns=["row", "reason"]).to_dict("records")}
-    start = start_args.model_name_or_path or start_args.config_name
-    report |= {"fine_tuned_from": str(start)} if training_args.do_train else {}
+    report |= {"fine_tuned_from": str(start or start_args.config_name)} if training_args.do_train else {}
     if training_args.should_save:
         write_influence(output_dir, parts, table, excluded, report)
     del model, problem
@@ -681,9 +693,15 @@ def write_comparison(output_dir, report, results, data_args):
 
 def merged_command(output_dir, parts, start_args, data_args, leakage):
     """Returns the command that learns the selected molecules elsewhere, from the same start."""
+    from utils_checkpoints import load_config
+
     files = {"train": "merged_train.csv", "validation": "validation.csv", "test": "test.csv"}
-    named = "model_name_or_path" if start_args.config_name is None else "config_name"
-    command = ["python", "run_regression.py", f"--{named}", str(getattr(start_args, named))]
+    command = ["python", "run_regression.py"]
+    for name in ("model_name_or_path", "config_name", "tokenizer_name", "model_revision"):
+        value = getattr(start_args, name)
+        command += [f"--{name}", str(value)] if value not in (None, getattr(ModelArguments, name, None)) else []
+    if getattr(load_config(start_args), "split_hash", None) is not None:  # of the molecules without the selected ones
+        command += ["--ignore_split_mismatch"]
     for name, value in start_args.config_overrides().items():
         if name == "head_descriptors":
             value = ["all"] if value == default_descriptors() else value
@@ -715,8 +733,9 @@ def check_pool(model, whole, model_args, data_args):
             "molecules, the scores and errors mislead.", model_args.model_name_or_path,
         )  # fmt: skip
     if known is not None and known == whole and not data_args.ignore_split_mismatch:
+        learned = "learned the SMILES of" if model.head_is_new else "was trained on"
         raise InputError(
-            f"{model_args.model_name_or_path} was trained on all training molecules of this split, those of the pool "
+            f"{model_args.model_name_or_path} {learned} all training molecules of this split, those of the pool "
             "among them. Start from a pre-trained checkpoint, which is fine-tuned without them, give an "
             "--external_file, or pass --ignore_split_mismatch."
         )

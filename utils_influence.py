@@ -146,6 +146,8 @@ def extreme_eigenvalues(product, vector, steps=20):
             break  # what has been seen is an invariant subspace
         before, vector = vector, image / beta
     tridiagonal = np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1)
+    if not np.isfinite(tridiagonal).all():
+        return math.nan, math.nan
     values = np.linalg.eigvalsh(tridiagonal)
     return float(values[0]), float(values[-1])
 
@@ -195,7 +197,7 @@ def lissa_inverse_hvp(
             if not norm <= 10 * (state.step + 1) * size:
                 raise FloatingPointError(
                     f"LiSSA diverged: norm {before:.1e} -> {norm:.1e} at step {state.step} of {recursion_depth} with "
-                    f"scale={scale:.4g} and damping={damping:.4g}. Raise --scale or --damping."
+                    f"scale={scale:.4g} and damping={damping:.4g}. Raise --scale."
                 )
             before = norm
             if state.step > recursion_depth - averaged:
@@ -271,9 +273,11 @@ class MoleculeProblem:
 
     Attributes:
         keeps_states (`bool`): whether the states below a loss of the head alone are computed once and kept.
+        show_progress (`bool`): whether passes over many molecules have a progress bar, from five seconds on.
     """
 
     keeps_states = True
+    show_progress = False
 
     def __init__(self, model, tokenizer, names, chunk_size, curvature):
         self.model = model.eval().requires_grad_(False)
@@ -320,7 +324,8 @@ class MoleculeProblem:
         """Computes once what the head reads of molecules, so that no later batch depends on what came before it."""
         if self.states is not None:
             order = np.argsort(molecules["length"].to_numpy(), kind="stable")
-            for start in range(0, len(order), self.chunk_size):
+            starts = range(0, len(order), self.chunk_size)
+            for start in self.with_progress(starts, "States below the head"):
                 self.pooled_states(molecules.iloc[order[start : start + self.chunk_size]])
 
     @torch.no_grad()
@@ -334,36 +339,40 @@ class MoleculeProblem:
             self.states |= dict(zip(keys, pooled, strict=True))
         return torch.stack([self.states[key] for key in keys])
 
-    def chunks(self, molecules, chunk_size=None):
+    def with_progress(self, starts, description):
+        """Returns the starts of chunks with a progress bar that appears after five seconds; none without description."""
+        return tqdm(starts, desc=description, delay=5, disable=description is None or not self.show_progress)
+
+    def chunks(self, molecules, chunk_size=None, description=None):
         """Yields positions and rows of this process's share of the molecules, those of like length together."""
         chunk_size = chunk_size or self.chunk_size
         order = np.argsort(molecules["length"].to_numpy(), kind="stable")
         share = order[self.process.process_index :: self.process.num_processes]
-        for start in range(0, len(share), chunk_size):
+        for start in self.with_progress(range(0, len(share), chunk_size), description):
             positions = share[start : start + chunk_size]
             yield positions, molecules.iloc[positions]
 
-    def mean(self, function, molecules, *args):
+    def mean(self, function, molecules, *args, description=None):
         """Returns the mean over molecules of a function of residuals and parameters that sums, such as a gradient."""
         total = torch.zeros(sum(tensor.numel() for tensor in self.params.values()), device=self.model.device)
-        for _, rows in self.chunks(molecules):
+        for _, rows in self.chunks(molecules, description=description):
             total += function(self.residuals(rows), self.params, *args)
         return reduce(total, "sum") / len(molecules)
 
-    def curvature(self, molecules, vector):
+    def curvature(self, molecules, vector, description=None):
         """Returns C v, C being the curvature of the mean loss of the molecules, shape (P,)."""
-        return self.mean(self.curvature_product, molecules, vector)
+        return self.mean(self.curvature_product, molecules, vector, description=description)
 
     def gradient(self, molecules):
         """Returns the gradient of the mean loss, shape (P,)."""
-        return self.mean(loss_gradient, molecules)
+        return self.mean(loss_gradient, molecules, description="Gradient of the target loss")
 
-    def each(self, function, molecules, *args):
+    def each(self, function, molecules, *args, description=None):
         """Returns a number of each molecule, shape (N,): what `function` returns for the batch."""
         total = torch.zeros(len(molecules), device=self.model.device)
         # a gradient of one molecule of many would run back through all of them
         chunk_size = 1 if function is scores_by_gradients else None
-        for positions, rows in self.chunks(molecules, chunk_size):
+        for positions, rows in self.chunks(molecules, chunk_size, description):
             total[torch.as_tensor(positions, device=total.device)] = function(
                 self.residuals(rows), self.params, *args
             ).detach()
@@ -465,6 +474,8 @@ def measure_curvature(problem, fixed, batches, influence_args, show_progress):
                 max(map(abs, measure(batches.draw(), steps["batch"]))) for _ in range(5)
             ]
     damping = influence_args.damping or influence_args.relative_damping * max(largest, -smallest)
+    if not math.isfinite(damping):
+        raise InputError("The curvature is not finite: the model's predictions are too large, or no numbers.")
     if not damping > 0:
         raise InputError("The curvature is zero: none of the chosen parameters changes a prediction. Pass --damping.")
     if hessian and smallest + damping <= 0:
@@ -508,8 +519,8 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
     report |= file.values["measured"]
     batches.position, damping = file.values["position"], report["damping"]
 
-    def residual(answer, molecules):
-        left = problem.curvature(molecules, answer) + damping * answer - gradient
+    def residual(answer, molecules, description=None):
+        left = problem.curvature(molecules, answer, description) + damping * answer - gradient
         return float(left.norm() / gradient.norm())
 
     try:
@@ -524,33 +535,49 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
                 batches, gradient, report, lambda answer: residual(answer, fixed), file, show_progress
             )
     except FloatingPointError as error:
-        more = " Or use --curvature ggn." if influence_args.curvature == "hessian" else ""
-        raise InputError(f"{error}{more if influence_args.ihvp == 'lissa' else ''}") from error
-    report |= {"residual": residual(answers.mean(dim=0), train), "tolerance": influence_args.tolerance}
-    if not report["residual"] < 1:
+        more = ""
+        if (influence_args.ihvp, influence_args.curvature) == ("lissa", "hessian"):
+            more = " Where the Hessian has negative eigenvalues raise --damping, or use --curvature ggn."
+        raise InputError(f"{error}{more}") from error
+    report |= {"residual": residual(answers.mean(dim=0), train, "Residual"), "tolerance": influence_args.tolerance}
+    if not report["residual"] < (1 if influence_args.ihvp == "lissa" else math.inf):
         raise InputError(
             f"The relative residual is {report['residual']:.3g}, and that of no solution at all is 1: the scores "
             "would mean nothing. Raise --scale, --damping or --hessian_batch_size, or use --curvature ggn."
         )
     report |= {"trace_molecules": len(train) if influence_args.ihvp == "cg" else len(fixed)}
     report["trace"] = file.values["trace"]  # of the last iterate, on these; `residual` is of the answer, on all
-    # conjugate gradients stop by a residual that they carry along, which in float32 is not quite the true one
-    solved = report["residual"] <= influence_args.tolerance * (2 if influence_args.ihvp == "cg" else 1)
-    definite = report.get("smallest_eigenvalue", 0.0) + damping > 0
-    report |= {"converged": solved and definite, "verdict": "converged"}
-    if not definite:
-        report["verdict"] = "of a Hessian that has negative eigenvalues beyond the damping, and mean little"
-    if not solved:
-        report["verdict"] = (
-            f"not converged: residual {report['residual']:.3g}, tolerance {influence_args.tolerance:.3g}"
-        )
-        logger.warning(
-            "Not converged: the relative residual is %.3g, --tolerance %.3g. Raise --recursion_depth or --damping%s.",
-            report["residual"],
-            influence_args.tolerance,
-            "" if influence_args.ihvp == "cg" else ", --num_repeats or --hessian_batch_size",
-        )
+    report |= judge(report, influence_args)
+    if not report["converged"]:
+        logger.warning("The solution is %s.", report["verdict"])
     return answers, report
+
+
+def judge(report, influence_args):
+    """Returns whether a solution is one, and the verdict in words (`dict`), from its residual and how it was made.
+
+    A small residual alone proves little: directions of small curvature hardly enter it, and a truncated LiSSA treats
+    those below scale / recursion_depth (`implicit_damping`) as if they had about that much.
+    """
+    lissa = influence_args.ihvp == "lissa"
+    # conjugate gradients stop by a residual that they carry along, which in float32 is not quite the true one
+    tolerance = report["tolerance"] * (1 if lissa else 2)
+    verdict = "converged"
+    if not report["residual"] <= tolerance:
+        raised = "--recursion_depth, --damping, --num_repeats or --hessian_batch_size" if lissa else "--recursion_depth"
+        verdict = (
+            f"not converged: relative residual {report['residual']:.3g}, --tolerance {report['tolerance']:.3g}. Raise "
+            f"{raised}"
+        )
+    elif report.get("smallest_eigenvalue", 0.0) + report["damping"] <= 0:
+        verdict = "of a Hessian that has negative eigenvalues beyond the damping, and mean little"
+    elif lissa and report["implicit_damping"] > report["damping"]:
+        enough = math.ceil(report["scale"] / report["damping"])
+        verdict = (
+            f"cut short: {influence_args.recursion_depth} steps damp by {report['implicit_damping']:.3g} where "
+            f"{report['damping']:.3g} was to be. Raise --recursion_depth to {enough}, or the damping"
+        )
+    return {"converged": verdict == "converged", "verdict": verdict}
 
 
 def solve_by_conjugate_gradients(product, gradient, damping, influence_args, file, show_progress):
@@ -684,14 +711,15 @@ def score_molecules(problem, external, solutions, gradient, influence_args):
         gradient (`torch.Tensor`): ∇L(target), shape (P,).
     """
     function = SCORES[influence_args.score_mode]
-    repeats = torch.stack([problem.each(function, external, solution) for solution in solutions]).cpu().numpy()
+    repeats = [problem.each(function, external, solution, description="Scores") for solution in solutions]
+    repeats = torch.stack(repeats).cpu().numpy()
     table = external.copy()
     table["prediction"] = problem.predictions(external).cpu().numpy()
     table["loss"] = problem.each(molecule_losses, external).cpu().numpy()
     table["score"] = repeats.mean(axis=0)
     if len(repeats) > 1:
         table["score_sd"] = repeats.std(axis=0, ddof=1)
-    table["gradient_dot"] = problem.each(function, external, gradient).cpu().numpy()
+    table["gradient_dot"] = problem.each(function, external, gradient, description="Gradient products").cpu().numpy()
     numbers = [name for name in ("prediction", "loss", "score", "score_sd", "gradient_dot") if name in table]
     broken = ~np.isfinite(table[numbers]).all(axis=1)
     if broken.any():

@@ -384,10 +384,10 @@ def results_section(run):
         if "selected" in losses:
             lines += [
                 "",
-                "Evaluation loss by epoch after the selection (standardized labels), and the source paper's:",
+                "Evaluation losses after the selection (standardized labels), and the source paper's, one an epoch:",
             ]
             epochs = range(1, max(map(len, losses.values())) + 1)
-            lines += ["", f"| epoch | {' | '.join(map(str, epochs))} |", "| --- |" + " ---: |" * len(epochs)]
+            lines += ["", f"| evaluation | {' | '.join(map(str, epochs))} |", "| --- |" + " ---: |" * len(epochs)]
             for name, values in (("ours", losses["selected"]), ("paper", losses["paper"])):
                 texts = [f"{value:.3f}" for value in values] + [""] * (len(epochs) - len(values))
                 lines.append(f"| {name} | {' | '.join(texts)} |")

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
-from run_once import is_done
+from run_once import checksums, is_done
 
 
 START = "models/molformer-mini"
 CONTROLS = ("none", "all", "random")
 MORE_CONTROLS = ("bottom", "smallest_loss", "gradient_dot")
-SEEDS_OF_MORE = 3  # seeds that have these too, and the variant that leaks
+SEEDS_OF_MORE = (0, 1, 2)  # that have these too, and the variant that leaks
 NAMES = {
     "selected": "top-k by influence",
     "none": "none",
@@ -43,7 +43,7 @@ def command_of(cell, args):
     """Returns the folder and the command of a cell (pool, split, seed, variant)."""
     pool, split, seed, leaks = cell
     folder = args.folder / "-".join((pool, split, str(seed), *(["leakage"] if leaks else [])))
-    controls = (*CONTROLS, *(MORE_CONTROLS if seed in args.seeds[:SEEDS_OF_MORE] else ()))
+    controls = (*CONTROLS, *(MORE_CONTROLS if seed in SEEDS_OF_MORE else ()))
     controls = ["none"] if leaks else controls
     command = ["run_influence.py", "--model_name_or_path", START, "--split", split, "--seed", str(seed)]
     command += ["--controls", *controls, *shlex.split(args.extra)]
@@ -60,23 +60,32 @@ def run(cell, args, threads):
     return {"pool": pool, "split": split, "seed": seed, "leakage": leaks, "command": as_text(command), **values}
 
 
+def exact_command(cell, args):
+    """Returns the command that scores the pool of a cell again, by conjugate gradients."""
+    folder, command = command_of(cell, args)
+    model = ["--model_name_or_path", str(folder / "finetune-none"), "--pretrained_model", START, "--do_predict"]
+    return [command[0], *model, *command[3:], "--ihvp", "cg", "--tolerance", "1e-2", "--recursion_depth", "100"]
+
+
+def exact_key(cell, args):
+    """Returns what the comparison with conjugate gradients depends on: its command, and the weights of the start."""
+    return [as_text(exact_command(cell, args)), *checksums([START])]
+
+
 def compare_with_exact(cell, args):
     """Scores the pool of a cell again, by conjugate gradients, and returns how like the stochastic scores are.
 
     Returns:
         `dict` with the rank correlation and the correlation of the scores, and the residuals of both.
     """
-    folder, command = command_of(cell, args)
-    model = ["--model_name_or_path", str(folder / "finetune-none"), "--pretrained_model", START, "--do_predict"]
-    solver = ["--ihvp", "cg", "--tolerance", "1e-2", "--recursion_depth", "100"]
-    command = [command[0], *model, *command[3:], *solver]
-    exact = run_script(command, args.folder / "exact", os.cpu_count())
+    folder, _ = command_of(cell, args)
+    exact = run_script(exact_command(cell, args), args.folder / "exact", os.cpu_count())
     tables = [pd.read_csv(path / "influence_scores.csv").set_index("row") for path in (folder, args.folder / "exact")]
     scores = [tables[0]["score"], tables[1]["score"].loc[tables[0].index]]
     before = json.loads((folder / "influence.json").read_text())
     row = {"rank_correlation": float(scores[0].corr(scores[1], "spearman")), "correlation": scores[0].corr(scores[1])}
     return row | {"residual": before["residual"], "residual_of_exact": exact["influence"]["residual"],
-                  "command": as_text(command)}  # fmt: skip
+                  "command": exact_key(cell, args)}  # fmt: skip
 
 
 def summarize(runs):
@@ -167,7 +176,7 @@ def main():
     pools = ["corrupted", *(["external"] if args.external_file else [])]
     cells = [(pool, split, seed, False) for seed in args.seeds for pool in pools for split in args.splits]
     if "random" in args.splits:
-        cells += [(pool, "random", seed, True) for seed in args.seeds[:SEEDS_OF_MORE] for pool in pools]
+        cells += [(pool, "random", seed, True) for seed in args.seeds if seed in SEEDS_OF_MORE for pool in pools]
     if args.finished:
         cells = [cell for cell in cells if is_done(*command_of(cell, args))]
     before = json.loads(args.output.read_text()) if args.output.exists() else {}
@@ -175,7 +184,10 @@ def main():
     if not runs:
         raise SystemExit(f"There is no finished run in {args.folder}.")
     rows, detected = summarize(runs), detection_rows(runs)
-    values = {"selection": rows, "detection": detected, "runs": runs, "exact": before.get("exact")}
+    first = ("corrupted", "random", args.seeds[0], False)
+    known = before.get("exact") or {}
+    exact = known if known.get("command") == exact_key(first, args) else None  # not of other weights or flags
+    values = {"selection": rows, "detection": detected, "runs": runs, "exact": exact}
     output = place_of(args.output, values, lambda report: len(report["runs"]), args.folder)
 
     def write():
@@ -184,7 +196,6 @@ def main():
         plot(rows, output.with_suffix(".png"))
 
     write()
-    first = ("corrupted", "random", args.seeds[0], False)
     scores = command_of(first, args)[0] / "influence_scores.csv"  # not there of a run that was kept from elsewhere
     if scores.exists() and not args.finished:
         values["exact"] = next(iter(run_all(lambda cell, threads: compare_with_exact(cell, args), [first], 1)), None)

@@ -118,6 +118,12 @@ def correlation(foretold, measured, draws=2000):
     return {"lds": float(stats.spearmanr(foretold, measured).statistic), "low": float(low), "high": float(high)}
 
 
+def foretell(scores, halves):
+    """Returns a number for each half of the molecules that orders the losses after learning it alone: the lower the
+    more helpful molecules it has, whose scores are positive."""
+    return [-scores[half].sum() for half in halves]
+
+
 def study_seed(seed, args):
     """Returns for each solver, target and part of the model the linear datamodeling score of one seed."""
     model_args, data_args = ModelArguments(model_name_or_path=args.model), DataTrainingArguments(split="random")
@@ -160,7 +166,7 @@ def study_seed(seed, args):
                     problem, pool, gradient, InfluenceArguments(**options), seed, show_progress=False
                 )
                 scores = problem.each(scores_by_jvp, pool, solutions.mean(dim=0)).numpy()
-                foretold = [-scores[half].sum() for half in halves]
+                foretold = foretell(scores, halves)
                 row = {"seed": seed, "params": "last layer and head" if params == "all" else "head", "target": target}
                 row |= {"solver": solver, **correlation(foretold, measured[target])}
                 rows.append(row | {"residual": report.get("residual")})
@@ -201,6 +207,8 @@ def main():
     report = {"settings": settings, "summary": [], "seeds": [], "losses": {}}
     if before.get("settings") == settings:  # not of other weights at the same path
         report |= {name: before[name] for name in report}
+    elif before:
+        raise SystemExit(f"{args.output} is of other settings or weights. Give another --output, or remove it.")
     for seed in args.seeds:
         if str(seed) in report["losses"]:
             continue

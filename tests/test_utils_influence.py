@@ -5,6 +5,7 @@ References: matrices by `torch.autograd.functional`, `torch.linalg.solve`, Neuma
 
 import argparse
 import math
+import re
 
 import pytest
 import torch
@@ -441,7 +442,7 @@ def test_an_interrupted_solution_goes_on_from_its_file(tiny, tmp_path, solver, m
     path, broken = tmp_path / "state.safetensors", problem_of(tiny, "last_1")
     product, count, steps = broken.curvature, 0, {"lissa": (4, 14), "cg": (24, 7)}[solver]
 
-    def failing(rows, vector):
+    def failing(rows, vector, *_):
         nonlocal count
         count += path.exists() and len(rows) == steps[0]
         if count == steps[1]:
@@ -453,7 +454,7 @@ def test_an_interrupted_solution_goes_on_from_its_file(tiny, tmp_path, solver, m
         run(broken, path)
     going_on, products = problem_of(tiny, "last_1"), []
     product = going_on.curvature
-    going_on.curvature = lambda rows, vector: products.append(len(rows)) or product(rows, vector)
+    going_on.curvature = lambda rows, vector, *_: products.append(len(rows)) or product(rows, vector)
     again, again_report = run(going_on, path)
     assert torch.equal(again, whole)
     assert again_report.pop("earlier_seconds") > report.pop("earlier_seconds") == 0
@@ -514,6 +515,65 @@ def test_scores_that_are_not_finite_are_refused(tiny):
         score_molecules(problem, molecules.iloc[8:12], broken, gradient, InfluenceArguments())
 
 
+@pytest.mark.parametrize(
+    ("share", "depth", "cosine", "verdict"),
+    [
+        (0.03, 200, 0.99, "^converged$"),
+        (1e-3, 200, 0.75, r"^cut short: 200 steps damp by .* Raise --recursion_depth to 1501, or the damping$"),
+        (0.03, 50, 0.97, r"^cut short"),
+        (0.03, 3, 0.7, r"^not converged: relative residual .*, --tolerance 0.3. Raise --recursion_depth"),
+    ],
+)
+def test_a_small_residual_of_a_short_recursion_is_not_called_converged(share, depth, cosine, verdict):
+    """A diagonal curvature, eigenvalues from 1e-6 to 1, a gradient as it has them; reference: the exact solution."""
+    values = torch.logspace(-6, 0, 400, dtype=torch.float64)
+    vector = values.sqrt() * torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    settings = {"damping": share, "scale": 1.5 + share, "recursion_depth": depth}
+    answer = lissa_inverse_hvp(lambda v: values * v, vector, tail_fraction=0.5, **settings)[0]
+    similarity = float(torch.cosine_similarity(answer, vector / (values + share), dim=0))
+    residual = float(((values + share) * answer - vector).norm() / vector.norm())
+    report = {"residual": residual, "tolerance": 0.3, "implicit_damping": settings["scale"] / depth, **settings}
+    judged = utils_influence.judge(report, InfluenceArguments(recursion_depth=depth))
+    assert re.search(verdict, judged["verdict"]) and judged["converged"] == (judged["verdict"] == "converged")
+    assert cosine < similarity < cosine + 0.1 and (similarity > 0.99) == judged["converged"]
+
+
+def test_the_answer_of_conjugate_gradients_is_judged_by_its_residual():
+    report = {"residual": 2.8, "tolerance": 1e-4, "damping": 0.1}
+    judged = utils_influence.judge(report, InfluenceArguments(ihvp="cg"))
+    assert not judged["converged"] and judged["verdict"].endswith("Raise --recursion_depth")
+    assert not utils_influence.judge({**report, "residual": math.nan}, InfluenceArguments(ihvp="cg"))["converged"]
+
+
+def test_lissa_that_is_worse_than_no_solution_is_refused(tiny):
+    """With batches of one molecule at a scale that lets the noise grow, and does not diverge."""
+    _, _, molecules = tiny
+    problem, train = problem_of(tiny, "head"), molecules.iloc[:16]
+    gradient = problem.gradient(molecules.iloc[16:32])
+    answers = torch.stack([-gradient])
+    problem.curvature = lambda rows, vector, description=None: vector
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="that of no solution at all is 1"):
+        patch.setattr(utils_influence, "solve_by_lissa", lambda *args: answers)
+        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0, show_progress=False)
+
+
+def test_long_passes_over_molecules_have_a_progress_bar(tiny, capsys, monkeypatch):
+    """From five seconds on; here from the first."""
+    plain = utils_influence.tqdm
+    monkeypatch.setattr(utils_influence, "tqdm", lambda *args, **options: plain(*args, **{**options, "delay": 0}))
+    _, _, molecules = tiny
+    problem, train = problem_of(tiny, "all"), molecules.iloc[:16]
+    problem.show_progress = True
+    gradient = problem.gradient(molecules.iloc[16:32])
+    influence_args = InfluenceArguments(recursion_depth=5, num_repeats=1)
+    solutions, _ = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=True)
+    score_molecules(problem, molecules.iloc[32:40], solutions, gradient, influence_args)
+    shown = capsys.readouterr().err
+    for name in ("Gradient of the target loss", "Largest eigenvalues", "LiSSA", "Residual", "Scores"):
+        assert f"{name}:" in shown, name
+    assert re.search(r"LiSSA: .*norm=\S+, residual=0\.\d", shown)
+
+
 def test_damping_may_be_given_and_parameters_must_matter(tiny):
     _, _, molecules = tiny
     problem, train = problem_of(tiny, "head"), molecules.iloc[:16]
@@ -521,8 +581,11 @@ def test_damping_may_be_given_and_parameters_must_matter(tiny):
     influence_args = InfluenceArguments(damping=0.25, num_repeats=1, recursion_depth=5)
     report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)[1]
     assert report["damping"] == 0.25 and report["scale"] > 0.25
-    problem.curvature = lambda rows, vector: 0 * vector
+    problem.curvature = lambda rows, vector, *_: 0 * vector
     with pytest.raises(InputError, match="The curvature is zero"):
+        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0, show_progress=False)
+    problem.curvature = lambda rows, vector, *_: math.nan * vector
+    with pytest.raises(InputError, match="The curvature is not finite"):
         inverse_curvature(problem, train, gradient, InfluenceArguments(), 0, show_progress=False)
 
 
