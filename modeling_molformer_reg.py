@@ -146,9 +146,11 @@ class MolformerConfig(PreTrainedConfig):
 
     def validate_values(self):
         """Raises `ValueError` for values that describe no model; also called with what `from_pretrained` overrides."""
-        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_random_features"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1.")
+        fields = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_random_features")
+        for field in (*fields, "intermediate_size"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field}={value!r} must be a whole number, at least 1.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
@@ -168,9 +170,18 @@ class MolformerConfig(PreTrainedConfig):
         if names and not (isinstance(names, list) and len(set(names)) == len(names)):
             raise ValueError(f"head_descriptors={names!r} must be a list of names, each of them once.")
         for field in ("label_mean", "label_std", "label_names"):
-            value = getattr(self, field)
-            if value is not None and len(value) != self.num_labels:
+            value, kind = getattr(self, field), str if field == "label_names" else (int, float)
+            if value is None:
+                continue
+            if not isinstance(value, (list, tuple)) or not all(isinstance(entry, kind) for entry in value):
+                raise ValueError(f"{field}={value!r} must be a list of {'names' if kind is str else 'numbers'}.")
+            if len(value) != self.num_labels:
                 raise ValueError(f"{field} has {len(value)} entries, but the model has {self.num_labels} labels.")
+            if kind is not str and not all(map(math.isfinite, value)):
+                raise ValueError(f"{field}={value!r} must be finite.")
+        form = getattr(self, "smiles_form", None)
+        if form not in (None, "canonical", "isomeric", "raw"):
+            raise ValueError(f"smiles_form={form!r} is unknown. Choose canonical, isomeric or raw.")
         if bool(self.atom_descriptor_names) != bool(self.environment_buckets):
             raise ValueError("atom_descriptor_names and environment_buckets go together: one head predicts both.")
         if self.label_std is not None and not all(std > 0 for std in self.label_std):

@@ -28,6 +28,7 @@ from utils_molecules import choose_descriptors
 
 PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names
 UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+UNLOADABLE += (TypeError, AttributeError, KeyError)  # of the libraries that read them, where JSON has other types
 # `cached_file` then answers `None` for a file that is not there
 QUIET = {name: False for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")}
 QUIET["_raise_exceptions_for_gated_repo"] = False
@@ -93,7 +94,7 @@ def load_tokenizer(model_args):
     try:
         # not AutoTokenizer: that asks to run the code that a Hub tokenizer's auto_map names
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **hub_options(model_args))
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise InputError(_not_loaded("tokenizer", source, error)) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # or the source's remote code would be named in our checkpoints
     return tokenizer
@@ -108,7 +109,7 @@ def load_config(model_args):
     source = model_args.config_name or model_args.model_name_or_path
     try:
         return MolformerConfig.from_pretrained(source, **hub_options(model_args))
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise InputError(_not_loaded("configuration", source, error)) from error
 
 
@@ -149,6 +150,8 @@ def find_base(source, model_args):
         if path is not None:
             try:
                 values = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+                if not all(isinstance(values.get(key), str | None) for key in (base, "revision", "method", "peft_type")):
+                    raise ValueError(f"base, revision or method in {name} is no text.")
             except (ValueError, TypeError) as error:
                 raise InputError(_not_loaded("adapter", source, error)) from error
             method = values.get("method") or values.get("peft_type")
@@ -171,7 +174,19 @@ def find_members(model_args):
     hub = hub_options(model_args)
     if _find_file(source, "member-0/config.json", hub) is None:
         return []
-    return member_folders(snapshot_download(source, allow_patterns="member-*/*", **hub))
+    try:
+        return member_folders(snapshot_download(source, allow_patterns="member-*/*", **hub))
+    except (OSError, ValueError) as error:
+        raise InputError(_not_loaded("ensemble", source, error)) from error
+
+
+def check_index(source):
+    """Raises `ValueError` if the index of a folder's weights names files that are not in the folder itself."""
+    for path in Path(source).glob("*.index.json"):
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        outside = next((name for name in files if Path(name).name != name), None)
+        if outside is not None:
+            raise ValueError(f"{path.name} names {outside}, which is not in the folder.")
 
 
 def portable_path(source):
@@ -360,6 +375,7 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
             if model_args.config_name:
                 hub["config"] = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
                 values = {}
+            check_index(source)
             model = model_class.from_pretrained(source, dtype=torch.float32, **hub, **values)
     except InputError:
         raise

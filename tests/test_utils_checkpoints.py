@@ -1,5 +1,8 @@
 """utils_checkpoints.py: the tokenizer, and checkpoints that are refused with their reason."""
 
+import json
+import shutil
+
 import pandas as pd
 import pytest
 import torch
@@ -62,6 +65,39 @@ def test_weights_that_are_no_numbers_are_refused(tiny_checkpoint, tmp_path):
     args = ModelArguments(model_name_or_path=str(tmp_path), tokenizer_name=tiny_checkpoint)
     with pytest.raises(InputError, match="layer.1.output.dense.bias"):
         load_model(MolformerForRegression, args, load_tokenizer(args))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("config.json", [], "cannot be loaded"),
+        ("config.json", {"hidden_size": "abc"}, "hidden_size='abc' must be a whole number"),
+        ("config.json", {"label_mean": "x"}, "label_mean='x' must be a list of numbers"),
+        ("config.json", {"label_mean": [float("nan")]}, "must be finite"),
+        ("config.json", {"label_names": 5}, "label_names=5 must be a list of names"),
+        ("config.json", {"num_labels": "a"}, "cannot be loaded"),
+        ("config.json", {"id2label": 5}, "cannot be loaded"),
+        ("config.json", {"dtype": "evil"}, "cannot be loaded"),
+        ("config.json", {"smiles_form": "evil"}, "smiles_form='evil' is unknown"),
+        ("tokenizer_config.json", [], "cannot be loaded"),
+        ("tokenizer.json", [], "cannot be loaded"),
+        ("adapter_config.json", {"base_model_name_or_path": 5}, "is no text"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../outside.safetensors"}}, "not in the folder"),
+        ("model.safetensors.index.json", {}, "cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_whose_files_say_nonsense_ends_in_one_line(tiny_checkpoint, tmp_path, file, change, named):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    path = folder / file
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(values | change if isinstance(change, dict) else change))
+    if "index" in file:
+        (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    args = ModelArguments(model_name_or_path=str(folder))
+    with pytest.raises(InputError, match=named) as caught:
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_run_of_a_model_of_another_shape_is_not_resumed(tiny_checkpoint):
