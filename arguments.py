@@ -415,6 +415,18 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"--num_train_epochs is {self.num_train_epochs}; give a positive number.")
 
 
+class ArgumentParser(HfArgumentParser):
+    """Refuses words of the command line without repeating a token that is among them."""
+
+    def error(self, message):
+        super().error(hide_tokens(message))
+
+
+def hide_tokens(text):
+    """Returns a text without the Hub tokens in it."""
+    return re.sub(r"\bhf_\w+", "hf_…", text)
+
+
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and the script's docstring with its own line breaks."""
 
@@ -431,7 +443,7 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
         SystemExit: for an unknown flag, after naming it; for an argument that a dataclass refuses, with its reason.
     """
     args = sys.argv[1:] if args is None else list(args)
-    parser = HfArgumentParser(
+    parser = ArgumentParser(
         dataclasses,
         usage="%(prog)s [FILE.json or FILE.yaml] [--flag value ...]",
         description=description,
@@ -440,9 +452,9 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
     )
     defaults = {**(defaults or {})}
     try:
-        if args and not args[0].startswith("-") and Path(args[0]).suffix in (".json", ".yaml", ".yml"):
-            args = _read_argument_file(args[0]) + args[1:]
         parser.set_defaults(**defaults)
+        if args and not args[0].startswith("-") and Path(args[0]).suffix in (".json", ".yaml", ".yml"):
+            args = _read_argument_file(args[0], parser) + args[1:]
         *arguments, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
         if unknown:  # without their values, which may be a token
             flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
@@ -451,7 +463,7 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
         arguments[-1].run_values = _values_to_repeat(vars(parser.parse_args(args)))
         return arguments
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {hide_tokens(str(error))}\n")
 
 
 def _values_to_repeat(values):
@@ -464,17 +476,27 @@ def _values_to_repeat(values):
     return {name: getattr(value, "value", value) for name, value in kept.items()}
 
 
-def _read_argument_file(path):
+def _read_argument_file(path, parser):
     """Returns the file as flags, so that its values are converted and checked as those of the command line."""
     import yaml
 
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:  # whose own text repeats the line, which may hold a token
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{path} cannot be read: {error.problem}{place}.") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no arguments. It needs one flag a line, such as learning_rate: 2.0e-4.")
+    for name, value in values.items():
+        default = parser.get_default(str(name))
+        if value is None and default is not None:
+            raise ValueError(f"{name} has no value in {path}. Give one, or leave it out for its default, {default}.")
+        if value is False and str(name).endswith("_strategy"):  # what YAML makes of a bare no
+            values[name] = "no"
     return as_flags(values)
 
 
@@ -492,6 +514,8 @@ def as_flags(values):
 def run_script(main, dataclasses, defaults, description):
     """Parses the command line and runs `main`; what the user can correct ends as one line, not as a traceback."""
     arguments = parse_arguments(*dataclasses, defaults=defaults, description=description)
+    if hasattr(sys.stdout, "reconfigure"):  # a locale without ² is not to end a run
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         main(*arguments)
         if torch.distributed.is_initialized():  # left to the interpreter's end its threads may abort the process
@@ -735,12 +759,17 @@ def write_arguments(training_args):
     if values is None:  # of a member of an ensemble, or of a call without a command line
         return
     path = folder / ARGUMENTS_FILE
-    if not training_args.do_train and path.exists():
+    if not training_args.do_train and path.exists() and of_training(json.loads(path.read_text(encoding="utf-8"))):
         path = folder / f"predict_{ARGUMENTS_FILE}"
     part = path.with_name(f"{path.name}.part")
     text = json.dumps(settled_values(training_args), indent=2) + "\n"
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def of_training(values):
+    """Returns whether the arguments of a run (`dict`) had it train: they say so, or name no part of the work."""
+    return bool(values.get("do_train")) or not (values.get("do_eval") or values.get("do_predict"))
 
 
 def settled_values(training_args):

@@ -337,22 +337,31 @@ def check_resumed(training_args, checkpoint, base_weights):
             )
 
 
-def write_merged(model, tokenizer, folder, source):
-    """Writes a plain checkpoint to a folder, with arguments, metrics and plots of the run in `source`."""
+def write_merged(model, tokenizer, folder, find):
+    """Writes a plain checkpoint to a folder, with arguments, metrics and plots of the run that made the adapter.
+
+    Args:
+        find (`Callable`): maps the name of a file of that run to its path, or to `None` if there is none.
+    """
+    from utils_molecules import read_json, write_json
     from utils_report import FIGURES
 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name in (ARGUMENTS_FILE, "all_results.json", "splits.json", "trainer_state.json", *FIGURES):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if (path := find(name)) is not None:
+            shutil.copyfile(path, folder / name)
+    values = read_json(folder / ARGUMENTS_FILE)
+    if values:  # they make the adapter again, and merge it
+        values.pop("base_hub_name", None)
+        write_json({**values, "merge_adapter": True, "output_dir": str(folder)}, folder / ARGUMENTS_FILE)
 
 
 def merge_alone(model_args, data_args, training_args):
     """Writes the adapter that the arguments name, merged into its base, to the output folder; no data are needed."""
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import begin_run
-    from utils_checkpoints import load_model, load_tokenizer
+    from utils_checkpoints import find_file, hub_options, load_model, load_tokenizer
     from utils_report import finish_run
 
     source, folder = model_args.model_name_or_path, Path(training_args.output_dir)
@@ -364,7 +373,7 @@ def merge_alone(model_args, data_args, training_args):
     model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
     begin_run(training_args, None, source, [])
     if training_args.should_save:
-        write_merged(model, tokenizer, folder, Path(source))
+        write_merged(model, tokenizer, folder, lambda name: find_file(source, name, hub_options(model_args)))
     finish_run(training_args, "peft")
 
 
@@ -512,7 +521,8 @@ def main(model_args, data_args, peft_args, training_args):
         model = trainer.model
         if not training_args.do_train:  # of an adapter that was given
             model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
-        write_merged(merge_adapter(model), tokenizer, output_dir / "merged", output_dir)
+        files = {path.name: path for path in output_dir.glob("*")}
+        write_merged(merge_adapter(model), tokenizer, output_dir / "merged", files.get)
     pushed = output_dir / "merged" if peft_args.merge_adapter else output_dir
     finish_run(training_args, "peft", [("", pushed)], name_base(output_dir, peft_args))
 

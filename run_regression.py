@@ -136,6 +136,8 @@ def predict_new(model_args, data_args, regression_args, training_args):
     to_output = data_args.test_file == "-"
     if training_args.output_dir == DEFAULTS["output_dir"]:  # that is where the model is
         training_args.output_dir = "outputs/predictions"
+    if data_args.max_predict_samples is not None:
+        raise InputError("--max_predict_samples shortens the parts of a split. All rows of --test_file are predicted.")
     if to_output and training_args.world_size > 1:
         raise InputError("Several processes cannot share standard input. Give --test_file a name, or use one process.")
     setup_run(training_args, None if to_output else data_args)
@@ -240,6 +242,7 @@ def main(model_args, data_args, regression_args, training_args):
                 mean = np.mean(predictions[held_out], axis=(0, 2))
                 values = label_metrics(mean, labels_of(parts[held_out]), names)
                 metrics |= {f"eval_{key}": value for key, value in values.items()}
+                metrics["eval_samples"] = len(parts[held_out])
         if training_args.do_predict:
             test_metrics, table = write_reports(output_dir, parts, predictions, digest, data_args)
             metrics |= test_metrics

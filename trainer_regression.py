@@ -120,6 +120,25 @@ class SetEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
+def find_best_checkpoint(args, state):
+    """Finds the best checkpoint of a run that is resumed in the output folder, which may have been moved since.
+
+    The library looks for it where it was, and keeps the model of the last epoch where it finds none.
+
+    Raises:
+        InputError: if it is not there.
+    """
+    if not args.load_best_model_at_end or state.best_model_checkpoint is not None or not state.best_global_step:
+        return
+    path = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+    if not path.is_dir():
+        raise InputError(
+            f"{path}, the best checkpoint of the run that is to be resumed, is not there. Bring it back, or train "
+            "again with --overwrite_output_dir."
+        )
+    state.best_model_checkpoint = str(path)
+
+
 class Stopwatch(TrainerCallback, ExportableState):
     """Counts seconds, peak memory and losses of a training over its interruptions; the checkpoints keep them."""
 
@@ -128,6 +147,7 @@ class Stopwatch(TrainerCallback, ExportableState):
         self.seconds_before, self.memory_before, self.loss_before = 0.0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        find_best_checkpoint(args, state)
         self.begun = time.monotonic()
         kept = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint, when one is resumed
         if kept:

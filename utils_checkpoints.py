@@ -124,7 +124,7 @@ def hub_revision(model_args):
     return None if local or model_args.model_revision == "main" else model_args.model_revision
 
 
-def _find_file(source, name, hub):
+def find_file(source, name, hub):
     """Returns the path of a file of a checkpoint, fetched if it is on the Hub; `None` where there is none.
 
     Raises:
@@ -146,11 +146,13 @@ def find_base(source, model_args):
         InputError: if the file that names them is no JSON of that form.
     """
     for name, base in ((PARTIAL_FILE, "base"), ("adapter_config.json", "base_model_name_or_path")):
-        path = _find_file(source, name, hub_options(model_args)) if source is not None else None
+        path = find_file(source, name, hub_options(model_args)) if source is not None else None
         if path is not None:
             try:
                 values = dict(json.loads(Path(path).read_text(encoding="utf-8")))
-                if not all(isinstance(values.get(key), str | None) for key in (base, "revision", "method", "peft_type")):
+                if not all(
+                    isinstance(values.get(key), str | None) for key in (base, "revision", "method", "peft_type")
+                ):
                     raise ValueError(f"base, revision or method in {name} is no text.")
             except (ValueError, TypeError) as error:
                 raise InputError(_not_loaded("adapter", source, error)) from error
@@ -172,7 +174,7 @@ def find_members(model_args):
             raise InputError(f"{source} holds an ensemble whose training was interrupted. Resume it first.")
         return members
     hub = hub_options(model_args)
-    if _find_file(source, "member-0/config.json", hub) is None:
+    if find_file(source, "member-0/config.json", hub) is None:
         return []
     try:
         return member_folders(snapshot_download(source, allow_patterns="member-*/*", **hub))
@@ -210,7 +212,7 @@ def weights_digest(source, hub=None):
     """
     path = Path(source) / "model.safetensors"
     if hub is not None and not Path(source).exists():
-        path = _find_file(source, path.name, hub)
+        path = find_file(source, path.name, hub)
     if path is None or not Path(path).is_file():
         return None
     with open(path, "rb") as file:

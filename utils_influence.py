@@ -340,7 +340,7 @@ class MoleculeProblem:
         return torch.stack([self.states[key] for key in keys])
 
     def with_progress(self, starts, description):
-        """Returns the starts of chunks with a progress bar that appears after five seconds; none without description."""
+        """Returns the starts of chunks with a progress bar, which appears after five seconds; none if unnamed."""
         return tqdm(starts, desc=description, delay=5, disable=description is None or not self.show_progress)
 
     def chunks(self, molecules, chunk_size=None, description=None):
@@ -564,7 +564,9 @@ def judge(report, influence_args):
     tolerance = report["tolerance"] * (1 if lissa else 2)
     verdict = "converged"
     if not report["residual"] <= tolerance:
-        raised = "--recursion_depth, --damping, --num_repeats or --hessian_batch_size" if lissa else "--recursion_depth"
+        raised = (
+            "--recursion_depth, --damping, --num_repeats or --hessian_batch_size" if lissa else "--recursion_depth"
+        )
         verdict = (
             f"not converged: relative residual {report['residual']:.3g}, --tolerance {report['tolerance']:.3g}. Raise "
             f"{raised}"

@@ -396,10 +396,13 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     num_forms = regression_args.predict_augment
     arguments = (tokenizer, data_args.smiles_form, data_args.max_length, num_forms, training_args.seed)
     arguments += (config.head_descriptors,)
+    main, exported = training_args.should_save, regression_args.export_embeddings
+    place = Path(exported or training_args.output_dir).absolute().parent
+    if exported and not place.is_dir() and place != Path(training_args.output_dir).absolute():  # which is made below
+        raise InputError(f"--export_embeddings {exported} cannot be written: there is no folder {place}.")
     if path is not None:
         begin_writing(training_args, None)
     predictor = Predictor(models, tokenizer, training_args)
-    main, exported = training_args.should_save, regression_args.export_embeddings
     embeddings = EmbeddingWriter(exported) if main and exported else None
     writer = Writer(path) if main else None
     statuses, measured, total = {}, [], 0

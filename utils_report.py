@@ -56,6 +56,7 @@ PUSHED = re.compile(
     r"(all|train|eval|predict)_results\.json|modeling_molformer_reg\.py|" + "|".join(map(re.escape, FIGURES))
 )
 OURS = re.compile(rf"(member-\d+/)?({PUSHED.pattern})")  # in a repository
+OTHER_MODELS = ("member-*/*", "model*.safetensors*", "adapter_*", "trained_parameters.json")
 NOT_REWRITTEN = re.compile(
     r"(adapter_)?config\.json|tok.*\.json|special.*\.json|.*\.index\.json|trained_parameters\.json"
 )
@@ -215,6 +216,7 @@ class Run:
         config = read_json(self.model_folder / "config.json") if self.model_folder is not None else {}
         self.label_names = config.get("label_names") or []
         self.head_descriptors = config.get("head_descriptors") or []
+        self.label_column = config.get("label_column")
 
     def exists(self, name):
         return self.model_folder is not None and (self.model_folder / name).exists()
@@ -252,19 +254,24 @@ class Run:
 
     @property
     def embedded_data(self):
-        return not self.values.get("dataset_name") and self.values.get("train_file") in (None, EMBEDDED_DATA)
+        path = self.values.get("train_file")
+        known = bool(self.results)  # not of an adapter that was merged and does not say what it has learned
+        is_embedded = path is None or Path(path).resolve() == Path(EMBEDDED_DATA)
+        return known and not self.values.get("dataset_name") and is_embedded
 
     @property
     def data(self):
         """Name of the data set as a card may give it."""
         if self.embedded_data:
             return "MoleculeNet Lipophilicity"
+        if not self.results:
+            return "not known"
         return self.values.get("dataset_name") or Path(self.values["train_file"]).name
 
     @property
     def label(self):
         """What the label is called."""
-        columns = self.values.get("label_column") or ["the label"]
+        columns = self.values.get("label_column") or self.label_names or [self.label_column or "the label"]
         return self.values.get("label_name") or ("logD7.4" if self.embedded_data else " and ".join(columns))
 
     @property
@@ -286,6 +293,11 @@ class Run:
     @property
     def base_is_on_hub(self):
         return bool(self.base) and "/" in self.base and not (ROOT / self.base).exists()
+
+    def counted(self, part, end):
+        """Returns a part's name with the number of its molecules that have a label, if the run has told it."""
+        count = self.metrics.get(f"{part}_samples{end}")
+        return part if count is None else f"{part} (n = {count})"
 
     @property
     def ends(self):
@@ -324,7 +336,7 @@ def card_data(run):
             dataset_type=hub_data or run.data.lower().replace(" ", "-"),
             dataset_name=f"{run.data}, {run.split.get('split', 'unknown')} split",
             dataset_config=end.removeprefix("_") or None,  # without it, all labels would be taken for one task
-            dataset_split=f"{part} (n = {run.metrics.get(f'{part}_samples{end}')})",
+            dataset_split=run.counted(part, end),
             metric_type=key,
             metric_name=", ".join(filter(None, (METRICS[key], part, end.removeprefix("_")))),
             metric_value=round(run.metrics[f"{part}_{key}{end}"], 6),
@@ -608,6 +620,8 @@ def push_run(training_args, kind, folders, replaced=None):
         repository = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True)
         run = Run(root, kind, repository.repo_id, folders[0][1])  # now with its full name
         contents[CARD_FILE] = str(model_card(run)).encode()
+        if training_args.hub_revision not in (None, "main"):
+            api.create_branch(repository.repo_id, branch=training_args.hub_revision, exist_ok=True)
         before = api.list_repo_files(repository.repo_id, revision=training_args.hub_revision)
         operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
         # what an earlier push left would be taken for a part of this model
@@ -623,6 +637,8 @@ def push_run(training_args, kind, folders, replaced=None):
         lines = str(error).replace(token, "…").strip().splitlines() if token else str(error).splitlines()
         staged = stage(contents, Path(training_args.output_dir) / "to_push")
         command = ["hf", "upload", name, str(staged), "."]
+        for pattern in OTHER_MODELS:  # what an earlier push left would be taken for a part of this model
+            command += ["--delete", pattern]
         command += ["--private"] if training_args.hub_private_repo else []
         command += ["--revision", training_args.hub_revision] if training_args.hub_revision else []
         login = "" if get_token() else " (log in with `hf auth login` first)"

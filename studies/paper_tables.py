@@ -53,7 +53,8 @@ def collect(folder):
             others = ", ".join(cells[seed].name for seed in sorted(cells) if seed not in same)
             print(f"Left out, since made by another command or from other weights than the newest: {others}")
         seeds = {seed: json.loads((cells[seed] / "all_results.json").read_text()) for seed in same}
-        start = note_lines(folder / f"mlm-{same[0]}")[:1] if name == "mlm_regression" else []
+        before = {"mlm_regression": "mlm", "selected": "influence"}.get(name)  # the run that it starts from
+        start = note_lines(folder / f"{before}-{same[0]}")[:1] if before else []
         runs[name] = {"seeds": seeds, "command": " && ".join([*start, *notes[same[0]][:1]])}
     return runs
 

@@ -26,6 +26,7 @@ class HubDouble(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = {}
+        self.branches = {COMMIT, "main"}  # of all repositories; their files are the same
         self.objects = {}  # large files by their hash, until a commit names them
         self.failing = None  # part of a path whose requests end with 503
 
@@ -79,6 +80,10 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(409, {"error": "exists", "url": f"{self.server.endpoint}/{name}"})
             self.server.repositories[name] = {}
             return self.answer(200, {"url": f"{self.server.endpoint}/{name}"})
+        if match := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
+            known = match[2] in self.server.branches
+            self.server.branches.add(match[2])
+            return self.answer(409, {"error": "exists"}) if known else self.answer(201, {})
         if match := re.fullmatch(r"/api/models/(.+)/preupload/.+", path):
             files = [
                 {"path": file["path"], "uploadMode": mode(file["path"]), "shouldIgnore": False, "oid": None}
@@ -115,8 +120,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(self.path.split("?")[0])
         repositories = self.server.repositories
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+(/.*)?", path):
-            folder = f"{(match[2] or '').strip('/')}/".lstrip("/")
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(/.*)?", path):
+            if match[2] not in self.server.branches:
+                return self.answer(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
+            folder = f"{(match[3] or '').strip('/')}/".lstrip("/")
             files = {name: file for name, file in repositories.get(match[1], {}).items() if name.startswith(folder)}
             entries = [
                 {"type": "file", "path": name, "size": len(file), "oid": COMMIT}

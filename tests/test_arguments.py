@@ -322,6 +322,42 @@ def test_an_argument_file_holds_over_a_scripts_defaults(tmp_path):
     assert (training_args.output_dir, training_args.learning_rate) == ("elsewhere", 1e-5)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "hub_token: hf_secret: x\n",
+        'hub_token: "hf_secret\n',
+        "seed: 1\n\thub_token: hf_secret\n",
+        "hub_token: !hf_secret x\n",
+    ],
+)
+def test_a_token_in_a_broken_argument_file_is_not_repeated(tmp_path, capsys, content):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    message = refusal(capsys, file)
+    assert "cannot be read" in message and "secret" not in message and "line " in message
+
+
+def test_a_token_in_the_wrong_place_is_not_repeated(capsys):
+    assert "secret" not in refusal(capsys, "--push_to_hub", "hf_secret")
+    assert "secret" not in refusal(capsys, "--seed", "hf_secret")
+
+
+def test_a_strategy_of_no_may_stand_bare_in_a_yaml_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("save_strategy: no\neval_strategy: no\nload_best_model_at_end: false\n")
+    training_args = parse(file)[2]
+    assert (training_args.save_strategy.value, training_args.eval_strategy.value) == ("no", "no")
+
+
+def test_a_key_without_a_value_is_refused_where_that_is_no_default(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("split_seed:\n")
+    assert parse(file)[1].split_seed is None
+    file.write_text("save_total_limit:\n")
+    assert "save_total_limit has no value" in refusal(capsys, file)
+
+
 @pytest.mark.parametrize("name, content", [("run.json", '{"learningrate": 1}'), ("run.yaml", "learningrate: 1\n")])
 def test_an_unknown_key_of_an_argument_file_is_named(tmp_path, capsys, name, content):
     file = tmp_path / name

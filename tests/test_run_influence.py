@@ -385,7 +385,9 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     external.write_text("SMILES,Label\nCCO,1\n")
     call_main(*scoring, *split, "--output_dir", tmp_path / "single")
     assert json.loads((tmp_path / "single" / "influence.json").read_text())["agreement_of_ranks"] is None
-    external.write_text("SMILES,value,label\nCCO,7,1\nCCN,8,2\n")  # label is the training file's own, value comes first
+    external.write_text(
+        "SMILES,value,label\nCCO,7,1\nCCN,8,2\n"
+    )  # label is the training file's own, value comes first
     call_main(*scoring, *split, "--output_dir", tmp_path / "two")
     assert sorted(pd.read_csv(tmp_path / "two" / "influence_scores.csv")["label"]) == [1, 2]
     external.write_text("SMILES,activity\nCCO,1\n")

@@ -624,6 +624,14 @@ def test_an_adapter_is_merged_without_data(finished_run, small_table, tmp_path):
     card = (tmp_path / "plain" / "README.md").read_text()
     assert f"{results(finished_run)['test_mse']:.4f}" in card and "adapter_config" not in card
     assert 'from_pretrained("plain", trust_remote_code=True)' in card and "with lora" in card
+    again = json.loads((tmp_path / "plain" / "arguments.json").read_text())  # makes the adapter anew, and merges it
+    assert (again["output_dir"], again["merge_adapter"]) == (str(tmp_path / "plain"), True)
+    shutil.copytree(finished_run, tmp_path / "bare")  # as somebody else's adapter
+    for name in ("arguments.json", "all_results.json", "splits.json", "README.md"):
+        (tmp_path / "bare" / name).unlink()
+    call_main("--model_name_or_path", tmp_path / "bare", "--merge_adapter", "--output_dir", tmp_path / "unknown")
+    card = (tmp_path / "unknown" / "README.md").read_text()
+    assert "Data: not known" in card and "MoleculeNet" not in card and "logD7.4" not in card
     with pytest.raises(InputError, match="is the adapter itself. Give another folder"):
         call_main(*merge, "--output_dir", finished_run)
     with pytest.raises(InputError, match="cannot be the base of another one. Merge it first"):

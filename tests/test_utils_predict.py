@@ -171,6 +171,14 @@ def test_standard_input_that_is_no_utf8_is_refused(fine_tuned):
     assert ran.returncode == 2 and b"Standard input cannot be read" in ran.stderr and b"Traceback" not in ran.stderr
 
 
+def test_standard_output_is_utf8_in_any_locale(run_script, fine_tuned):
+    flags = ["--do_predict", "--model_name_or_path", fine_tuned / "member-0", "--test_file", "-"]
+    ran = run_script("run_regression.py", *flags, text="smiles,name\nCC,\u03b2-x\n", PYTHONIOENCODING="latin-1:strict",
+                     PYTHONUTF8="0")  # fmt: skip
+    assert ran.returncode == 0 and "Traceback" not in ran.stderr, ran.stderr
+    assert "\u03b2-x" in ran.stdout
+
+
 def test_standard_input_is_answered_on_standard_output(run_script, table, fine_tuned, tmp_path):
     flags = ["--do_predict", "--model_name_or_path", fine_tuned / "member-0", "--test_file"]
     ran = run_script("run_regression.py", *flags, table, "--output_dir", tmp_path / "out")
@@ -323,8 +331,28 @@ def test_the_label_that_was_learned_is_the_one_that_is_compared(tmp_path, fine_t
 
 def test_embeddings_that_cannot_be_written_are_refused_at_the_start(tmp_path, fine_tuned, table):
     flags = ["--model_name_or_path", fine_tuned / "member-0", "--test_file", table]
-    with pytest.raises(InputError, match="No such file or directory"):
+    with pytest.raises(InputError, match="states.parquet cannot be written: there is no folder"):
         predict(tmp_path, *flags, "--export_embeddings", tmp_path / "absent" / "states.parquet")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="--max_predict_samples shortens the parts of a split"):
+        predict(tmp_path, *flags, "--max_predict_samples", "3")
+    predict(tmp_path, *flags, "--export_embeddings", tmp_path / "out" / "states.parquet")  # in the folder that is made
+    assert (tmp_path / "out" / "states.parquet").exists()
+
+
+def test_the_arguments_in_the_folder_are_those_of_its_last_prediction(tmp_path, fine_tuned, table):
+    for member in ("member-0", "member-1"):
+        flags = ["--model_name_or_path", fine_tuned / member, "--test_file", table, "--overwrite_output_dir"]
+        predict(tmp_path, *flags)
+        values = json.loads((tmp_path / "out" / "arguments.json").read_text())
+        assert values["model_name_or_path"] == str(fine_tuned / member)
+
+
+def test_an_unknown_token_is_a_status_of_its_own(tmp_path, fine_tuned):
+    path = tmp_path / "rare.csv"
+    path.write_text("smiles\n[Og]\nCC\n")
+    result = predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path)
+    assert result["status"].tolist() == ["unknown token", "ok"]
 
 
 def test_several_labels_are_found_by_their_names(tmp_path, tiny_checkpoint):

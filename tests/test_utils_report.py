@@ -5,6 +5,7 @@ python -m pytest tests/test_utils_report.py
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -402,6 +403,25 @@ def test_an_ensemble_goes_to_the_hub_and_comes_back(connected, online, hub, trai
         np.testing.assert_allclose(second[column], first[column], atol=1e-5)
 
 
+@pytest.mark.parametrize("extra", [("--num_seeds", "2"), ("--label_column", "label", "double")])
+def test_the_card_counts_molecules_or_says_nothing(training, connected, tmp_path, extra):
+    """Where nothing was predicted, only the evaluation has counts."""
+    table = pd.read_csv(training[3])
+    table.assign(double=2 * table["label"]).to_csv(tmp_path / "two.csv", index=False)
+    flags = [*training, "--train_file", tmp_path / "two.csv", *extra, "--do_train", "--do_eval"]
+    connected(run_regression, *flags, "--max_train_samples", "32")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "None" not in card and "validation" in card and ("(n = 13)" in card) == (extra[0] == "--num_seeds")
+
+
+def test_the_embedded_data_are_known_by_any_path(connected, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", "data/lipophilicity.csv", "--max_steps", "1"]
+    connected(run_regression, *flags, "--max_train_samples", "16", "--do_train", "--output_dir", tmp_path / "run")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "predicts logD7.4" in card and "MoleculeNet Lipophilicity" in card
+
+
 def test_a_finished_run_is_pushed_without_training_again(connected, hub, training, tmp_path):
     connected(run_regression, *training)
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
@@ -413,5 +433,29 @@ def test_a_finished_run_is_pushed_without_training_again(connected, hub, trainin
 def test_what_is_to_be_typed_after_a_failed_push_keeps_the_repository_private(connected, hub, training):
     hub.failing = "/commit/"
     flags = ["--push_to_hub", "--hub_model_id", "a/b", "--hub_private_repo", "true", "--hub_revision", "next"]
-    with pytest.raises(InputError, match=r"hf upload a/b \S+ \. --private --revision next"):
+    with pytest.raises(InputError, match=r"hf upload a/b \S+ \. --delete 'member-.* --private --revision next"):
         connected(run_regression, *training, *flags)
+
+
+def test_a_push_goes_to_the_branch_that_is_named(connected, hub, training):
+    """Which the Hub does not know yet."""
+    connected(
+        run_regression, *training, "--push_to_hub", "--hub_model_id", "someone/branched", "--hub_revision", "next"
+    )
+    assert "next" in hub.branches and "model.safetensors" in hub.repositories["someone/branched"]
+
+
+def test_a_run_that_was_moved_keeps_its_best_model(connected, hub, training, tmp_path):
+    """Also where it lies when it is pushed later; the epochs after the best one are worse."""
+    worse = ("--num_train_epochs", "3", "--learning_rate", "0.05", "--seed", "1")
+    connected(run_regression, *training, *worse)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert state["best_global_step"] < state["global_step"]
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    again = ("--output_dir", moved, "--resume_from_checkpoint", "true")
+    connected(run_regression, *training, *worse, *again)
+    assert (moved / "model.safetensors").read_bytes() == before
+    shutil.rmtree(moved / f"checkpoint-{state['best_global_step']}")
+    with pytest.raises(InputError, match="the best checkpoint of the run that is to be resumed, is not there"):
+        connected(run_regression, *training, *worse, *again)
