@@ -44,12 +44,14 @@ SCRIPTS = {
                          "--controls", "none", "random"],
 }  # fmt: skip
 SMALL = ["--max_train_samples", "128", "--max_eval_samples", "64", "--max_predict_samples", "64"]
-SMALL += ["--num_train_epochs", "3", "--disable_tqdm", "true"]
+EPOCHS = 3
+SMALL += ["--num_train_epochs", str(EPOCHS), "--disable_tqdm", "true"]
+AIMS = ("saving", "evaluating", None, None, None)  # what a run is doing when it is killed; None for any moment
 NOT_COMPARED = ("runtime", "per_second", "seconds", "train_loss", "memory", "preparation_time")
 MOST_SECONDS = 10  # for one generated input
 # of the superuser, to whom a folder's mode means nothing (util-linux)
 WITHOUT_POWER = ("setpriv", "--bounding-set", "-dac_override", "--inh-caps", "-dac_override")
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def start(script, folder, *flags, launcher=(), **options):
@@ -81,8 +83,29 @@ def wait_for(process, folder, pattern):
         time.sleep(0.02)
 
 
+def saving(folder):
+    """Returns the checkpoints that are being written."""
+    return [path for path in folder.glob("**/checkpoint-*") if not (path / "trainer_state.json").exists()]
+
+
+def wait_for_aim(process, folder, aim, epoch):
+    """Returns when a run is evaluating or saving, at the end of an epoch, or has ended."""
+    if aim == "evaluating":  # what follows the line with the training loss of an epoch
+        losses = 0
+        for line in process.stdout:
+            losses += "'loss':" in line
+            if losses == epoch:
+                return
+    known = set()
+    while process.poll() is None and len(known) < epoch:
+        known |= set(saving(folder))
+        time.sleep(0.001)
+
+
 def phase_of(folder):
     """Returns where a run stood when it was killed, by its files."""
+    if saving(folder):
+        return "saving"
     if not any(folder.glob("**/checkpoint-*/trainer_state.json")):
         return "before a checkpoint"
     trained = ("model.safetensors", "adapter_model.safetensors", "influence_scores.csv")
@@ -140,7 +163,10 @@ def same(found, expected):
 
 
 def kill_and_resume(folder, kills, seed):
-    """Kills every script at random moments and resumes it until it ends; returns one row for each kill."""
+    """Kills every script and resumes it until it ends; returns one row for each kill.
+
+    Of every five kills one is while saving and one while evaluating, in a random epoch, the others at random moments.
+    """
     rows, generator = [], random.Random(seed)
     for script in SCRIPTS:
         whole = folder / f"{script}-whole"
@@ -152,19 +178,24 @@ def kill_and_resume(folder, kills, seed):
             raise SystemExit(f"{script} fails uninterrupted: {errors[-1000:]}")
         seconds, expected = time.monotonic() - begun, metrics(whole)
         for number in range(kills // len(SCRIPTS)):
-            target, moment = folder / f"{script}-{number}", None
-            while moment is None:
-                moment = generator.uniform(0, 1) * seconds
-                process = start(script, target)
+            target, aim, killed = folder / f"{script}-{number}", AIMS[number % len(AIMS)], False
+            while not killed:
+                moment, epoch = generator.uniform(0, 1) * seconds, generator.randint(1, EPOCHS)
+                process = start(script, target, stdout=subprocess.PIPE if aim == "evaluating" else subprocess.DEVNULL)
                 wait_for(process, target, "unfinished")  # imports and checks are over
-                try:
-                    process.wait(timeout=moment)
-                    moment = None  # it was faster this time: no kill
-                    shutil.rmtree(target)
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
+                began = time.monotonic()
+                if aim is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=moment)
+                else:
+                    wait_for_aim(process, target, aim, epoch)
+                moment, killed = time.monotonic() - began, process.poll() is None
+                process.send_signal(signal.SIGKILL)
                 process.communicate()
-            row = {"script": script, "after_seconds": moment, "of": seconds, "phase": phase_of(target)}
+                if not killed:  # it was faster this time
+                    shutil.rmtree(target)
+            row = {"script": script, "after_seconds": moment, "of": seconds, "aim": aim or "any moment"}
+            row["phase"] = phase_of(target)
             row["half_written"] = half_written(target)
             code, errors = run(script, target, "--resume_from_checkpoint", "true")
             if code == 2 and "Leave --resume_from_checkpoint out" in errors:  # nothing was saved yet
@@ -471,12 +502,24 @@ def hostile(folder):
         config["auto_map"] = {"AutoConfig": "../evil.C", "AutoModelForSequenceClassification": "evil--../evil.M"}
         (target / "config.json").write_text(json.dumps(config))
 
+    def index_outside(target):
+        (target / "model.safetensors").rename(folder / "outside.safetensors")
+        names = load_file(folder / "outside.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../outside.safetensors")}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def other_types(target):
+        config = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps(config | {"hidden_size": "320"}))
+
     offer("pickle", pickled, "cannot be loaded")
     offer("pickle-of-torch", pickled_by_torch, "cannot be loaded")
     offer("truncated", truncated, "cannot be loaded")
     offer("not-a-number", lambda target: changed_weights(target, not_a_number), "no finite numbers")
     offer("other-weights", renamed, "weights")
     offer("no-json", lambda target: (target / "config.json").write_text("{"), "cannot be loaded")
+    offer("index-outside", index_outside, "not in the folder")
+    offer("other-types", other_types, "must be a whole number")
     # an auto_map is left aside, whatever it names: the run succeeds and no code of the checkpoint runs
     offer("auto-map", auto_map, "")
     rows[-1]["passed"] = not rows[-1]["ran_code"] and rows[-1]["code"] == 0
