@@ -34,7 +34,7 @@ from run_influence import (
 )
 from utils_checkpoints import build_tokenizer
 from utils_influence import MoleculeProblem, choose_parameters, loss_gradient, molecule_losses, unflatten
-from utils_molecules import prepare_molecules, read_table
+from utils_molecules import load_molecules, prepare_molecules, read_table
 
 
 # --------------------------------------------------------------------------------------------- molecules and selection
@@ -490,6 +490,54 @@ def test_the_command_that_is_printed_learns_the_selected_molecules(finished_run,
     )
     values = json.loads((tmp_path / "merged" / "all_results.json").read_text())
     assert values["train_samples"] == len(pd.read_csv(tmp_path / "out" / "merged_train.csv"))
+
+
+def test_the_external_molecules_of_the_paper_are_read():
+    """Needs the paper's file, which is not shipped; the test above has one of that form."""
+    path = ROOT.parent / "shared" / "data" / "external_dataset.csv"
+    if not path.exists():
+        pytest.skip("external_dataset.csv is not here")
+    flags = ["--external_file", str(path), "--output_dir", "none", "--smiles_form", "canonical"]
+    model_args, data_args, influence_args, training_args = parse_arguments(
+        *run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=flags
+    )
+    tokenizer = build_tokenizer()
+    molecules, _, _ = load_molecules(tokenizer, model_args, data_args, training_args)
+    external, excluded = run_influence.load_external(tokenizer, data_args, influence_args, molecules)
+    assert len(external) + len(excluded) == len(pd.read_csv(path)) == 300
+    assert len(excluded) + external["in_training"].sum() == 27  # Lipophilicity molecules, stereo aside
+    assert set(excluded["reason"]) == {"is a validation molecule", "is a test molecule"}
+    assert np.isfinite(external["label"]).all()
+
+
+def test_the_command_that_is_printed_has_the_whole_start(finished_run, tiny_checkpoint, tmp_path):
+    """Another configuration and tokenizer; and a start that has learned the SMILES of a split, which is another now."""
+    start = tmp_path / "start"
+    shutil.copytree(tiny_checkpoint, start)
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | {"split_hash": "0123456789abcdef"}))
+    arguments = ModelArguments(model_name_or_path=str(start), tokenizer_name=tiny_checkpoint, model_revision="v2")
+    command = run_influence.merged_command(
+        tmp_path, {"train": None}, arguments, DataTrainingArguments(smiles_form="canonical"), leakage=False
+    )
+    for flag in (f"--model_name_or_path {start} ", f"--tokenizer_name {tiny_checkpoint} ", "--model_revision v2 "):
+        assert flag in command
+    assert "--ignore_split_mismatch" in command and "--config_name" not in command
+    arguments = ModelArguments(model_name_or_path=str(start), config_name=tiny_checkpoint)
+    command = run_influence.merged_command(
+        tmp_path, {"train": None}, arguments, DataTrainingArguments(smiles_form="canonical"), leakage=False
+    )
+    assert f"--model_name_or_path {start} --config_name {tiny_checkpoint} " in command
+    assert "--ignore_split_mismatch" not in command
+
+
+def test_a_start_in_the_output_folder_is_not_replaced(finished_run, scoring, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    start = folder / "finetune-none"
+    with pytest.raises(InputError, match="would replace .*finetune-none. Give another --output_dir"):
+        call_main(*scoring, "--pretrained_model", start, "--output_dir", folder, "--overwrite_output_dir")
+    assert (start / "model.safetensors").exists()
 
 
 def test_a_diverging_run_ends_with_a_message_and_no_table(scoring, tmp_path, run_script):
