@@ -207,7 +207,10 @@ class DataTrainingArguments:
     )
     max_length: int = field(
         default=256,
-        metadata={"help": "Most tokens of a molecule, <bos> and <eos> included. Longer ones are never cut."},
+        metadata={
+            "help": "Most tokens of a molecule, <bos> and <eos> included; of a fine-tuned model at least what it was "
+            "trained with. Longer ones are never cut."
+        },
     )
     split: str | None = field(
         default=None,

@@ -179,6 +179,9 @@ class MolformerConfig(PreTrainedConfig):
                 raise ValueError(f"{field} has {len(value)} entries, but the model has {self.num_labels} labels.")
             if kind is not str and not all(map(math.isfinite, value)):
                 raise ValueError(f"{field}={value!r} must be finite.")
+        longest = getattr(self, "smiles_max_length", None)
+        if longest is not None and not isinstance(longest, int):
+            raise ValueError(f"smiles_max_length={longest!r} must be a whole number.")
         form = getattr(self, "smiles_form", None)
         if form not in (None, "canonical", "isomeric", "raw"):
             raise ValueError(f"smiles_form={form!r} is unknown. Choose canonical, isomeric or raw.")

@@ -500,7 +500,7 @@ def prepare_head(model, train, digest, data_args, training_args):
     model.config.split_hash = digest
     # heads of the pre-training that this model does not have
     model.config.descriptor_names = model.config.atom_descriptor_names = model.config.environment_buckets = None
-    model.config.smiles_form = data_args.smiles_form
+    model.config.smiles_form, model.config.smiles_max_length = data_args.smiles_form, data_args.max_length
     names = model.config.head_descriptors
     if names and model.head_is_new:
         model.classifier.scale.set_scale(*scale_of(descriptors_of(train["text"], names), "descriptors"))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from arguments import EMBEDDED_VOCABULARY, ROOT, UNFINISHED, InputError, member_folders
+from arguments import EMBEDDED_VOCABULARY, ROOT, UNFINISHED, DataTrainingArguments, InputError, member_folders
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import choose_descriptors
 
@@ -114,8 +114,11 @@ def load_config(model_args):
 
 
 def settle_smiles_form(config, data_args):
-    """Fills in the form of the SMILES where the user named none: the fine-tuned checkpoint's, else canonical."""
+    """Fills in form and length of the SMILES where the user named none: the fine-tuned checkpoint's, or the usual."""
     data_args.smiles_form = data_args.smiles_form or getattr(config, "smiles_form", None) or "canonical"
+    usual = DataTrainingArguments.max_length
+    if data_args.max_length == usual:  # a model that has learned longer ones is asked for them too
+        data_args.max_length = max(usual, getattr(config, "smiles_max_length", None) or usual)
 
 
 def hub_revision(model_args):
@@ -260,7 +263,7 @@ def _load_adapted(model_class, source, found, hub, values, merge):
         adapted = _load_adapted(MolformerForRegression, source, found, hub, {}, merge=True)
         model = model_class.from_pretrained(base, **base_hub, **values)
         model.molformer.load_state_dict(adapted.molformer.state_dict())
-        for name in ("split_hash", "smiles_form"):
+        for name in ("split_hash", "smiles_form", "smiles_max_length"):
             setattr(model.config, name, getattr(adapted.config, name, None))
         return model
     config = MolformerConfig.from_pretrained(source, **hub, **values)

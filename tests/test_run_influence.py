@@ -511,7 +511,7 @@ def test_the_external_molecules_of_the_paper_are_read():
 
 
 def test_the_command_that_is_printed_has_the_whole_start(finished_run, tiny_checkpoint, tmp_path):
-    """Another configuration and tokenizer; and a start that has learned the SMILES of a split, which is another now."""
+    """Another configuration and tokenizer; and a start that learned the SMILES of a split, which is another now."""
     start = tmp_path / "start"
     shutil.copytree(tiny_checkpoint, start)
     config = json.loads((start / "config.json").read_text())

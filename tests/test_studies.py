@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -145,6 +146,35 @@ def test_chemprop_that_is_not_there_is_named(small_table, tmp_path):
     flags += ["--chemprop", "/no/such/chemprop"]
     with pytest.raises(InputError, match="/no/such/chemprop cannot be run"):
         peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags))
+
+
+def test_the_chain_of_the_paper_hands_an_external_file_on(tmp_path):
+    """`echo` stands in for Python: what would be run, in its order; the file is named from where the user is."""
+    (tmp_path / "more.csv").write_text("SMILES,Label\nCCO,1\n")
+    environment = {
+        **os.environ,
+        "PYTHON": "echo",
+        "OUT": "out",
+        "RESULTS": "out",
+        "SEEDS": "3",
+        "EXTERNAL_FILE": "more.csv",
+    }
+    done = subprocess.run(
+        [str(ROOT / "reproduce_paper.sh"), "--quick"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    scripts = [re.search(r"run_(?!once)\w+", line)[0] for line in lines[:-1]]
+    assert scripts == [
+        "run_regression",
+        "run_mlm",
+        "run_regression",
+        "run_influence",
+        "run_regression",
+        *["run_peft"] * 3,
+    ]
+    assert f"--external_file {tmp_path / 'more.csv'}" in lines[3] and "--pool_size" not in lines[3]
+    assert "--train_file out/influence-3/merged_train.csv" in lines[4] and "paper_tables.py" in lines[-1]
 
 
 @pytest.mark.slow

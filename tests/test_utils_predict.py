@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -346,6 +347,19 @@ def test_the_arguments_in_the_folder_are_those_of_its_last_prediction(tmp_path, 
         predict(tmp_path, *flags)
         values = json.loads((tmp_path / "out" / "arguments.json").read_text())
         assert values["model_name_or_path"] == str(fine_tuned / member)
+
+
+def test_a_model_that_learned_longer_molecules_is_asked_for_them_too(tmp_path, fine_tuned, table):
+    """One molecule has 302 tokens."""
+    model = tmp_path / "model"
+    shutil.copytree(fine_tuned / "member-0", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"smiles_max_length": 400}))
+    result = predict(tmp_path, "--model_name_or_path", model, "--test_file", table)
+    assert result["status"].tolist()[6] == "ok" and result["prediction"].notna()[6]
+    flags = ["--max_length", "300", "--overwrite_output_dir"]
+    result = predict(tmp_path, "--model_name_or_path", model, "--test_file", table, *flags)
+    assert result["status"].tolist()[6] == "too long"
 
 
 def test_an_unknown_token_is_a_status_of_its_own(tmp_path, fine_tuned):
