@@ -30,11 +30,12 @@ COLUMNS = {
 KEPT = ("loss", "learning_rate", "eval_loss", *COLUMNS)
 
 
-def read_log(runs, until, before=None):
+def read_log(runs, until, before=None, processes=1):
     """Returns the logged entries of all runs in turn, with the molecules seen so far.
 
     Args:
         before (`Path`, *optional*): a checkpoint of this script that the first run continued.
+        processes (`int`): that each run had.
     """
     entries, seen = [], 0
     if before is not None:
@@ -46,7 +47,7 @@ def read_log(runs, until, before=None):
         states = [json.loads(path.read_text()) for path in states]
         state = max(states, key=lambda state: state["global_step"])
         last = until[number] if number < len(until) else state["global_step"]
-        batch = state["train_batch_size"]
+        batch = state["train_batch_size"] * processes
         for entry in state["log_history"]:
             values = {key: entry[key] for key in KEPT if key in entry}
             if values and entry["step"] <= last:
@@ -102,6 +103,7 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of run_mlm.py, the last one finished")
     parser.add_argument("--until", nargs="*", type=int, default=[], help="last step of each run but the last")
     parser.add_argument("--after", type=Path, help="checkpoint that the first run continued; may be the output folder")
+    parser.add_argument("--processes", type=int, default=1, help="of each run")
     parser.add_argument("--output", type=Path, default=ROOT / "models" / "molformer-mini")
     parser.add_argument("--half", action="store_true", help="store float16; config.json has them loaded as float32")
     args = parser.parse_args()
@@ -119,7 +121,7 @@ def main():
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     build_tokenizer().save_pretrained(args.output)
 
-    entries, seen = read_log(args.runs, args.until, args.after)
+    entries, seen = read_log(args.runs, args.until, args.after, args.processes)
     (args.output / "training_log.json").write_text(json.dumps(entries, indent=1) + "\n")
     results = json.loads((args.runs[-1] / "all_results.json").read_text())
     (args.output / "all_results.json").write_text(json.dumps(results | {"molecules": seen}, indent=2) + "\n")

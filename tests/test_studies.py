@@ -785,6 +785,7 @@ def test_what_several_runs_logged_is_told_by_the_molecules_seen(tmp_path):
     again, total = ship_checkpoint.read_log([tmp_path / "b"], [], tmp_path)
     assert again[:3] == entries and total == seen + 50 * 4
     assert [(entry["run"], entry["molecules"]) for entry in again[3:]] == [(3, seen + 100), (3, seen + 200)]
+    assert ship_checkpoint.read_log([tmp_path / "b"], [], processes=2)[1] == 2 * 50 * 4
 
 
 # --------------------------------------------------------------------------------------------------------- reliability
