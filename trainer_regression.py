@@ -267,9 +267,15 @@ class MolformerTrainer(Trainer):
                 if name.endswith("feature_map.weight"):
                     torch.distributed.broadcast(buffer, src=0)
         half = torch.bfloat16 if self.args.bf16 and self.is_in_train else None
-        # one block for all batches: weights that are trained are then cast once
-        with torch.autocast(self.args.device.type, half, enabled=half is not None):
-            return super().evaluation_loop(*args, **kwargs)
+        # a model that was not trained here is prepared by the loop, by what the process began with
+        before = self.accelerator.native_amp
+        self.accelerator.native_amp = before and (self.args.bf16 or self.args.fp16)
+        try:
+            # one block for all batches: weights that are trained are then cast once
+            with torch.autocast(self.args.device.type, half, enabled=half is not None):
+                return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.accelerator.native_amp = before
 
     def save_metrics(self, split, metrics, combined=True):
         """Saves metrics as the library does, but every file whole or not at all."""

@@ -727,6 +727,22 @@ def test_interrupted_ensemble_keeps_its_finished_members(tiny_checkpoint, small_
     assert calls[3:] == [42, 43]
 
 
+def test_an_ensemble_that_was_trained_in_bfloat16_is_reported_in_float32(
+    tiny_checkpoint, small_table, tmp_path, run_script
+):
+    """Reference: the metrics of the members right after their training. When it is resumed, nothing is trained."""
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--num_seeds", 2, "--bf16", *QUICK,
+             "--output_dir", tmp_path / "x")  # fmt: skip
+    environment = {"ACCELERATE_MIXED_PRECISION": "no"}
+    assert run_script("run_regression.py", *flags, **environment).returncode == 0
+    before = [results(folder) for folder in (tmp_path / "x", tmp_path / "x" / "member-0")]
+    done = run_script("run_regression.py", *flags, "--resume_from_checkpoint", "true", **environment)
+    assert done.returncode == 0, done.stderr
+    for old, folder in zip(before, (tmp_path / "x", tmp_path / "x" / "member-0"), strict=True):
+        new = results(folder)
+        assert {n: new[n] for n in old if "mse" in n} == pytest.approx({n: old[n] for n in old if "mse" in n}, rel=1e-6)
+
+
 def test_ensemble_that_is_not_there_cannot_be_resumed(tiny_checkpoint, tmp_path):
     flags = ("--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x", "--num_seeds", 2)
     with pytest.raises(InputError, match="no run to resume"):
