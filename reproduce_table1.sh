@@ -47,6 +47,7 @@ cell() {
         if [ "$ADAPT" ]; then
             start=$folder-mlm
             run "$start" run_mlm.py --model_name_or_path "$MODEL" --objective "$ADAPT" --learning_rate $MLM_RATE $where
+            where="$where --ignore_split_mismatch" # the same test molecules; others were held out of the first
         fi
         run "$folder" run_regression.py --model_name_or_path "$start" --learning_rate $RATE $RECIPE $where
         ;;

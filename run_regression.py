@@ -110,6 +110,9 @@ def plan_members(model_args, training_args, num_seeds, checkpoint):
         )
     if members:
         return [(_from_folder(model_args, folder), training_args, None) for folder in members]
+    if num_seeds > 1 and not training_args.do_train:
+        logger.warning("--num_seeds %d trains several models; %s is one, and nothing is trained", num_seeds,
+                       model_args.model_name_or_path)  # fmt: skip
     if num_seeds == 1 or not training_args.do_train:
         return [(model_args, training_args, checkpoint)]
     if training_args.seed + num_seeds > 2**32:

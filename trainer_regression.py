@@ -145,6 +145,7 @@ class Stopwatch(TrainerCallback, ExportableState):
     def __init__(self, trainer):
         self.trainer, self.begun = trainer, None
         self.seconds_before, self.memory_before, self.loss_before = 0.0, 0, 0.0
+        self.processes = None  # of an interrupted training
 
     def on_train_begin(self, args, state, control, **kwargs):
         find_best_checkpoint(args, state)
@@ -153,6 +154,12 @@ class Stopwatch(TrainerCallback, ExportableState):
         if kept:
             for name, value in kept["attributes"].items():
                 setattr(self, name, value)
+        if self.processes not in (None, args.world_size):
+            logger.warning(
+                "The training began with %d processes and goes on with %d: its batches are others from here on, and "
+                "the result is not that of an uninterrupted run", self.processes, args.world_size,
+            )  # fmt: skip
+        self.processes = args.world_size
         state.stateful_callbacks[type(self).__name__] = self.state()  # one of an older checkpoint is not there
 
     @property
@@ -170,10 +177,10 @@ class Stopwatch(TrainerCallback, ExportableState):
 
     def state(self):
         if self.begun is None:
-            values = (0.0, 0, 0.0)
+            values = (0.0, 0, 0.0, None)
         else:
-            values = (self.seconds, self.peak_memory, self.loss_sum)
-        names = ("seconds_before", "memory_before", "loss_before")
+            values = (self.seconds, self.peak_memory, self.loss_sum, self.processes)
+        names = ("seconds_before", "memory_before", "loss_before", "processes")
         return {"args": {}, "attributes": dict(zip(names, values, strict=True))}
 
 

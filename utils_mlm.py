@@ -6,6 +6,7 @@ Files are read once into memory-mapped, cached data sets, in worker processes: t
 numbers of atoms. The collator masks tokens and places the numbers of atoms at their tokens.
 """
 
+import hashlib
 import logging
 import math
 import zlib
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from arguments import InputError
+from arguments import InputError, is_out_of_space
 from trainer_regression import augment, cached_map
 from utils_molecules import (
     ATOM_DESCRIPTORS,
@@ -80,6 +81,13 @@ def read_corpus(path, data_args, cache_dir=None):
         )
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         reason = error.__cause__ or error
+        if is_out_of_space(reason):
+            raise InputError(
+                f"There is no room to keep {path} in the cache of data sets ({reason}). Make room, or name another "
+                "folder with --cache_dir."
+            ) from error
+        if any(text in str(reason) for text in ("at least one example", "corresponds to no data")):
+            raise InputError(f"{path} holds no molecule. Give another file.") from error
         raise InputError(f"{path} cannot be read as UTF-8 {'text' if text else 'CSV'}: {reason}") from error
     return corpus.rename_column(corpus.column_names[0], "smiles") if text else corpus
 
@@ -143,6 +151,12 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
             corpus = read_corpus(data_args.validation_file, data_args, model_args.cache_dir)
             corpus = take_smiles(corpus, data_args, data_args.validation_file)
             held_out, more = encode(corpus, data_args.validation_file, least=1)
+            known = int(np.isin(keys_of(held_out), keys_of(train)).sum())
+            if known:
+                logger.warning(
+                    "%d of the %d molecules in %s are in %s too and are learned: the held-out numbers are optimistic",
+                    known, len(held_out), data_args.validation_file, source,
+                )  # fmt: skip
             dropped = pd.concat([dropped, more], ignore_index=True)
     if held_out is None:
         size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
@@ -160,18 +174,21 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
     return train, held_out.sort("length", reverse=True), digest, dropped
 
 
+def keys_of(corpus):
+    """Returns a number for each row of a corpus, equal for rows of the same tokens alone (but for one in 10^19)."""
+    ids = corpus.select_columns("input_ids").with_format("numpy")
+    rows = (np.asarray(row, dtype=np.uint16) for batch in ids.iter(batch_size=10_000) for row in batch["input_ids"])
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64, len(corpus))
+
+
 def hold_out(corpus, size, seed, source):
     """Returns a corpus in two parts, the second of at most `size` rows; rows of the same tokens are on one side.
 
     Raises:
         InputError: if all rows are the same.
     """
-    ids = corpus.select_columns("input_ids").with_format("numpy")
-    rows = (row for batch in ids.iter(batch_size=10_000) for row in batch["input_ids"])
-    keys = np.fromiter(
-        (zlib.crc32(np.asarray(row, dtype=np.uint16).tobytes()) for row in rows), np.uint32, len(corpus)
-    )
-    _, molecule, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    _, molecule, counts = np.unique(keys_of(corpus), return_inverse=True, return_counts=True)
     if len(counts) < 2:
         raise InputError(f"All rows of {source} are the same molecule. Give others, or a --validation_file.")
     if len(counts) < len(corpus):
@@ -456,7 +473,7 @@ def mlm_metrics(scores):
     right, loss, count = scores.astype("float64").sum(axis=0)
     metrics = {"masked_tokens": int(count)}
     if count:  # a held-out part of a few small molecules may have none
-        metrics |= {"masked_accuracy": right / count, "perplexity": math.exp(loss / count)}
+        metrics |= {"masked_accuracy": right / count, "perplexity": math.exp(min(loss / count, 700.0))}
     return metrics
 
 

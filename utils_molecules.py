@@ -247,11 +247,14 @@ def canonicalize(smiles, form):
 def random_smiles(smiles, count, seed):
     """Returns `count` SMILES of the same molecule that start and branch at random; a function of SMILES and seed.
 
-    A small molecule may give the same one twice. Stereo is kept as given.
+    A small molecule may give the same one twice. Stereo is kept as given. Empty where RDKit cannot read the SMILES,
+    which can be one that it wrote.
     """
     molecule = parse_smiles(smiles)
+    if molecule is None or not count:
+        return []
     seed = zlib.crc32(smiles.encode(), seed % 2**32) % (2**31 - 1) + 1  # RDKit takes 0 for no seed
-    return list(Chem.MolToRandomSmilesVect(molecule, count, randomSeed=seed)) if count else []
+    return list(Chem.MolToRandomSmilesVect(molecule, count, randomSeed=seed))
 
 
 def scaffold_of(smiles):
@@ -296,11 +299,13 @@ def check_smiles(smiles, tokenizer, form, max_length):
 def encode_random_smiles(text, ids, tokenizer, count, seed, max_length):
     """Returns token ids of `count` random SMILES of a molecule.
 
-    Its own `ids` stand in for one that the tokenizer does not know in full, or that has more than `max_length` tokens.
+    Its own `ids` stand in for one that the tokenizer does not know in full, or that has more than `max_length` tokens,
+    and for all of a molecule that RDKit cannot read.
     """
-    if not count:
-        return []
-    encoded, problems = encode_smiles(random_smiles(text, count, seed), tokenizer)
+    texts = random_smiles(text, count, seed)
+    if not texts:
+        return [ids] * count
+    encoded, problems = encode_smiles(texts, tokenizer)
     return [
         new if problem is None and len(new) <= max_length else ids
         for new, problem in zip(encoded, problems, strict=True)

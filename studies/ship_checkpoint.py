@@ -48,8 +48,10 @@ def read_log(runs, until, before=None, processes=1):
         state = max(states, key=lambda state: state["global_step"])
         last = until[number] if number < len(until) else state["global_step"]
         batch = state["train_batch_size"] * processes
-        for entry in state["log_history"]:
-            values = {key: entry[key] for key in KEPT if key in entry}
+        logged = [{key: entry[key] for key in KEPT if key in entry} for entry in state["log_history"]]
+        if any(logged[0].items() <= entry.items() for entry in entries):
+            raise SystemExit(f"{before or runs} have the log of {run} already.")
+        for entry, values in zip(state["log_history"], logged, strict=True):
             if values and entry["step"] <= last:
                 entries.append({"run": earlier + number + 1, "molecules": seen + entry["step"] * batch, **values})
         seen += last * batch

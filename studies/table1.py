@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 from common import ROOT, interval, place_of, write_report
-from run_once import is_finished
+from run_once import checksums, is_finished
 
 
 # where a row's cells are, and what its metrics are called there
@@ -57,6 +57,7 @@ def collect(folder, splits=("random", "scaffold")):
             seeds = sorted(int(match[1]) for match in found if match)
             cells = {seed: folder / pattern.format(split, seed) for seed in seeds}
             finished = [seed for seed, cell in cells.items() if is_finished(cell)]
+            finished = [seed for seed in finished if is_of_these_weights(folder, run_name.format(split, seed))]
             for seed in of_one_command(folder, {seed: run_name.format(split, seed) for seed in finished}):
                 cell = cells[seed]
                 values = json.loads((cell / "all_results.json").read_text())
@@ -80,9 +81,22 @@ def test_predictions(folder, row, seed):
 
 
 def notes(folder, run_name):
-    """Returns the files that tell how a cell was made (see run_once.py)."""
-    files = [folder / f"{run_name}{suffix}.command" for suffix in ("-mlm", "")]
-    return [file for file in files if file.exists()]
+    """Returns the files that tell how a cell was made (see run_once.py): its own, and before it that of its start."""
+    own, before = folder / f"{run_name}.command", folder / f"{run_name}-mlm.command"
+    chained = before.exists() and own.exists() and f"{run_name}-mlm " in own.read_text().splitlines()[0]
+    return [file for file in ([before] if chained else []) + [own] if file.exists()]
+
+
+def is_of_these_weights(folder, run_name):
+    """Returns whether a cell started from the weights that its checkpoint holds now; others are not compared."""
+    lines = notes(folder, run_name)[0].read_text().splitlines() if notes(folder, run_name) else [""]
+    start = re.search(r"--model_name_or_path (\S+)", lines[0])
+    kept = {line for line in lines[1:] if line.startswith("# model.safetensors")}
+    now = set(checksums([start[1]])) if start else set()
+    if not kept or not now or kept <= now:
+        return True
+    print(f"Left out, since made from other weights than {start[1]} holds now: {run_name}")
+    return False
 
 
 def commands(folder, run_name):

@@ -740,7 +740,9 @@ def test_an_ensemble_that_was_trained_in_bfloat16_is_reported_in_float32(
     assert done.returncode == 0, done.stderr
     for old, folder in zip(before, (tmp_path / "x", tmp_path / "x" / "member-0"), strict=True):
         new = results(folder)
-        assert {n: new[n] for n in old if "mse" in n} == pytest.approx({n: old[n] for n in old if "mse" in n}, rel=1e-6)
+        assert {n: new[n] for n in old if "mse" in n} == pytest.approx(
+            {n: old[n] for n in old if "mse" in n}, rel=1e-6
+        )
 
 
 def test_ensemble_that_is_not_there_cannot_be_resumed(tiny_checkpoint, tmp_path):

@@ -148,6 +148,53 @@ def test_chemprop_that_is_not_there_is_named(small_table, tmp_path):
         peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags))
 
 
+def test_chemprop_gets_the_split_and_its_answers_are_taken(small_table, tmp_path):
+    """A program that stands in for chemprop's looks at what it is given, and answers with the sizes of molecules."""
+    program = tmp_path / "chemprop"
+    program.write_text(f"""#!{sys.executable}
+import sys
+import pandas as pd
+flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+if sys.argv[1] == "train":
+    table = pd.read_csv(flags["--data-path"])
+    assert set(table[flags["--splits-column"]]) == {{"train", "val", "test"}} and flags["--pytorch-seed"] == "3"
+    assert table[flags["--target-columns"]].notna().all()
+else:
+    table = pd.read_csv(flags["--test-path"])
+    table.assign(label=table[flags["--smiles-columns"]].str.len()).to_csv(flags["--preds-path"], index=False)
+""")
+    program.chmod(0o755)
+    flags = ["--train_file", small_table, "--seed", "3", "--peer", "chemprop", "--chemprop", str(program)]
+    flags += ["--output_dir", str(tmp_path / "out")]
+    peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags))
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert (table["prediction"] == table["SMILES"].str.len()).all()
+    test = table[table["split"] == "test"]
+    expected = ((test["prediction"] - test["label"]) ** 2).mean()
+    metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert metrics["test_mse"] == pytest.approx(expected) and metrics["test_samples"] == len(test) == 32
+
+
+def test_rows_of_other_weights_are_left_out_of_table_1(tmp_path, capsys):
+    """The checkpoint was trained further between two of the rows."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for row, weights in (("regression", b"old"), ("ensemble", b"new")):
+        (model / "model.safetensors").write_bytes(weights)
+        command = ["run_regression.py", "--model_name_or_path", str(model), "--seed", "0"]
+        folder = tmp_path / "out" / f"{row}-random-0"
+        note, text = run_once.note_of(folder, command)
+        folder.mkdir(parents=True)
+        note.write_text(text.replace(f"--model_name_or_path {model.name} ", f"--model_name_or_path {model} "))
+        (folder / "all_results.json").write_text(json.dumps({f"test_{key}": 0.5 for key in ("mse", "mae", "r2")}))
+        member = folder / "member-0"
+        member.mkdir()
+        (member / "all_results.json").write_text((folder / "all_results.json").read_text())
+    rows = table1.collect(tmp_path / "out", ["random"])
+    assert [row["name"] for row in rows] == ["best_recipe", "ensemble"]
+    assert "Left out, since made from other weights" in capsys.readouterr().out
+
+
 def test_the_chain_of_the_paper_hands_an_external_file_on(tmp_path):
     """`echo` stands in for Python: what would be run, in its order; the file is named from where the user is."""
     (tmp_path / "more.csv").write_text("SMILES,Label\nCCO,1\n")
@@ -771,8 +818,8 @@ def test_trials_are_compared_with_the_reference_of_the_same_seed():
 
 
 def test_what_several_runs_logged_is_told_by_the_molecules_seen(tmp_path):
-    for name, step, batch in (("a", 100, 8), ("b", 50, 4)):
-        log = [{"step": step // 2, "loss": 2.0}, {"step": step, "eval_loss": 1.0, "eval_runtime": 3.0}]
+    for name, step, batch in (("a", 100, 8), ("b", 50, 4), ("c", 20, 4)):
+        log = [{"step": step // 2, "loss": 2.0 / batch + step}, {"step": step, "eval_loss": 1.0, "eval_runtime": 3.0}]
         state = {"global_step": step, "train_batch_size": batch, "log_history": log}
         (tmp_path / name / "checkpoint-1").mkdir(parents=True)
         (tmp_path / name / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
@@ -782,10 +829,13 @@ def test_what_several_runs_logged_is_told_by_the_molecules_seen(tmp_path):
     assert "eval_runtime" not in entries[-1]
     (tmp_path / "training_log.json").write_text(json.dumps(entries))
     (tmp_path / "all_results.json").write_text(json.dumps({"molecules": seen}))
-    again, total = ship_checkpoint.read_log([tmp_path / "b"], [], tmp_path)
-    assert again[:3] == entries and total == seen + 50 * 4
-    assert [(entry["run"], entry["molecules"]) for entry in again[3:]] == [(3, seen + 100), (3, seen + 200)]
-    assert ship_checkpoint.read_log([tmp_path / "b"], [], processes=2)[1] == 2 * 50 * 4
+    again, total = ship_checkpoint.read_log([tmp_path / "c"], [], tmp_path)
+    assert again[:3] == entries and total == seen + 20 * 4
+    assert [(entry["run"], entry["molecules"]) for entry in again[3:]] == [(3, seen + 40), (3, seen + 80)]
+    assert ship_checkpoint.read_log([tmp_path / "c"], [], processes=2)[1] == 2 * 20 * 4
+    (tmp_path / "training_log.json").write_text(json.dumps(again))
+    with pytest.raises(SystemExit, match="have the log of .*c already"):
+        ship_checkpoint.read_log([tmp_path / "c"], [], tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- reliability
