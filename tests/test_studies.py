@@ -101,7 +101,8 @@ def test_cells_of_another_command_or_other_weights_do_not_stand_in_one_row(tmp_p
         name = f"mlm_regression-random-{seed}"
         finished(tmp_path, name, {"test_mse": seed / 10, "test_mae": 0.7, "test_r2": 0.3})
         first = f"python run_mlm.py {flags}-mlm\n# weights: {weights}\n"
-        second = f"python run_regression.py {flags}\n# weights: {seed}\n"
+        start = "--model_name_or_path out/mlm_regression-random-{0}-mlm"
+        second = f"python run_regression.py {start} {flags}\n# weights: {seed}\n"
         for suffix, command in (("-mlm", first), ("", second)):
             path = tmp_path / f"{name}{suffix}.command"
             path.write_text(command.format(seed, rate))
