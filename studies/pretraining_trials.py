@@ -3,7 +3,7 @@
     python studies/pretraining_trials.py --mixed mixed.txt --chembl chembl.txt --validation_file held_out.txt
 
 Every trial pre-trains a model from random weights with run_mlm.py on as many molecules as all others (in nearly the
-same time), and fine-tunes it with run_regression.py for every seed: 7 epochs, with 30 % of the training side held out,
+same time; but for those that ask what the length does), and fine-tunes it with run_regression.py for every seed: 7 epochs, with 30 % of the training side held out,
 which judges the model of the last epoch; the test set is not read. `--mixed` is a corpus with all sources in random
 order, `--chembl` one without those of MOSES. Writes results/pretraining_trials.json (.md): flags, seconds, held-out
 metrics of the pre-training, validation MSE of the fine-tunings, and the paired difference to the reference with its
@@ -38,6 +38,8 @@ TRIALS = {
     "batch 128": ("chembl", 128, ALL),
     "deeper, narrower": ("chembl", 64, ALL),
     "shallower, wider": ("chembl", 64, ALL),
+    "half as long": ("chembl", 64, ALL),
+    "twice as long": ("chembl", 64, ALL),
     # objectives
     "mlm": ("chembl", 64, []),
     "mtr": ("chembl", 64, ["--objective", "mtr"]),
@@ -52,6 +54,7 @@ TRIALS = {
 REFERENCE_SHAPE = (256, 6, 8, 768)
 SHAPES = {"deeper, narrower": (192, 10, 6, 576), "shallower, wider": (320, 4, 10, 960)}
 SHAPES["mlm+mtr+atoms, wider"] = SHAPES["shallower, wider"]
+LENGTHS = {"half as long": 0.5, "twice as long": 2.0}  # times the molecules of the others
 SHAPE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -59,10 +62,11 @@ def commands(name, args):
     """Returns the folder of a trial, its pre-training and, by seed, its fine-tunings as `run_script` takes them."""
     corpus, batch, flags = TRIALS[name]
     folder = args.folder / re.sub(r"[^\w.-]+", "-", f"{name}-{args.molecules}")
+    molecules = round(args.molecules * LENGTHS.get(name, 1))
     pretrain = ["run_mlm.py", "--train_file", str(Path(getattr(args, corpus)).resolve())]
     pretrain += ["--validation_file", str(Path(args.validation_file).resolve()), "--config_name"]
     pretrain += [str(folder / "config.json"), "--smiles_form", "raw", "--learning_rate", "1.2e-3", "--bf16", *flags]
-    pretrain += ["--max_steps", str(args.molecules // batch), "--per_device_train_batch_size", str(batch)]
+    pretrain += ["--max_steps", str(molecules // batch), "--per_device_train_batch_size", str(batch)]
     pretrain += ["--lr_scheduler_type", "cosine", "--weight_decay", "0.01", "--eval_strategy", "no"]
     pretrain += ["--save_strategy", "no", "--load_best_model_at_end", "false"]
     tune = ["run_regression.py", "--model_name_or_path", str(folder / "model"), "--pooling", "mean", "--do_train"]
@@ -84,7 +88,7 @@ def run(name, args, threads):
         seed: run_script(tune, folder / f"regression-{seed}", threads)["eval_mse"] for seed, tune in tunings.items()
     }
     row = {"name": name, "corpus": corpus, "batch": batch, "flags": shlex.join(flags), **shape}
-    row |= {"molecules": args.molecules, "seconds": learned["train_runtime"]}
+    row |= {"molecules": round(args.molecules * LENGTHS.get(name, 1)), "seconds": learned["train_runtime"]}
     row |= {key: learned.get(f"eval_{key}") for key in ("masked_accuracy", "descriptor_r2")}
     row |= {"validation_mse": errors}
     print(json.dumps(row), flush=True)

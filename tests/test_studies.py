@@ -808,6 +808,34 @@ def test_a_recipe_is_trained_as_it_says(tiny_checkpoint, small_table, tmp_path, 
     assert row["validation_mse"] == values["validation_mse"] != values["eval_mse"]
 
 
+def test_the_commands_of_the_trials_are_taken_by_the_scripts(tmp_path):
+    """Equal molecules whatever the batch, but for the two that ask what the length does."""
+    import run_mlm
+    import run_regression
+
+    args = argparse.Namespace(
+        folder=tmp_path,
+        mixed="mixed.txt",
+        chembl="chembl.txt",
+        validation_file="held.txt",
+        molecules=6400,
+        seeds=[0, 1],
+    )
+    for name in pretraining_trials.TRIALS:
+        folder, pretrain, tunings = pretraining_trials.commands(name, args)
+        (folder / "model").mkdir(parents=True)
+        flags = [*pretrain[1:], "--output_dir", "x"]
+        *_, training_args = parse_arguments(*run_mlm.ARGUMENTS, defaults=run_mlm.DEFAULTS, args=flags)
+        seen = training_args.max_steps * training_args.per_device_train_batch_size
+        assert seen == 6400 * {"half as long": 0.5, "twice as long": 2}.get(name, 1)
+        assert sorted(tunings) == [0, 1]
+        for seed, tune in tunings.items():
+            *_, training_args = parse_arguments(
+                *run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=[*tune[1:], "--output_dir", "x"]
+            )
+            assert (training_args.seed, training_args.do_predict) == (seed, False)
+
+
 def test_trials_are_compared_with_the_reference_of_the_same_seed():
     """Reference: by hand; Student's t of two values 12.706, variance 0.005 times 1/2 + 0.3 / 0.7."""
     rows = [
