@@ -3,12 +3,12 @@
     python studies/pretraining_trials.py --mixed mixed.txt --chembl chembl.txt --validation_file held_out.txt
 
 Every trial pre-trains a model from random weights with run_mlm.py on as many molecules as all others (in nearly the
-same time; but for those that ask what the length does), and fine-tunes it with run_regression.py for every seed: 7 epochs, with 30 % of the training side held out,
-which judges the model of the last epoch; the test set is not read. `--mixed` is a corpus with all sources in random
-order, `--chembl` one without those of MOSES. Writes results/pretraining_trials.json (.md): flags, seconds, held-out
-metrics of the pre-training, validation MSE of the fine-tunings, and the paired difference to the reference with its
-95 % interval over fine-tunings (every trial pre-trains once: what another pre-training seed would give is not in it).
-Finished runs are not repeated.
+same time; but for those that ask what the length does), and fine-tunes it with run_regression.py for every seed: 7
+epochs, with 30 % of the training side held out, which judges the model of the last epoch; the test set is not read.
+`--mixed` is a corpus with all sources in random order, `--chembl` one without those of MOSES. Writes
+results/pretraining_trials.json (.md): flags, seconds, held-out metrics of the pre-training, validation MSE of the
+fine-tunings, and the paired difference to the reference with its 95 % interval over fine-tunings (every trial
+pre-trains once: what another pre-training seed would give is not in it). Finished runs are not repeated.
 """
 
 import json
