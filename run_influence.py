@@ -280,8 +280,8 @@ def load_external(tokenizer, data_args, influence_args, molecules):
     smiles, (label,) = data_args.smiles_column, data_args.label_column or [None]
     if data_args.dataset_name is None:  # those that were found in the training file, where none is named
         known, _ = read_header(data_args.train_file)
-        smiles = find_column(known, smiles, SMILES_COLUMNS, "--smiles_column", data_args.train_file)
-        label = find_column(known, label, LABEL_COLUMNS, "--label_column", data_args.train_file)
+        smiles = smiles or find_column(known, None, SMILES_COLUMNS, "--smiles_column", data_args.train_file)
+        label = label or find_column(known, None, LABEL_COLUMNS, "--label_column", data_args.train_file)
     # columns of one name hold one quantity
     smiles = influence_args.external_smiles_column or (smiles if smiles in header else None)
     label = influence_args.external_label_column or (label if label in header else None)
