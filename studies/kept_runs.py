@@ -11,6 +11,7 @@ so a run that starts from another run's model has to be trained with it. A folde
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from common import machine
@@ -67,6 +68,7 @@ def restore(root=ROOT, path=RUNS):
             (folder / place).mkdir(parents=True, exist_ok=True)
             (folder / place / RESULTS).write_text(json.dumps(results, indent=4) + "\n")
         note.write_text("\n".join(record["command"]) + "\n")
+        os.utime(note, (0, 0))  # where two cells disagree, the newest counts, which is none of these
         made.append(name)
     return made
 

@@ -64,7 +64,9 @@ def collect(folder, splits=("random", "scaffold")):
                 row["seeds"].append(seed)
                 for metric in METRICS:
                     row[f"test_{metric}"].append(values[key.format(metric)])
-                row.setdefault("command", commands(folder, run_name.format(split, seed)))
+                inside = pattern.partition("/")[2]
+                made = commands(folder, run_name.format(split, seed)) + (f"  # its {inside}" if inside else "")
+                row.setdefault("command", made)
             if row["seeds"]:
                 rows.append(row)
     return rows

@@ -193,6 +193,7 @@ def test_rows_of_other_weights_are_left_out_of_table_1(tmp_path, capsys):
         (member / "all_results.json").write_text((folder / "all_results.json").read_text())
     rows = table1.collect(tmp_path / "out", ["random"])
     assert [row["name"] for row in rows] == ["best_recipe", "ensemble"]
+    assert rows[0]["command"] == f"{rows[1]['command']}  # its member-0"
     assert "Left out, since made from other weights" in capsys.readouterr().out
 
 
@@ -393,6 +394,7 @@ def test_a_study_goes_on_elsewhere_with_the_runs_that_were_kept(tmp_path):
     assert kept_runs.keep(here, path) == kept_runs.keep(here, path) == 2
     (there / "work" / "study" / "b-0").mkdir(parents=True)
     assert kept_runs.restore(there, path) == ["work/study/a-0"] and kept_runs.restore(there, path) == []
+    assert (there / "work" / "study" / "a-0.command").stat().st_mtime == 0  # older than any run that is made there
     assert run_once.is_finished(there / "work" / "study" / "a-0" / "member-1")
     assert kept_runs.keep(there, path) == 2
     restored = json.loads((there / "work" / "study" / "a-0" / "all_results.json").read_text())
