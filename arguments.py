@@ -208,8 +208,8 @@ class DataTrainingArguments:
     max_length: int = field(
         default=256,
         metadata={
-            "help": "Most tokens of a molecule, <bos> and <eos> included; of a fine-tuned model at least what it was "
-            "trained with. Longer ones are never cut."
+            "help": "Most tokens of a molecule, <bos> and <eos> included. A model that was trained with more takes "
+            "these, unless another number is given. Longer ones are never cut."
         },
     )
     split: str | None = field(
@@ -427,7 +427,7 @@ class ArgumentParser(HfArgumentParser):
 
 def hide_tokens(text):
     """Returns a text without the Hub tokens in it."""
-    return re.sub(r"\bhf_\w+", "hf_…", text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_…", text)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -494,9 +494,12 @@ def _read_argument_file(path, parser):
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no arguments. It needs one flag a line, such as learning_rate: 2.0e-4.")
+    names = {action.dest for action in parser._actions}
     for name, value in values.items():
         default = parser.get_default(str(name))
-        if value is None and default is not None:
+        if name not in names:
+            raise ValueError(f"{name} in {path} is no argument of this script. --help lists those that there are.")
+        if (value is None and default is not None) or (isinstance(value, list) and None in value):
             raise ValueError(f"{name} has no value in {path}. Give one, or leave it out for its default, {default}.")
         if value is False and str(name).endswith("_strategy"):  # what YAML makes of a bare no
             values[name] = "no"

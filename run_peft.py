@@ -348,11 +348,12 @@ def write_merged(model, tokenizer, folder, find):
 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for name in (ARGUMENTS_FILE, "all_results.json", "splits.json", "trainer_state.json", *FIGURES):
+    known = find(ARGUMENTS_FILE) is not None  # if not, results would be told of unknown data
+    for name in (ARGUMENTS_FILE, "all_results.json", "splits.json", "trainer_state.json", *FIGURES) if known else ():
         if (path := find(name)) is not None:
             shutil.copyfile(path, folder / name)
     values = read_json(folder / ARGUMENTS_FILE)
-    if values:  # they make the adapter again, and merge it
+    if values:  # those of the run that made, or evaluated, the adapter: repeated, it merges it too
         values.pop("base_hub_name", None)
         write_json({**values, "merge_adapter": True, "output_dir": str(folder)}, folder / ARGUMENTS_FILE)
 

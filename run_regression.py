@@ -112,7 +112,7 @@ def plan_members(model_args, training_args, num_seeds, checkpoint):
         return [(_from_folder(model_args, folder), training_args, None) for folder in members]
     if num_seeds > 1 and not training_args.do_train:
         logger.warning("--num_seeds %d trains several models; %s is one, and nothing is trained", num_seeds,
-                       model_args.model_name_or_path)  # fmt: skip
+                       model_args.model_name_or_path or model_args.config_name)  # fmt: skip
     if num_seeds == 1 or not training_args.do_train:
         return [(model_args, training_args, checkpoint)]
     if training_args.seed + num_seeds > 2**32:
@@ -122,7 +122,8 @@ def plan_members(model_args, training_args, num_seeds, checkpoint):
         member_args = member_arguments(training_args, number)
         start = None if checkpoint is None else last_complete_checkpoint(member_args.output_dir)
         if checkpoint is not None and is_finished(member_args.output_dir):
-            member_args.do_train = member_args.bf16 = False  # float32, as after a training
+            # in float32, as after a training
+            member_args.do_train = member_args.bf16 = member_args.fp16 = False
             plan.append((_from_folder(model_args, member_args.output_dir), member_args, None))
         else:
             plan.append((model_args, member_args, None if start is None else str(start)))

@@ -120,23 +120,22 @@ class SetEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
-def find_best_checkpoint(args, state):
-    """Finds the best checkpoint of a run that is resumed in the output folder, which may have been moved since.
+def best_checkpoint(output_dir, resumed):
+    """Returns the best checkpoint that the `resumed` one names (`str`), in the output folder; `None` if it names none.
 
-    The library looks for it where it was, and keeps the model of the last epoch where it finds none.
+    The run may have been moved since: the library looks where it was, and keeps the last model where it finds nothing.
 
     Raises:
         InputError: if it is not there.
     """
-    if not args.load_best_model_at_end or state.best_model_checkpoint is not None or not state.best_global_step:
-        return
-    path = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-    if not path.is_dir():
+    named = read_json(Path(resumed) / "trainer_state.json").get("best_model_checkpoint")
+    path = named and Path(output_dir) / Path(named).name
+    if path and not path.is_dir():
         raise InputError(
             f"{path}, the best checkpoint of the run that is to be resumed, is not there. Bring it back, or train "
             "again with --overwrite_output_dir."
         )
-    state.best_model_checkpoint = str(path)
+    return path and str(path)
 
 
 class Stopwatch(TrainerCallback, ExportableState):
@@ -146,9 +145,10 @@ class Stopwatch(TrainerCallback, ExportableState):
         self.trainer, self.begun = trainer, None
         self.seconds_before, self.memory_before, self.loss_before = 0.0, 0, 0.0
         self.processes = None  # of an interrupted training
+        self.best_checkpoint = None  # of a run that is resumed
 
     def on_train_begin(self, args, state, control, **kwargs):
-        find_best_checkpoint(args, state)
+        state.best_model_checkpoint = state.best_model_checkpoint or self.best_checkpoint
         self.begun = time.monotonic()
         kept = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint, when one is resumed
         if kept:
@@ -242,17 +242,19 @@ class MolformerTrainer(Trainer):
         below = num_layers - int(layer[1]) if layer else (num_layers + 1) * ("embeddings." in name)
         return self.args.learning_rate * decay**below
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, **kwargs):
         """Trains as the library does; from then on the model computes in float32, as it will for whoever loads it.
 
         Time, rates and mean loss of a training that was resumed are those of all its pieces.
 
         Raises:
-            InputError: if the training diverged.
+            InputError: if the training diverged, or the best checkpoint of a run that is resumed is not there.
         """
         self.stopwatch = Stopwatch(self)
+        if resume_from_checkpoint is not None and self.args.load_best_model_at_end:
+            self.stopwatch.best_checkpoint = best_checkpoint(self.args.output_dir, resume_from_checkpoint)
         self.add_callback(self.stopwatch)
-        result = super().train(*args, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         metrics, state, before = result.metrics, self.state, self.stopwatch.loss_before
         metrics["train_runtime"] = seconds = self.stopwatch.seconds

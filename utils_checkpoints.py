@@ -119,6 +119,10 @@ def settle_smiles_form(config, data_args):
     usual = DataTrainingArguments.max_length
     if data_args.max_length == usual:  # a model that has learned longer ones is asked for them too
         data_args.max_length = max(usual, getattr(config, "smiles_max_length", None) or usual)
+        if data_args.max_length > usual:
+            logger.info(
+                "Molecules of up to %d tokens are taken, as in the training of the model", data_args.max_length
+            )
 
 
 def hub_revision(model_args):
@@ -258,6 +262,7 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     The encoder of another model than that for regression is the adapted one, its heads are the base's.
     """
     base = path_of_base(found["base"])
+    check_index(base or "")
     base_hub = {"cache_dir": hub["cache_dir"], "revision": found["revision"], "dtype": torch.float32}
     if model_class is not MolformerForRegression:
         adapted = _load_adapted(MolformerForRegression, source, found, hub, {}, merge=True)
@@ -271,7 +276,7 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     vars(config).pop("base_weights", None)  # of the adapter alone
     try:
         model = model_class.from_pretrained(base, config=config, **base_hub)
-    except (*UNLOADABLE, TypeError) as error:
+    except UNLOADABLE as error:
         raise InputError(_base_not_loaded(source, base, error)) from error
     if found["partial"]:
         weights = load_file(cached_file(source, "model.safetensors", **hub))
@@ -438,9 +443,10 @@ def check_split(config, digest, data_args, checkpoint=None):
 
 
 def _not_loaded(what, source, error):
-    if Path(source).exists():
-        reason = str(error).strip().splitlines()  # some libraries write an essay
-        return f"The {what} in {source} cannot be loaded: {reason[0] if reason else type(error).__name__}"
+    if Path(source).exists() or not isinstance(error, OSError):
+        reason = (str(error).strip().splitlines() or [""])[0]  # some libraries write an essay
+        kind = "" if reason and not isinstance(error, KeyError) else f"{type(error).__name__} "
+        return f"The {what} in {source} cannot be loaded: {kind}{reason}".strip()
     return (
         f"There is no local folder {source}, and the {what} of that name cannot be fetched from the Hub: wrong name, "
         "no access, or no network. Pass the path of a local folder, such as models/molformer-mini."

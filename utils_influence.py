@@ -474,7 +474,7 @@ def measure_curvature(problem, fixed, batches, influence_args, show_progress):
                 max(map(abs, measure(batches.draw(), steps["batch"]))) for _ in range(5)
             ]
     damping = influence_args.damping or influence_args.relative_damping * max(largest, -smallest)
-    if not math.isfinite(damping):
+    if not (math.isfinite(damping) and math.isfinite(largest)):
         raise InputError("The curvature is not finite: the model's predictions are too large, or no numbers.")
     if not damping > 0:
         raise InputError("The curvature is zero: none of the chosen parameters changes a prediction. Pass --damping.")
@@ -540,7 +540,11 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
             more = " Where the Hessian has negative eigenvalues raise --damping, or use --curvature ggn."
         raise InputError(f"{error}{more}") from error
     report |= {"residual": residual(answers.mean(dim=0), train, "Residual"), "tolerance": influence_args.tolerance}
-    if not report["residual"] < (1 if influence_args.ihvp == "lissa" else math.inf):
+    if not math.isfinite(report["residual"]):
+        raise InputError(
+            "The residual is not finite: the solution is none. Raise --damping, or use another checkpoint."
+        )
+    if report["residual"] >= 1 and influence_args.ihvp == "lissa":
         raise InputError(
             f"The relative residual is {report['residual']:.3g}, and that of no solution at all is 1: the scores "
             "would mean nothing. Raise --scale, --damping or --hessian_batch_size, or use --curvature ggn."
@@ -572,7 +576,10 @@ def judge(report, influence_args):
             f"{raised}"
         )
     elif report.get("smallest_eigenvalue", 0.0) + report["damping"] <= 0:
-        verdict = "of a Hessian that has negative eigenvalues beyond the damping, and mean little"
+        verdict = (
+            f"not to be trusted: the Hessian has eigenvalues down to {report['smallest_eigenvalue']:.3g}, and the "
+            f"damping is {report['damping']:.3g}. Raise --damping, or use --curvature ggn"
+        )
     elif lissa and report["implicit_damping"] > report["damping"]:
         enough = math.ceil(report["scale"] / report["damping"])
         verdict = (

@@ -151,12 +151,6 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
             corpus = read_corpus(data_args.validation_file, data_args, model_args.cache_dir)
             corpus = take_smiles(corpus, data_args, data_args.validation_file)
             held_out, more = encode(corpus, data_args.validation_file, least=1)
-            known = int(np.isin(keys_of(held_out), keys_of(train)).sum())
-            if known:
-                logger.warning(
-                    "%d of the %d molecules in %s are in %s too and are learned: the held-out numbers are optimistic",
-                    known, len(held_out), data_args.validation_file, source,
-                )  # fmt: skip
             dropped = pd.concat([dropped, more], ignore_index=True)
     if held_out is None:
         size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
@@ -165,6 +159,13 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
     if data_args.max_train_samples is not None:
         train = train.select(range(min(len(train), data_args.max_train_samples)))
         train, held_out = (add_descriptors(part, *options) for part in (train, held_out))
+    if data_args.validation_file is not None and digest is None:
+        known = int(np.isin(keys_of(held_out), keys_of(train)).sum())
+        if known:
+            logger.warning(
+                "%d of the %d molecules in %s are in %s too and are learned: the held-out numbers are optimistic",
+                known, len(held_out), data_args.validation_file, source,
+            )  # fmt: skip
     if data_args.max_eval_samples is not None:
         held_out = held_out.select(range(min(len(held_out), data_args.max_eval_samples)))
     if data_args.augment_smiles and training_args.do_train:

@@ -397,9 +397,10 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     arguments = (tokenizer, data_args.smiles_form, data_args.max_length, num_forms, training_args.seed)
     arguments += (config.head_descriptors,)
     main, exported = training_args.should_save, regression_args.export_embeddings
-    place = Path(exported or training_args.output_dir).absolute().parent
-    if exported and not place.is_dir() and place != Path(training_args.output_dir).absolute():  # which is made below
-        raise InputError(f"--export_embeddings {exported} cannot be written: there is no folder {place}.")
+    if exported:
+        place = Path(exported).absolute().parent
+        if not place.is_dir() and place != Path(training_args.output_dir).absolute():  # which is made below
+            raise InputError(f"--export_embeddings {exported} cannot be written: there is no folder {place}.")
     if path is not None:
         begin_writing(training_args, None)
     predictor = Predictor(models, tokenizer, training_args)

@@ -620,8 +620,9 @@ def push_run(training_args, kind, folders, replaced=None):
         repository = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True)
         run = Run(root, kind, repository.repo_id, folders[0][1])  # now with its full name
         contents[CARD_FILE] = str(model_card(run)).encode()
-        if training_args.hub_revision not in (None, "main"):
-            api.create_branch(repository.repo_id, branch=training_args.hub_revision, exist_ok=True)
+        revision = training_args.hub_revision
+        if revision is not None and not api.revision_exists(repository.repo_id, revision):
+            api.create_branch(repository.repo_id, branch=revision)
         before = api.list_repo_files(repository.repo_id, revision=training_args.hub_revision)
         operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
         # what an earlier push left would be taken for a part of this model

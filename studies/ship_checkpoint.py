@@ -30,12 +30,12 @@ COLUMNS = {
 KEPT = ("loss", "learning_rate", "eval_loss", *COLUMNS)
 
 
-def read_log(runs, until, before=None, processes=1):
+def read_log(runs, until, before=None, processes=()):
     """Returns the logged entries of all runs in turn, with the molecules seen so far.
 
     Args:
         before (`Path`, *optional*): a checkpoint of this script that the first run continued.
-        processes (`int`): that each run had.
+        processes (`list[int]`, *optional*): how many each run had; one where nothing is said.
     """
     entries, seen = [], 0
     if before is not None:
@@ -47,9 +47,12 @@ def read_log(runs, until, before=None, processes=1):
         states = [json.loads(path.read_text()) for path in states]
         state = max(states, key=lambda state: state["global_step"])
         last = until[number] if number < len(until) else state["global_step"]
-        batch = state["train_batch_size"] * processes
+        if last > state["global_step"]:
+            raise SystemExit(f"The log of {run} ends at step {state['global_step']}, before {last}.")
+        batch = state["train_batch_size"] * (processes[number] if number < len(processes) else 1)
         logged = [{key: entry[key] for key in KEPT if key in entry} for entry in state["log_history"]]
-        if any(logged[0].items() <= entry.items() for entry in entries):
+        first = next((values for values in logged if values), None)
+        if any(first.items() <= entry.items() for entry in entries if first):
             raise SystemExit(f"{before or runs} have the log of {run} already.")
         for entry, values in zip(state["log_history"], logged, strict=True):
             if values and entry["step"] <= last:
@@ -105,7 +108,7 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of run_mlm.py, the last one finished")
     parser.add_argument("--until", nargs="*", type=int, default=[], help="last step of each run but the last")
     parser.add_argument("--after", type=Path, help="checkpoint that the first run continued; may be the output folder")
-    parser.add_argument("--processes", type=int, default=1, help="of each run")
+    parser.add_argument("--processes", nargs="*", type=int, default=[], help="of each run; default: one")
     parser.add_argument("--output", type=Path, default=ROOT / "models" / "molformer-mini")
     parser.add_argument("--half", action="store_true", help="store float16; config.json has them loaded as float32")
     args = parser.parse_args()
@@ -113,6 +116,7 @@ def main():
     from modeling_molformer_reg import MolformerForMaskedLM
     from utils_checkpoints import build_tokenizer
 
+    entries, seen = read_log(args.runs, args.until, args.after, args.processes)
     model = MolformerForMaskedLM.from_pretrained(args.runs[-1], atom_descriptor_names=None, environment_buckets=None)
     model.save_pretrained(args.output)
     if args.half:
@@ -123,7 +127,6 @@ def main():
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     build_tokenizer().save_pretrained(args.output)
 
-    entries, seen = read_log(args.runs, args.until, args.after, args.processes)
     (args.output / "training_log.json").write_text(json.dumps(entries, indent=1) + "\n")
     results = json.loads((args.runs[-1] / "all_results.json").read_text())
     (args.output / "all_results.json").write_text(json.dumps(results | {"molecules": seen}, indent=2) + "\n")

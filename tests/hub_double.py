@@ -81,9 +81,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.repositories[name] = {}
             return self.answer(200, {"url": f"{self.server.endpoint}/{name}"})
         if match := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
-            known = match[2] in self.server.branches
+            if match[2] in self.server.branches or match[2].startswith("refs/"):
+                return self.answer(409, {"error": "exists, or is no name of a branch"})
             self.server.branches.add(match[2])
-            return self.answer(409, {"error": "exists"}) if known else self.answer(201, {})
+            return self.answer(201, {})
         if match := re.fullmatch(r"/api/models/(.+)/preupload/.+", path):
             files = [
                 {"path": file["path"], "uploadMode": mode(file["path"]), "shouldIgnore": False, "oid": None}
@@ -96,7 +97,9 @@ class Handler(BaseHTTPRequestHandler):
                 for one in json.loads(body)["objects"]
             ]
             return self.answer(200, {"transfer": "basic", "objects": objects})
-        if match := re.fullmatch(r"/api/models/(.+)/commit/.+", path):
+        if match := re.fullmatch(r"/api/models/(.+?)/commit/(.+)", path):
+            if match[2] not in self.server.branches:
+                return self.answer(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
             files = self.server.repositories[match[1]]
             for key, value in ((line["key"], line["value"]) for line in map(json.loads, body.splitlines())):
                 if key == "file":
@@ -120,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(self.path.split("?")[0])
         repositories = self.server.repositories
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(/.*)?", path):
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(refs/pr/\d+|[^/]+)(/.*)?", path):
             if match[2] not in self.server.branches:
                 return self.answer(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
             folder = f"{(match[3] or '').strip('/')}/".lstrip("/")
@@ -136,6 +139,8 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path):
             if match[1] not in repositories:
                 return self.answer(404, {"error": "no such repository"}, X_Error_Code="RepoNotFound")
+            if match[2] and match[2].removeprefix("/revision/") not in self.server.branches:
+                return self.answer(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
             files = [{"rfilename": name} for name in repositories[match[1]]]
             return self.answer(200, {"id": match[1], "sha": COMMIT, "siblings": files, "tags": []})
         if match := re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", path):

@@ -325,22 +325,22 @@ def test_an_argument_file_holds_over_a_scripts_defaults(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        "hub_token: hf_secret: x\n",
-        'hub_token: "hf_secret\n',
-        "seed: 1\n\thub_token: hf_secret\n",
-        "hub_token: !hf_secret x\n",
+        "hub_token: hf_SecretSecretSecret1: x\n",
+        'hub_token: "hf_SecretSecretSecret1\n',
+        "seed: 1\n\thub_token: hf_SecretSecretSecret1\n",
+        "hub_token: !hf_SecretSecretSecret1 x\n",
     ],
 )
 def test_a_token_in_a_broken_argument_file_is_not_repeated(tmp_path, capsys, content):
     file = tmp_path / "run.yaml"
     file.write_text(content)
     message = refusal(capsys, file)
-    assert "cannot be read" in message and "secret" not in message and "line " in message
+    assert "cannot be read" in message and "Secret" not in message and "line " in message
 
 
 def test_a_token_in_the_wrong_place_is_not_repeated(capsys):
-    assert "secret" not in refusal(capsys, "--push_to_hub", "hf_secret")
-    assert "secret" not in refusal(capsys, "--seed", "hf_secret")
+    assert "Secret" not in refusal(capsys, "--push_to_hub", "hf_SecretSecretSecret1")
+    assert "Secret" not in refusal(capsys, "--seed", "hf_SecretSecretSecret1")
 
 
 def test_a_strategy_of_no_may_stand_bare_in_a_yaml_file(tmp_path):

@@ -1,7 +1,9 @@
 """run_mlm.py, through `main` and as a process: files, objectives, resumption, bad input."""
 
+import gzip
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -89,15 +91,27 @@ def test_main_writes_its_result_files_and_regression_takes_the_checkpoint(tiny_c
         ("c.txt", "CCO\nC1CC\nCCC\n", "1 of 3 SMILES .* row 1: 'C1CC'"),
         ("c.txt", "CCO\n" + "C" * 300 + "\n", "more tokens than --max_length"),
         ("c.csv", "name,mass\nCCO,1\n", "no SMILES column"),
+        ("c.csv", "smiles,mass\n", "holds no molecule"),
+        ("c.txt.gz", "", "holds no molecule"),
     ],
 )
 def test_bad_corpora_are_refused_before_training(name, content, message, tiny_checkpoint, tmp_path):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
     parsed = parse("--train_file", tmp_path / name, "--model_name_or_path", tiny_checkpoint, "--output_dir",
         tmp_path / "x", "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1)  # fmt: skip
     with pytest.raises(InputError, match=message):
         run_mlm.main(*parsed)
     assert not (tmp_path / "x").exists()
+
+
+def test_held_out_molecules_that_are_learned_are_told(tiny_checkpoint, tmp_path, caplog):
+    (tmp_path / "train.txt").write_text("CCO\nCCN\nCCC\nCCCC\n")
+    (tmp_path / "held_out.txt").write_text("OCC\nCCF\n")  # the first one is in the other file, written differently
+    flags = ("--train_file", tmp_path / "train.txt", "--validation_file", tmp_path / "held_out.txt", "--max_steps", 1)
+    flags += ("--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1, "--disable_tqdm", "true")
+    with caplog.at_level("WARNING"):
+        run_mlm.main(*parse(*flags, "--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x"))
+    assert re.search(r"1 of the 2 molecules in \S+held_out.txt are in \S+train.txt too", caplog.text)
 
 
 def test_nothing_held_out_is_refused(tiny_checkpoint, tmp_path):

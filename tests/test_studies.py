@@ -187,12 +187,13 @@ def test_rows_of_other_weights_are_left_out_of_table_1(tmp_path, capsys):
         note, text = run_once.note_of(folder, command)
         folder.mkdir(parents=True)
         note.write_text(text.replace(f"--model_name_or_path {model.name} ", f"--model_name_or_path {model} "))
-        (folder / "all_results.json").write_text(json.dumps({f"test_{key}": 0.5 for key in ("mse", "mae", "r2")}))
+        keys = [f"test_{key}{end}" for key in ("mse", "mae", "r2") for end in ("", "_fingerprint_ridge")]
+        (folder / "all_results.json").write_text(json.dumps(dict.fromkeys(keys, 0.5)))
         member = folder / "member-0"
         member.mkdir()
         (member / "all_results.json").write_text((folder / "all_results.json").read_text())
     rows = table1.collect(tmp_path / "out", ["random"])
-    assert [row["name"] for row in rows] == ["best_recipe", "ensemble"]
+    assert [row["name"] for row in rows] == ["best_recipe", "ensemble", "fingerprint_ridge"]
     assert rows[0]["command"] == f"{rows[1]['command']}  # its member-0"
     assert "Left out, since made from other weights" in capsys.readouterr().out
 
@@ -863,7 +864,7 @@ def test_what_several_runs_logged_is_told_by_the_molecules_seen(tmp_path):
     again, total = ship_checkpoint.read_log([tmp_path / "c"], [], tmp_path)
     assert again[:3] == entries and total == seen + 20 * 4
     assert [(entry["run"], entry["molecules"]) for entry in again[3:]] == [(3, seen + 40), (3, seen + 80)]
-    assert ship_checkpoint.read_log([tmp_path / "c"], [], processes=2)[1] == 2 * 20 * 4
+    assert ship_checkpoint.read_log([tmp_path / "c"], [], processes=[2])[1] == 2 * 20 * 4
     (tmp_path / "training_log.json").write_text(json.dumps(again))
     with pytest.raises(SystemExit, match="have the log of .*c already"):
         ship_checkpoint.read_log([tmp_path / "c"], [], tmp_path)

@@ -20,6 +20,7 @@ import run_influence
 import run_mlm
 import run_peft
 import run_regression
+import trainer_regression
 import utils_report
 from arguments import EMBEDDED_DATA, InputError, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
@@ -437,12 +438,31 @@ def test_what_is_to_be_typed_after_a_failed_push_keeps_the_repository_private(co
         connected(run_regression, *training, *flags)
 
 
+def test_a_best_evaluation_that_was_not_saved_does_not_stop_a_run(connected, training, tmp_path):
+    """Saved at every other evaluation; the state names the best checkpoint that there is, or none."""
+    steps = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "4")
+    flags = [*training, *steps, "--max_train_samples", "64", "--do_train", "--do_eval"]
+    connected(run_regression, *flags, "--max_steps", "4")
+    path = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"best_global_step": 2, "best_model_checkpoint": None}))
+    assert trainer_regression.best_checkpoint(tmp_path / "run", path.parent) is None
+    path.write_text(json.dumps(state | {"best_model_checkpoint": "/elsewhere/checkpoint-4"}))
+    assert trainer_regression.best_checkpoint(tmp_path / "run", path.parent) == str(path.parent)
+    path.write_text(json.dumps(state | {"best_model_checkpoint": "/elsewhere/checkpoint-2"}))
+    with pytest.raises(InputError, match="checkpoint-2, the best checkpoint of the run"):
+        trainer_regression.best_checkpoint(tmp_path / "run", path.parent)
+
+
 def test_a_push_goes_to_the_branch_that_is_named(connected, hub, training):
     """Which the Hub does not know yet."""
     connected(
         run_regression, *training, "--push_to_hub", "--hub_model_id", "someone/branched", "--hub_revision", "next"
     )
     assert "next" in hub.branches and "model.safetensors" in hub.repositories["someone/branched"]
+    hub.branches.add("refs/pr/5")  # which is there, and cannot be made as a branch
+    again = ("--resume_from_checkpoint", "true", "--hub_revision", "refs/pr/5")
+    connected(run_regression, *training, "--push_to_hub", "--hub_model_id", "someone/branched", *again)
 
 
 def test_a_run_that_was_moved_keeps_its_best_model(connected, hub, training, tmp_path):
