@@ -443,7 +443,9 @@ def check_split(config, digest, data_args, checkpoint=None):
 
 
 def _not_loaded(what, source, error):
-    if Path(source).exists() or not isinstance(error, OSError):
+    # of a tokenizer that is not there the library says that it has no files to make it from
+    absent = isinstance(error, (OSError, ValueError) if what == "tokenizer" else OSError)
+    if Path(source).exists() or not absent:
         reason = (str(error).strip().splitlines() or [""])[0]  # some libraries write an essay
         kind = "" if reason and not isinstance(error, KeyError) else f"{type(error).__name__} "
         return f"The {what} in {source} cannot be loaded: {kind}{reason}".strip()
