@@ -148,6 +148,7 @@ class Stopwatch(TrainerCallback, ExportableState):
         self.best_checkpoint = None  # of a run that is resumed
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Goes on from what the checkpoint has counted, when one is resumed, and says if the processes are others."""
         state.best_model_checkpoint = state.best_model_checkpoint or self.best_checkpoint
         self.begun = time.monotonic()
         kept = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint, when one is resumed
@@ -270,6 +271,7 @@ class MolformerTrainer(Trainer):
         return result
 
     def evaluation_loop(self, *args, **kwargs):
+        """Evaluates as the library does, in bfloat16 within a training alone, with equal features on all processes."""
         # Every process drew random features of its own; the ones that are saved are those of process 0.
         if self.args.world_size > 1:
             for name, buffer in self.model.named_buffers():

@@ -262,7 +262,8 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     The encoder of another model than that for regression is the adapted one, its heads are the base's.
     """
     base = path_of_base(found["base"])
-    check_index(base or "")
+    if base is not None:
+        check_index(base)
     base_hub = {"cache_dir": hub["cache_dir"], "revision": found["revision"], "dtype": torch.float32}
     if model_class is not MolformerForRegression:
         adapted = _load_adapted(MolformerForRegression, source, found, hub, {}, merge=True)
