@@ -765,7 +765,7 @@ def write_arguments(training_args):
     if values is None:  # of a member of an ensemble, or of a call without a command line
         return
     path = folder / ARGUMENTS_FILE
-    if not training_args.do_train and path.exists() and of_training(json.loads(path.read_text(encoding="utf-8"))):
+    if not training_args.do_train and path.exists() and of_training(path):
         path = folder / f"predict_{ARGUMENTS_FILE}"
     part = path.with_name(f"{path.name}.part")
     text = json.dumps(settled_values(training_args), indent=2) + "\n"
@@ -773,8 +773,12 @@ def write_arguments(training_args):
     part.replace(path)
 
 
-def of_training(values):
-    """Returns whether the arguments of a run (`dict`) had it train: they say so, or name no part of the work."""
+def of_training(path):
+    """Returns whether a file of arguments had its run train: they say so, or name no part of the work."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # damaged: nothing is known of the run, and the file stays
+        return True
     return bool(values.get("do_train")) or not (values.get("do_eval") or values.get("do_predict"))
 
 
