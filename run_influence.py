@@ -496,14 +496,12 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     from trainer_regression import peak_memory
 
     started, seed = time.monotonic(), training_args.seed
-    problem.show_progress = show_progress = training_args.should_log and not training_args.disable_tqdm
+    problem.show_progress = training_args.should_log and not training_args.disable_tqdm
     gradient = problem.gradient(parts[influence_args.score_split])
     if not 0 < float(gradient.norm()) < math.inf:
         raise InputError("The gradient of the target loss is zero or not finite: no score can be computed.")
     state_file = Path(training_args.output_dir) / "influence_state.safetensors"
-    solutions, solved = inverse_curvature(
-        problem, parts["train"], gradient, influence_args, seed, state_file, show_progress
-    )
+    solutions, solved = inverse_curvature(problem, parts["train"], gradient, influence_args, seed, state_file)
     earlier = solved.pop("earlier_seconds", 0.0)  # of a solution that was continued
     table, agreement = score_molecules(problem, external, solutions, gradient, influence_args)
     table["selected"] = select_molecules(table, influence_args)

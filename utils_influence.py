@@ -273,7 +273,7 @@ class MoleculeProblem:
 
     Attributes:
         keeps_states (`bool`): whether the states below a loss of the head alone are computed once and kept.
-        show_progress (`bool`): whether passes over many molecules have a progress bar, from five seconds on.
+        show_progress (`bool`): whether solutions, and passes that take five seconds, have a progress bar.
     """
 
     keeps_states = True
@@ -442,7 +442,7 @@ class RandomBatches:
         return self.problem.curvature(self.draw(), vector)
 
 
-def measure_curvature(problem, fixed, batches, influence_args, show_progress):
+def measure_curvature(problem, fixed, batches, influence_args):
     """Returns largest eigenvalue, damping, scale and, for the Hessian, smallest eigenvalue, by name (`dict`).
 
     Args:
@@ -457,7 +457,9 @@ def measure_curvature(problem, fixed, batches, influence_args, show_progress):
     hessian, lissa = influence_args.curvature == "hessian", influence_args.ihvp == "lissa"
     steps = {"fixed": 25 if hessian else 10, "batch": 8}  # a smallest eigenvalue takes more than a largest one
     with tqdm(
-        total=steps["fixed"] + 5 * steps["batch"] * lissa, desc="Largest eigenvalues", disable=not show_progress
+        total=steps["fixed"] + 5 * steps["batch"] * lissa,
+        desc="Largest eigenvalues",
+        disable=not problem.show_progress,
     ) as bar:
 
         def measure(molecules, steps):
@@ -495,7 +497,7 @@ def measure_curvature(problem, fixed, batches, influence_args, show_progress):
     return values
 
 
-def inverse_curvature(problem, train, gradient, influence_args, seed, state_file=None, show_progress=True):
+def inverse_curvature(problem, train, gradient, influence_args, seed, state_file=None):
     """Returns (C + damping I)^-1 gradient, shape (R, P), and how it was computed and how well (`dict`).
 
     Args:
@@ -514,7 +516,7 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
     gradient = file.gradient
     report["earlier_seconds"] = file.earlier_seconds
     if "measured" not in file.values:
-        measured = measure_curvature(problem, fixed, batches, influence_args, show_progress)
+        measured = measure_curvature(problem, fixed, batches, influence_args)
         file.save({}, measured=measured, position=batches.position, trace=[])
     report |= file.values["measured"]
     batches.position, damping = file.values["position"], report["damping"]
@@ -526,13 +528,18 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
     try:
         if influence_args.ihvp == "cg":
             answers = solve_by_conjugate_gradients(
-                lambda vector: problem.curvature(train, vector), gradient, damping, influence_args, file, show_progress
+                lambda vector: problem.curvature(train, vector),
+                gradient,
+                damping,
+                influence_args,
+                file,
+                problem.show_progress,
             )
         else:
             report |= {"implicit_damping": report["scale"] / max(influence_args.recursion_depth, 1)}
             report |= {name: getattr(influence_args, name) for name in LISSA_SETTINGS}
             answers = solve_by_lissa(
-                batches, gradient, report, lambda answer: residual(answer, fixed), file, show_progress
+                batches, gradient, report, lambda answer: residual(answer, fixed), file, problem.show_progress
             )
     except FloatingPointError as error:
         more = ""

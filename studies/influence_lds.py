@@ -162,9 +162,7 @@ def study_seed(seed, args):
         for target in measured:
             gradient = problem.gradient(parts[target])
             for solver, options in SOLVERS.items():
-                solutions, report = inverse_curvature(
-                    problem, pool, gradient, InfluenceArguments(**options), seed, show_progress=False
-                )
+                solutions, report = inverse_curvature(problem, pool, gradient, InfluenceArguments(**options), seed)
                 scores = problem.each(scores_by_jvp, pool, solutions.mean(dim=0)).numpy()
                 foretold = foretell(scores, halves)
                 row = {"seed": seed, "params": "last layer and head" if params == "all" else "head", "target": target}

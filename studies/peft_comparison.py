@@ -11,11 +11,11 @@ which judges the model of the last epoch; the test set is not read (of each seed
 of one are among the others' test molecules now and then). Writes results/peft_tuning.json (.md), of which the best
 rates are the defaults of run_peft.py.
 
-Then run_peft.py: every method with its best rate on the same splits and seeds (split and seed vary together), five
-seeds for full fine-tuning, LoRA, BitFit, (IA)³ and the winner, three for the rest; the winner and full fine-tuning on
-the scaffold split too; and one learning rate for all, as the paper has it, with this project's protocol otherwise.
-With --methods or --seeds the others are what is finished of them; runs at rates that an earlier tuning had chosen stay
-in the table. Writes results/peft_comparison.json (.csv, .md, .png).
+Then run_peft.py: every method with its best rate on the same five splits and seeds (split and seed vary together);
+the winner, of those that train few parameters the one of lowest mean validation error, and full fine-tuning on the
+scaffold split too; and with three seeds one learning rate for all, as the paper has it, with this project's protocol
+otherwise. With --methods or --seeds the others are what is finished of them; runs at rates that an earlier tuning had
+chosen stay in the table. Writes results/peft_comparison.json (.csv, .md, .png).
 """
 
 import csv
@@ -25,6 +25,7 @@ import sys
 
 import numpy as np
 from common import ROOT, as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from kept_runs import RUNS, read_records
 from run_once import is_done
 
 
@@ -42,7 +43,6 @@ PAPER = {  # test MSE and final training loss of its appendix, of full fine-tuni
 PAPER_RATE = 1e-4
 SEEDS = (0, 1, 2, 3, 4)
 START = "models/molformer-mini"
-ALL_SEEDS = ("full", "lora", "bitfit", "ia3")  # and the winner
 RATES = {  # that are tried first with --tune
     "full": (3e-4, 6e-4, 1.2e-3),
     "head": (1e-3, 3e-3, 9e-3),
@@ -63,6 +63,7 @@ LEAST_RATES, MOST_RATES = 4, 5  # of a method
 EQUAL = 0.01  # difference of validation errors up to which two rates are as good
 TUNING_SEEDS = (0, 1)  # of split and training; all rates with the first, the two best with the others
 MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
+LEAST_R2 = 0.2  # on the test molecules; a run below it has learned hardly more than the mean, and is called failed
 NUMBERS = (
     "learning_rate",
     "base_parameters",
@@ -92,7 +93,16 @@ def run(cell, args, threads):
     values = run_script(command, folder, threads)
     print(name, split, seed, {key: values.get(key) for key in ("eval_mse", "test_mse")}, flush=True)
     row = {"method": method, "name": name, "split": split, "seed": seed, "command": as_text(command)}
+    row |= {"bf16": is_in_bfloat16(folder)}
     return row | {key: values[key] for key in NUMBERS if key in values} | {"learning_rate": rate}
+
+
+def is_in_bfloat16(folder):
+    """Returns whether a run was trained in bfloat16, as where the processor gains by it; `None` if unknown."""
+    if (folder / "arguments.json").exists():
+        return json.loads((folder / "arguments.json").read_text())["bf16"]
+    name = folder.resolve().relative_to(ROOT).as_posix() if folder.resolve().is_relative_to(ROOT) else None
+    return read_records(RUNS).get(name, {}).get("machine", {}).get("bfloat16")
 
 
 def is_wanted(cell, args):
@@ -246,11 +256,12 @@ def winner_of(runs, seeds):
     return min(errors, key=lambda method: np.mean(errors[method]), default=None)
 
 
-def summarize(runs):
+def summarize(runs, winner=None):
     """Returns one row for each name and split: means, intervals, and how it compares with full fine-tuning, by pairs.
 
     `of_full` is the mean ratio of test errors to full fine-tuning of the same seed, of the rows at the paper's rate to
-    full fine-tuning at that rate.
+    full fine-tuning at that rate. Where a seed failed (`LEAST_R2`), errors and ratios are medians without an interval,
+    since the mean would be that of two kinds of runs.
     """
 
     def full_of(name):
@@ -261,18 +272,23 @@ def summarize(runs):
     for name, split in dict.fromkeys((r["name"], r["split"]) for r in runs):
         here = [r for r in runs if (r["name"], r["split"]) == (name, split)]
         full = {key[1:]: error for key, error in every_full.items() if key[0] == full_of(name)}
-        row = {"name": name, "method": here[0]["method"], "split": split, "n": len(here)}
-        row["test_mse"], row["half_width"] = interval([r["test_mse"] for r in here])
-        row |= {key: float(np.mean([r[key] for r in here])) for key in NUMBERS if key != "test_mse"}
+        failed = sum(not r["test_r2"] >= LEAST_R2 for r in here)
+
+        def middle(values, failed=failed):
+            return (float(np.median(values)), None) if failed else interval(values)
+
+        row = {"name": name, "method": here[0]["method"], "split": split, "n": len(here), "failed": failed}
+        row |= {"winner": name == winner, "in_bfloat16": sum(r["bf16"] is True for r in here)}
+        row["test_mse"], row["half_width"] = middle([r["test_mse"] for r in here])
+        row |= {key: middle([r[key] for r in here])[0] for key in NUMBERS if key != "test_mse"}
         pairs = [(r["test_mse"], full[split, r["seed"]]) for r in here if (split, r["seed"]) in full]
         if pairs and name != full_of(name):
-            row["minus_full"], row["minus_full_half_width"] = interval([ours - whole for ours, whole in pairs])
-            row["of_full"], row["of_full_half_width"] = interval([ours / whole for ours, whole in pairs])
+            row["minus_full"], row["minus_full_half_width"] = middle([ours - whole for ours, whole in pairs])
+            row["of_full"], row["of_full_half_width"] = middle([ours / whole for ours, whole in pairs])
         paper = PAPER.get(row["method"]) if split == "random" else None
         row["paper_test_mse"], row["paper_train_mse"] = paper or (None, None)
         rows.append(row)
 
-    # by the ratio: those of three seeds stand beside those of five, whose splits are harder or easier
     def place(row):
         ratio = 1.0 if row["name"] == full_of(row["name"]) else row.get("of_full", float("inf"))
         return row["split"], row["name"].startswith("paper"), ratio
@@ -281,33 +297,30 @@ def summarize(runs):
 
 
 def to_markdown(rows):
-    """Returns the table of the README: one line a method and split, means and 95 % intervals."""
-    header = ("method", "split", "n", "test MSE", "of full's", "validation MSE", "training MSE")
-    header += (
-        "trained parameters",
-        "of the base",
-        "weights on disk",
-        "memory of the process",
-        "minutes",
-        "paper's test, training MSE",
-    )
-    lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
-    for row in rows:
-        error = with_interval((row["test_mse"], row["half_width"]))
-        ratio = with_interval((row["of_full"], row["of_full_half_width"])) if "of_full" in row else ""
-        which = "the paper's rate" if row["name"].startswith("paper-") else "rate"
-        title = row["name"] if row["name"] in METHODS else f"{row['method']}, {which} {row['learning_rate']:g}"
-        cells = (title, row["split"], row["n"], error, ratio, f"{row['eval_mse']:.3f}")
-        cells += (
-            f"{row['final_train_mse']:.3f}",
-            f"{row['trainable_parameters']:,.0f}",
-            f"{row['trainable_percent']:.2f} %",
-        )
-        cells += (f"{row['checkpoint_bytes'] / 1e6:.2f} MB", f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
-        paper = ", ".join(str(number) for number in (row["paper_test_mse"], row["paper_train_mse"]) if number)
-        cells += (f"{row['train_runtime'] / 60:.1f}", paper)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    """Returns the tables of the README, one line a method and split: at the tuned rates, and at other ones."""
+    header = ("method", "split", "seeds", "test MSE", "of full's", "validation MSE", "training MSE")
+    header += ("trained parameters", "of the base", "weights on disk", "in bfloat16", "paper's test, training MSE")
+    tables = []
+    for tuned in (True, False):
+        lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
+        lines += [to_line(row) for row in rows if (row["name"] in METHODS) == tuned]
+        tables += ["\n".join(lines) + "\n"] if len(lines) > 2 else []
+    return "\n".join(tables)
+
+
+def to_line(row):
+    """Returns a row as a line of the table."""
+    error = with_interval((row["test_mse"], row["half_width"]))
+    ratio = with_interval((row["of_full"], row["of_full_half_width"])) if "of_full" in row else ""
+    which = "the paper's rate" if row["name"].startswith("paper-") else "rate"
+    title = row["name"] if row["name"] in METHODS else f"{row['method']}, {which} {row['learning_rate']:g}"
+    cells = (f"**{title}**" if row["winner"] else title, row["split"])
+    cells += (f"{row['n']}, {row['failed']} failed" if row["failed"] else row["n"], error, ratio)
+    cells += (f"{row['eval_mse']:.3f}", f"{row['final_train_mse']:.3f}", f"{row['trainable_parameters']:,.0f}")
+    cells += (f"{row['trainable_percent']:.2f} %", f"{row['checkpoint_bytes'] / 1e3:,.0f} kB")
+    paper = ", ".join(str(number) for number in (row["paper_test_mse"], row["paper_train_mse"]) if number)
+    cells += (f"{row['in_bfloat16']} of {row['n']}", paper)
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 HIGHEST_RATIO = 1.8  # of the plot; what one seed does that diverged would hide all others
@@ -330,6 +343,7 @@ def plot(rows, path):
     for number, row in enumerate(shown):
         ratio, half = row["of_full"], row.get("of_full_half_width")
         text = f"{row['name']}, {row['trainable_parameters']:,.0f}"
+        text += f", {row['failed']} of {row['n']} failed" if row["failed"] else ""
         beyond = ratio > HIGHEST_RATIO
         axes.errorbar(places[row["name"]], min(ratio, HIGHEST_RATIO), yerr=None if beyond else half, capsize=3,
                       fmt="^" if beyond else "osDvP*X"[number % 7], color=f"C{number % 10}",
@@ -355,21 +369,15 @@ def main():
     if args.tune:
         return tune(args)
     rates = rates_of(args)
-    cells = [
-        (method, "random", seed, method, rates[method], [])
-        for method in METHODS
-        for seed in (SEEDS if method in ALL_SEEDS else SEEDS[:3])
-    ]
+    cells = [(method, "random", seed, method, rates[method], []) for method in METHODS for seed in SEEDS]
     cells += [(method, "random", seed, f"paper-{method}", PAPER_RATE, []) for method in PAPER for seed in SEEDS[:3]]
-    first = [cell for cell in cells if cell[3] == cell[0] and cell[2] in SEEDS[:3]]  # what the winner is chosen by
-    is_whole = all(is_wanted(cell, args) for cell in first)
+    is_whole = all(is_wanted(cell, args) for cell in cells if cell[3] == cell[0])  # the winner is chosen by these
     runs = run_cells(cells, args) + replaced_runs(rates, args)
-    winner = winner_of(runs, SEEDS[:3]) if is_whole else None
+    winner = winner_of(runs, SEEDS) if is_whole else None
     report(winner, runs, args)  # whatever becomes of the rest
     if winner is None:
         return print("No winner yet: that takes a comparison of all methods.")
-    cells = [(winner, "random", seed, winner, rates[winner], []) for seed in SEEDS[3:] if winner not in ALL_SEEDS]
-    cells += [(method, "scaffold", seed, method, rates[method], []) for method in ("full", winner) for seed in SEEDS]
+    cells = [(method, "scaffold", seed, method, rates[method], []) for method in ("full", winner) for seed in SEEDS]
     report(winner, runs + run_cells(cells, args), args)
 
 
@@ -388,7 +396,7 @@ def replaced_runs(rates, args):
 
 def report(winner, runs, args):
     """Writes the results as JSON, CSV, Markdown and a plot."""
-    rows = summarize(runs)
+    rows = summarize(runs, winner)
     values = {"winner": winner, "paper": PAPER, "rows": rows, "runs": runs}
     output = place_of(args.output, values, number_of_runs, args.folder)
     write_report(output, values, args.jobs)

@@ -564,7 +564,7 @@ def test_a_cell_that_fails_is_left_out_of_a_study(capsys, monkeypatch, tmp_path)
 
 def peft_run(method, seed, test_mse, name=None, split="random", trained=100, **values):
     numbers = dict.fromkeys(peft_comparison.NUMBERS, 1.0) | {"base_parameters": 10_000, "test_mse": test_mse}
-    numbers |= {"trainable_parameters_without_head": trained, "eval_mse": test_mse, **values}
+    numbers |= {"bf16": None, "trainable_parameters_without_head": trained, "eval_mse": test_mse, **values}
     return {"method": method, "name": name or method, "split": split, "seed": seed, **numbers}
 
 
@@ -592,9 +592,37 @@ def test_methods_are_compared_with_full_fine_tuning_of_the_same_seed():
     assert rows["paper-lora", "random"]["of_full"] == pytest.approx(0.8 / 0.5)
     assert "of_full" not in rows["paper-full", "random"]
     assert rows["before-lora-0.006", "random"]["of_full"] == pytest.approx(1.4 / 0.4)
+    tuned, other = peft_comparison.to_markdown(list(rows.values())).split("\n\n")
+    assert "| lora, the paper's rate 0.0001 | random | 1 | 0.800 | 1.600 |" in other and "0.7456, 0.778" in tuned
+    assert "| lora, rate 0.006 | random | 1 | 1.400 | 3.500 |" in other and "| 0.4827 |" in tuned
+
+
+def test_a_seed_that_failed_is_told_and_does_not_move_the_mean():
+    runs = [peft_run("full", seed, 0.4) for seed in range(3)]
+    runs += [
+        peft_run("pissa", seed, mse, test_r2=r2) for seed, mse, r2 in ((0, 0.42, 0.7), (1, 1.2, 0.1), (2, 0.44, 0.7))
+    ]
+    runs += [peft_run("lora", 0, float("nan"), test_r2=float("nan")), peft_run("dora", 0, 0.5, bf16=True)]
+    rows = {row["name"]: row for row in peft_comparison.summarize(runs, winner="dora")}
+    pissa = rows["pissa"]
+    assert (pissa["failed"], pissa["test_mse"], pissa["half_width"]) == (1, 0.44, None)
+    assert pissa["of_full"] == pytest.approx(1.1) and rows["lora"]["failed"] == 1 and not rows["full"]["failed"]
     text = peft_comparison.to_markdown(list(rows.values()))
-    assert "| lora, the paper's rate 0.0001 | random | 1 | 0.800 | 1.600 |" in text and "0.7456, 0.778" in text
-    assert "| lora, rate 0.006 | random | 1 | 1.400 | 3.500 |" in text and "| 0.4827 |" in text
+    assert "| pissa | random | 3, 1 failed | 0.440 | 1.100 |" in text
+    assert "| **dora** | random | 1 | 0.500 |" in text and "| 1 of 1 |" in text and "| 0 of 3 |" in text
+    assert sum(row["winner"] for row in rows.values()) == 1
+
+
+def test_a_run_of_the_comparison_says_its_precision(monkeypatch, tmp_path):
+    """By its arguments, else by the machine on which it was kept."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "arguments.json").write_text('{"bf16": true}')
+    records = [{"folder": "kept", "machine": {"bfloat16": False}}, {"folder": "old"}]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr(peft_comparison, "ROOT", tmp_path)
+    monkeypatch.setattr(peft_comparison, "RUNS", tmp_path / "runs.jsonl")
+    found = [peft_comparison.is_in_bfloat16(tmp_path / name) for name in ("here", "kept", "old", "none")]
+    assert found == [True, False, None, None]
 
 
 def test_a_part_of_the_comparison_keeps_the_rest_of_it(monkeypatch, tmp_path):

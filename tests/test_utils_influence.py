@@ -332,7 +332,7 @@ def test_lissa_on_molformer_is_near_the_exact_solution(embedded, pattern):
     influence_args = InfluenceArguments(
         relative_damping=0.03, recursion_depth=120, num_repeats=1, hessian_batch_size=16
     )
-    solutions, report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)
+    solutions, report = inverse_curvature(problem, train, gradient, influence_args, 0)
     matrix = explicit_ggn(problem, train)
     exact = torch.linalg.solve(
         matrix + report["damping"] * torch.eye(len(matrix), dtype=torch.float64), gradient.double()
@@ -436,7 +436,7 @@ def test_an_interrupted_solution_goes_on_from_its_file(tiny, tmp_path, solver, m
     influence_args = InfluenceArguments(recursion_depth=10, tolerance=1e-6, **options)
 
     def run(problem, path, args=influence_args):
-        return inverse_curvature(problem, train, problem.gradient(target), args, 0, path, show_progress=False)
+        return inverse_curvature(problem, train, problem.gradient(target), args, 0, path)
 
     whole, report = run(problem_of(tiny, "last_1"), None)
     path, broken = tmp_path / "state.safetensors", problem_of(tiny, "last_1")
@@ -492,9 +492,7 @@ def test_the_damping_that_is_advised_makes_a_hessian_positive(tiny, caplog):
     influence_args = InfluenceArguments(curvature="hessian", damping=1e-6, recursion_depth=1, num_repeats=1)
     train = molecules.iloc[:16]
     with caplog.at_level("WARNING"):
-        _, report = inverse_curvature(
-            problem, train, problem.gradient(molecules.iloc[16:32]), influence_args, 0, show_progress=False
-        )
+        _, report = inverse_curvature(problem, train, problem.gradient(molecules.iloc[16:32]), influence_args, 0)
     size = sum(tensor.numel() for tensor in problem.params.values())
     matrix = torch.stack([problem.curvature(train, vector) for vector in torch.eye(size)])
     values = torch.linalg.eigvalsh((matrix + matrix.T).double() / 2)
@@ -554,7 +552,7 @@ def test_lissa_that_is_worse_than_no_solution_is_refused(tiny):
     problem.curvature = lambda rows, vector, description=None: vector
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="that of no solution at all is 1"):
         patch.setattr(utils_influence, "solve_by_lissa", lambda *args: answers)
-        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0, show_progress=False)
+        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0)
 
 
 def test_long_passes_over_molecules_have_a_progress_bar(tiny, capsys, monkeypatch):
@@ -566,7 +564,7 @@ def test_long_passes_over_molecules_have_a_progress_bar(tiny, capsys, monkeypatc
     problem.show_progress = True
     gradient = problem.gradient(molecules.iloc[16:32])
     influence_args = InfluenceArguments(recursion_depth=5, num_repeats=1)
-    solutions, _ = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=True)
+    solutions, _ = inverse_curvature(problem, train, gradient, influence_args, 0)
     score_molecules(problem, molecules.iloc[32:40], solutions, gradient, influence_args)
     shown = capsys.readouterr().err
     for name in ("Gradient of the target loss", "Largest eigenvalues", "LiSSA", "Residual", "Scores"):
@@ -579,14 +577,14 @@ def test_damping_may_be_given_and_parameters_must_matter(tiny):
     problem, train = problem_of(tiny, "head"), molecules.iloc[:16]
     gradient = problem.gradient(train)
     influence_args = InfluenceArguments(damping=0.25, num_repeats=1, recursion_depth=5)
-    report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)[1]
+    report = inverse_curvature(problem, train, gradient, influence_args, 0)[1]
     assert report["damping"] == 0.25 and report["scale"] > 0.25
     problem.curvature = lambda rows, vector, *_: 0 * vector
     with pytest.raises(InputError, match="The curvature is zero"):
-        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0, show_progress=False)
+        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0)
     problem.curvature = lambda rows, vector, *_: math.nan * vector
     with pytest.raises(InputError, match="The curvature is not finite"):
-        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0, show_progress=False)
+        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0)
 
 
 @pytest.mark.parametrize("solver", ["lissa", "cg"])
@@ -598,7 +596,7 @@ def test_the_verdict_knows_a_solution_of_all_training_molecules(embedded, monkey
     gradient = problem.gradient(target)
     options = {"lissa": {"hessian_batch_size": 32}, "cg": {"recursion_depth": 100, "tolerance": 1e-3}}[solver]
     influence_args = InfluenceArguments(ihvp=solver, **options)
-    solutions, report = inverse_curvature(problem, train, gradient, influence_args, 0, show_progress=False)
+    solutions, report = inverse_curvature(problem, train, gradient, influence_args, 0)
     solution = solutions.mean(dim=0)
     left = problem.curvature(train, solution) + report["damping"] * solution - gradient
     assert report["residual"] == pytest.approx(float(left.norm() / gradient.norm()), rel=1e-5)
