@@ -210,7 +210,8 @@ def check_shapes(modules, peft_args):
                 f"--peft_rank {rank} is too large for {name}, {tuple(module.weight.shape)}. Give at most {most}."
             )
         if method == "oft" and module.in_features % rank:
-            fits = [size for size in range(2, 129) if module.in_features % size == 0]
+            common = math.gcd(*(other.in_features for other in modules.values()))
+            fits = [size for size in range(2, 129) if common % size == 0]
             raise InputError(
                 f"--peft_method oft cuts the {module.in_features} inputs of {name} into blocks of --peft_rank {rank}, "
                 f"which does not divide them. Choose one of {', '.join(map(str, fits))}, or --peft_method lora."
@@ -313,7 +314,7 @@ def check_base_name(model_args, peft_args, training_args):
 
 
 def check_resumed(training_args, checkpoint, base_weights):
-    """Raises `InputError` if the interrupted run in the output folder trained other parameters than this one.
+    """Raises `InputError` if the interrupted run in the output folder began with other weights of its base.
 
     Args:
         base_weights (`str`, *optional*): hash of the weights of this run's base.
@@ -326,15 +327,6 @@ def check_resumed(training_args, checkpoint, base_weights):
             f"The run in {training_args.output_dir} was trained on other weights than those that its base holds now. "
             "Bring those back, or train again with another --output_dir."
         )
-
-    before = read_json(Path(training_args.output_dir) / ARGUMENTS_FILE)
-    for name in ("peft_method", "peft_rank", "peft_alpha", "target_modules"):
-        old, new = before.get(name), training_args.run_values.get(name)
-        if before and old != new:
-            raise InputError(
-                f"The run in {training_args.output_dir} has --{name} {old or 'by default'}, this one "
-                f"{new or 'by default'}. Resume with the flags that it began with, or give another --output_dir."
-            )
 
 
 def write_merged(model, tokenizer, folder, find):

@@ -147,8 +147,8 @@ def find_base(source, model_args):
     """Returns how a checkpoint of adapters, or of some parameters, names its method and base; `None` for a plain one.
 
     Returns:
-        `dict` with `method`, `base`, `revision` (of the base) and `partial`: whether it holds some of the model's own
-        parameters.
+        `dict` with `method`, `base`, `revision` (of the base), `partial`: whether it holds some of the model's own
+        parameters, and the names of these, `parameters`.
     Raises:
         InputError: if the file that names them is no JSON of that form.
     """
@@ -165,7 +165,7 @@ def find_base(source, model_args):
                 raise InputError(_not_loaded("adapter", source, error)) from error
             method = values.get("method") or values.get("peft_type")
             found = {"method": method, "base": values.get(base), "revision": values.get("revision") or "main"}
-            return found | {"partial": name == PARTIAL_FILE}
+            return found | {"partial": name == PARTIAL_FILE, "parameters": values.get("parameters") or []}
     return None
 
 
@@ -279,28 +279,45 @@ def _load_adapted(model_class, source, found, hub, values, merge):
         model = model_class.from_pretrained(base, config=config, **base_hub)
     except UNLOADABLE as error:
         raise InputError(_base_not_loaded(source, base, error)) from error
-    if found["partial"]:
-        weights = load_file(cached_file(source, "model.safetensors", **hub))
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        misfit = [*unexpected, *(name for name in missing if name.startswith("classifier."))]
-        if misfit:
-            raise InputError(f"{source} does not fit its base {base} with this head: {', '.join(misfit[:3])}.")
-    else:
-        import peft
+    if not found["partial"]:
+        check_kind_of_adapter(source, found["method"])
+        merge = merge if isinstance(merge, bool) else found["method"].lower() in merge
+    try:
+        if found["partial"]:
+            weights = load_file(cached_file(source, "model.safetensors", **hub))
+            model.load_state_dict(weights, strict=False)
+            wanted = {*found["parameters"], *(name for name in model.state_dict() if name.startswith("classifier."))}
+            unknown = {*weights} - {*model.state_dict()}
+        else:
+            import peft
 
-        if not isinstance(merge, bool):
-            merge = found["method"].lower() in merge
-        try:
             adapted = peft.PeftModel.from_pretrained(model, source, **hub)
+            weights = peft.load_peft_weights(source, "cpu", **hub)
+            wanted = {*peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+            unknown = {*weights} - wanted
             # the model inside, with the adapters in its layers, is what the scripts know
             model = merge_adapter(adapted).requires_grad_(True) if merge else _unwrap(adapted)
-        except (KeyError, AttributeError, RuntimeError) as error:
-            raise InputError(
-                f"The adapter {source} does not fit its base {base}: {error}. It has other shapes, or was trained "
-                "with another head; leave --regression_head out."
-            ) from error
+        if misfit := sorted(unknown or wanted - {*weights}):
+            raise ValueError(f"it {'has' if unknown else 'lacks'} {', '.join(misfit[:3])}")
+    except UNLOADABLE as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"The adapter {source} does not fit its base {base}: {reason.rstrip(' :.')}. It is damaged, has other "
+            "shapes, or was trained with another head; leave --regression_head out."
+        ) from error
     model.new_heads = ()  # the head came with the adapter
     return model
+
+
+def check_kind_of_adapter(source, kind):
+    """Raises `InputError` if PEFT does not know an adapter's type."""
+    import peft
+
+    if kind not in [known.value for known in peft.PeftType]:
+        raise InputError(
+            f"The adapter {source} is of the type {kind}, which peft {peft.__version__} does not know. Install the "
+            "version that wrote it."
+        )
 
 
 def merge_adapter(model):

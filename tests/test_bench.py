@@ -109,6 +109,24 @@ def test_shares_and_ratios_are_of_real_tokens():
     assert (found["against"], found["ratio"]) == ("training, the published way", 2.0)
 
 
+def test_memory_is_measured_anew_and_times_stay(tmp_path, monkeypatch):
+    cases = {name: bench.Case(None, [[10]]) for name in ("nothing", "lora, training, fp32", "full, training, fp32")}
+    rows = bench.rows_of("xl", cases, {name: [2.0] for name in cases}, dict.fromkeys(cases, 5e9))
+    rows += bench.rows_of("xl", {"products": bench.Case(None, [[10]])}, {"products": [1.0]})
+    report = {"rows": rows, "ratios": [], "lengths": [], "compilation": {}, "command": "bench.py", "machine": {}}
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(report))
+    found = {"nothing": 1e9, "lora, training, fp32": 2e9, "full, training, fp32": 3e9}
+    monkeypatch.setattr(bench, "peak_of", lambda size, name, *_: found[name])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only_memory", "--output", str(path)])
+    bench.main()
+    after = json.loads(path.read_text())
+    assert [row.get("peak_memory_bytes") for row in after["rows"]] == [1e9, 2e9, 3e9, None]
+    assert [row["seconds"] for row in after["rows"]] == [2.0, 2.0, 2.0, 1.0] and after["command"] == "bench.py"
+    assert after["ratios"][-1]["memory"] == 0.5 and "--only_memory" in after["memory"]["command"]
+    assert "2.00 GB" in path.with_suffix(".md").read_text()
+
+
 def test_memory_is_compared_without_that_of_the_libraries():
     """Reference: worked by hand, 5 GB of the libraries in both."""
     cases = {name: bench.Case(None, [[10]]) for name in ("nothing", "lora, training, fp32", "full, training, fp32")}

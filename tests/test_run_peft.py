@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TWO_PROCESSES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import run_influence
 import run_peft
@@ -424,13 +424,14 @@ def test_every_adapter_has_scores_for_all_of_its_parameters(method, tiny_checkpo
     ("extra", "message"),
     [
         (("--target_modules", "query", "nowhere"), "'nowhere' matches no module. There are: attention.output.dense"),
+        (("--target_modules", "nowhere"), "'nowhere' matches no module. There are: attention.output.dense"),
         (("--peft_method", "shira", "--peft_rank", "17"), r"too large for molformer.*\(32, 32\). Give at most 16"),
         (("--target_modules", "("), "is no regular expression"),
         (("--peft_rank", "64"), r"--peft_rank 64 is too large for molformer.*\(32, 32\). Give at most 32"),
         (("--peft_method", "vera", "--peft_rank", "2000"), r"too large for molformer.*\(32, 32\). Give at most 1024"),
         (
             ("--peft_method", "oft", "--peft_rank", "5"),
-            r"blocks of --peft_rank 5, which does not divide.*2, 4, 8, 16, 32",
+            r"blocks of --peft_rank 5, which does not divide.*one of 2, 4, 8, 16, or",
         ),
         (("--redraw_features", "true"), "--redraw_features true changes the attention"),
     ],
@@ -454,6 +455,9 @@ def test_new_molecules_are_left_to_run_regression(finished_run, tmp_path):
         ({"peft_method": "ia3", "peft_rank": 4}, "has no rank"),
         ({"peft_rank": 0}, "--peft_rank is 0"),
         ({"peft_dropout": 1.0}, "--peft_dropout is 1.0"),
+        ({"peft_method": "ia3", "peft_dropout": 0.1}, "has no dropout"),
+        ({"peft_alpha": 0.0}, "--peft_alpha is 0.0; give a positive number"),
+        ({"peft_method": "vera", "peft_alpha": 8.0}, "has no alpha"),
         ({"base_hub_name": "no name"}, "no name"),
         ({"base_hub_name": "a/b", "merge_adapter": True}, "none is written"),
         ({"base_hub_name": "a/b", "peft_method": "full"}, "none is written"),
@@ -545,7 +549,7 @@ def test_the_rate_of_a_method_is_its_own(method, tiny_checkpoint, small_table, t
 def test_a_run_of_another_method_is_not_resumed(finished_run, tiny_checkpoint, small_table, other):
     """Shapes may fit, so nothing else would notice."""
     flags = (*given(tiny_checkpoint, small_table), *QUICK, *other, "--output_dir", finished_run)
-    with pytest.raises(InputError, match=f"{other[0]} .*, this one {other[1]}. Resume with the flags"):
+    with pytest.raises(InputError, match=f"began with .*{other[0]} .*not {other[1]}.*Go on with the flags"):
         call_main(*flags, "--resume_from_checkpoint", "true")
 
 
@@ -664,3 +668,39 @@ def test_an_adapter_with_another_head_is_refused(method, tiny_checkpoint, small_
     with pytest.raises(InputError, match="does not fit its base"):
         call_regression(*given(tmp_path / "out", small_table), "--regression_head", "molformer", "--do_predict",
                         "--output_dir", tmp_path / "again")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_an_adapter_that_lacks_weights_is_refused(method, tiny_checkpoint, small_table, tmp_path):
+    """The library loads half an adapter, and predicts with it."""
+    call_main(*given(tiny_checkpoint, small_table), *QUICK, "--max_steps", "1", "--do_train", "--peft_method", method,
+              "--output_dir", tmp_path / "out")  # fmt: skip
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    weights = load_file(path)
+    lost = sorted(name for name in weights if "layer.1." in name)
+    model_args = ModelArguments(model_name_or_path=str(tmp_path / "out"))
+    for change, message in (
+        (dict.fromkeys(lost[:1]), f"lacks {lost[0]}"),
+        ({"more.weight": torch.ones(1)}, "has more"),
+    ):
+        changed = {name: tensor for name, tensor in (weights | change).items() if tensor is not None}
+        save_file(changed, path, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=message) as caught:
+            load_model(MolformerForRegression, model_args, build_tokenizer())
+        assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_other_settings_is_refused_in_one_line(finished_run, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    values = json.loads((folder / "adapter_config.json").read_text())
+    for change, message in (
+        ({"r": 3}, "does not fit its base .*size mismatch|does not fit its base .*Error"),
+        ({"peft_type": "FOO"}, "is of the type FOO, which peft .* does not know"),
+        ({"target_modules": ["nowhere"]}, "does not fit its base"),
+        ({"lora_alpha": "x"}, "does not fit its base"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(values | change))
+        with pytest.raises(InputError, match=message) as caught:
+            load_model(MolformerForRegression, ModelArguments(model_name_or_path=str(folder)), build_tokenizer())
+        assert "\n" not in str(caught.value), change
