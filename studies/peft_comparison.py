@@ -1,6 +1,7 @@
 """What each parameter-efficient method reaches, with how many parameters, memory and time.
 
     python studies/peft_comparison.py --tune            # first: learning rates of every method, by validation
+    python studies/peft_comparison.py --tune_scale      # then rsLoRA at larger scales, beside the equal budgets
     python studies/peft_comparison.py --jobs 2          # hours; finished cells are not trained again
     python studies/peft_comparison.py --finished        # the table of the cells that are there; trains nothing
 
@@ -10,6 +11,9 @@ seed, since a method that bears a rate with one split may diverge with the next;
 which judges the model of the last epoch; the test set is not read (of each seed's own split: the validation molecules
 of one are among the others' test molecules now and then). Writes results/peft_tuning.json (.md), of which the best
 rates are the defaults of run_peft.py.
+
+With --tune_scale: rsLoRA, the best of that tuning's adapters, at larger --peft_alpha and lower rates, six settings
+with one seed and the two best with another, judged as above. Writes results/peft_scales.json (.md).
 
 Then run_peft.py: every method with its best rate on the same five splits and seeds (split and seed vary together);
 the winner, of those that train few parameters the one of lowest mean validation error, and full fine-tuning on the
@@ -60,6 +64,9 @@ RATES = {  # that are tried first with --tune
     "shira": (4e-4, 1e-3, 3e-3),
 }
 LEAST_RATES, MOST_RATES = 4, 5  # of a method
+SCALES = ((16, 2e-3), (16, 3e-3), (32, 1e-3), (32, 1.5e-3), (32, 2e-3), (64, 6e-4))  # alpha and rate of rsLoRA
+SCALED = {"rslora-alpha-32": ("rslora", 1.5e-3, ["--peft_alpha", "32"])}  # what was best of them
+TUNING = ["--do_train", "--do_eval", "--validation_fraction", "0.2", "--load_best_model_at_end", "false"]
 EQUAL = 0.01  # difference of validation errors up to which two rates are as good
 TUNING_SEEDS = (0, 1)  # of split and training; all rates with the first, the two best with the others
 MOST_PERCENT = 2.0  # of the base model's parameters, head apart, that the winner may train
@@ -120,7 +127,6 @@ def run_cells(cells, args):
 
 def tune(args):
     """Trains every method at its rates and writes validation errors; the test set is not read."""
-    flags = ["--do_train", "--do_eval", "--validation_fraction", "0.2", "--load_best_model_at_end", "false"]
     path = args.output.with_name("peft_tuning.json")
     before = json.loads(path.read_text()) if path.exists() else {"tuned": {}, "runs": []}
     before["tuned"] = {name: found for name, found in before["tuned"].items() if name not in args.methods}
@@ -130,7 +136,7 @@ def tune(args):
 
     def train(rates, seeds):
         cells = [
-            (method, "random", seed, f"tune-{method}", rate, flags)
+            (method, "random", seed, f"tune-{method}", rate, TUNING)
             for method in rates
             for rate in rates[method]
             for seed in seeds
@@ -169,6 +175,49 @@ def tune(args):
     for method in args.methods:
         if method not in tuned:
             print(f"{method} has no rate at which all seeds have a validation error, and keeps its default.")
+
+
+def tune_scale(args):
+    """Trains rsLoRA at larger scales and writes validation errors; the test set is not read."""
+
+    def train(settings, seeds):
+        return run_cells(
+            [
+                ("rslora", "random", seed, f"tune-rslora-alpha-{alpha}", rate, [*TUNING, "--peft_alpha", str(alpha)])
+                for alpha, rate in settings
+                for seed in seeds
+            ],
+            args,
+        )
+
+    def write(runs):
+        errors = {}
+        for run in runs:
+            errors.setdefault((int(run["name"].rsplit("-", 1)[1]), run["learning_rate"]), []).append(run["eval_mse"])
+        rows = [
+            {"alpha": alpha, "rank": METHODS["rslora"].rank, "learning_rate": rate, "validation_mse": values}
+            for (alpha, rate), values in sorted(errors.items(), key=lambda item: item[1][0])
+        ]
+        values = {"seeds": TUNING_SEEDS, "rows": rows, "runs": runs}
+        place = place_of(args.output.with_name("peft_scales.json"), values, number_of_runs, args.folder)
+        write_report(place, values, args.jobs)
+        place.with_suffix(".md").write_text(scales_to_markdown(rows))
+        return rows
+
+    first, *others = TUNING_SEEDS
+    runs = train(SCALES, [first])
+    best = [(row["alpha"], row["learning_rate"]) for row in write(runs)[:2]]
+    print(scales_to_markdown(write(runs + train(best, others))))
+
+
+def scales_to_markdown(rows):
+    """Returns the table of the README: one line a setting of rsLoRA, errors by seed, the best with the first first."""
+    lines = ["| `--peft_alpha` | scale | rate | validation MSE |", "| ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        errors = ", ".join(f"{error:.3f}" for error in row["validation_mse"])
+        scale = row["alpha"] / row["rank"] ** 0.5
+        lines.append(f"| {row['alpha']} | {scale:g} | {row['learning_rate']:g} | {errors} |")
+    return "\n".join(lines) + "\n"
 
 
 def best_rate(method, tried, runs, seeds):
@@ -245,15 +294,20 @@ def rates_of(args):
 
 
 def winner_of(runs, seeds):
-    """Returns the method of lowest mean validation error among those that train few parameters; `None` for none."""
+    """Returns the name of lowest mean validation error among those that train few parameters; `None` for none."""
     errors = {}
     for row in runs:
         share = 100 * row["trainable_parameters_without_head"] / row["base_parameters"]
         few = share <= MOST_PERCENT and row["method"] not in ("full", "head")
-        if few and row["name"] == row["method"] and row["split"] == "random" and row["seed"] in seeds:
-            errors.setdefault(row["method"], []).append(row["eval_mse"])
-    errors = {method: values for method, values in errors.items() if len(values) == len(seeds)}  # none that failed
-    return min(errors, key=lambda method: np.mean(errors[method]), default=None)
+        if few and is_tuned(row["name"]) and row["split"] == "random" and row["seed"] in seeds:
+            errors.setdefault(row["name"], []).append(row["eval_mse"])
+    errors = {name: values for name, values in errors.items() if len(values) == len(seeds)}  # none that failed
+    return min(errors, key=lambda name: np.mean(errors[name]), default=None)
+
+
+def is_tuned(name):
+    """Returns whether a row is of a method at the setting that was found for it."""
+    return name in METHODS or name in SCALED
 
 
 def summarize(runs, winner=None):
@@ -303,7 +357,7 @@ def to_markdown(rows):
     tables = []
     for tuned in (True, False):
         lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
-        lines += [to_line(row) for row in rows if (row["name"] in METHODS) == tuned]
+        lines += [to_line(row) for row in rows if is_tuned(row["name"]) == tuned]
         tables += ["\n".join(lines) + "\n"] if len(lines) > 2 else []
     return "\n".join(tables)
 
@@ -313,7 +367,7 @@ def to_line(row):
     error = with_interval((row["test_mse"], row["half_width"]))
     ratio = with_interval((row["of_full"], row["of_full_half_width"])) if "of_full" in row else ""
     which = "the paper's rate" if row["name"].startswith("paper-") else "rate"
-    title = row["name"] if row["name"] in METHODS else f"{row['method']}, {which} {row['learning_rate']:g}"
+    title = row["name"] if is_tuned(row["name"]) else f"{row['method']}, {which} {row['learning_rate']:g}"
     cells = (f"**{title}**" if row["winner"] else title, row["split"])
     cells += (f"{row['n']}, {row['failed']} failed" if row["failed"] else row["n"], error, ratio)
     cells += (f"{row['eval_mse']:.3f}", f"{row['final_train_mse']:.3f}", f"{row['trainable_parameters']:,.0f}")
@@ -336,7 +390,7 @@ def plot(rows, path):
 
     figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    shown = [row for row in rows if row["split"] == "random" and row["name"] in METHODS and "of_full" in row]
+    shown = [row for row in rows if row["split"] == "random" and is_tuned(row["name"]) and "of_full" in row]
     places, last = {}, 0.0
     for row in sorted(shown, key=lambda row: row["trainable_parameters"]):
         last = places[row["name"]] = max(row["trainable_parameters"], 1.13 * last)
@@ -361,6 +415,7 @@ def plot(rows, path):
 def main():
     parser = study_parser(__doc__, "peft", "peft_comparison.json")
     parser.add_argument("--tune", action="store_true", help="find learning rates on validation, and compare nothing")
+    parser.add_argument("--tune_scale", action="store_true", help="try rsLoRA at larger scales, and compare nothing")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
     parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
@@ -368,24 +423,31 @@ def main():
     args = parser.parse_args()
     if args.tune:
         return tune(args)
+    if args.tune_scale:
+        return tune_scale(args)
     rates = rates_of(args)
-    cells = [(method, "random", seed, method, rates[method], []) for method in METHODS for seed in SEEDS]
+    settings = {method: (method, rates[method], []) for method in METHODS} | SCALED
+
+    def cells_of(names, split):
+        chosen = {name: settings[name] for name in names}
+        return [(m, split, seed, name, rate, flags) for name, (m, rate, flags) in chosen.items() for seed in SEEDS]
+
+    cells = cells_of(settings, "random")
     cells += [(method, "random", seed, f"paper-{method}", PAPER_RATE, []) for method in PAPER for seed in SEEDS[:3]]
-    is_whole = all(is_wanted(cell, args) for cell in cells if cell[3] == cell[0])  # the winner is chosen by these
+    is_whole = all(is_wanted(cell, args) for cell in cells if is_tuned(cell[3]))  # the winner is chosen by these
     runs = run_cells(cells, args) + replaced_runs(rates, args)
     winner = winner_of(runs, SEEDS) if is_whole else None
     report(winner, runs, args)  # whatever becomes of the rest
     if winner is None:
         return print("No winner yet: that takes a comparison of all methods.")
-    cells = [(method, "scaffold", seed, method, rates[method], []) for method in ("full", winner) for seed in SEEDS]
-    report(winner, runs + run_cells(cells, args), args)
+    report(winner, runs + run_cells(cells_of(("full", winner), "scaffold"), args), args)
 
 
 def replaced_runs(rates, args):
     """Returns the finished runs at rates that are no longer those of the methods: a tuning had chosen them before."""
     runs = []
     for method in METHODS:
-        notes = args.folder.glob(f"{method}-*-random-*.command")
+        notes = args.folder.glob(f"{method}-[0-9]*-random-*.command")
         tried = {float(path.name.removeprefix(f"{method}-").split("-random-")[0]) for path in notes}
         for rate in sorted(tried - {rates[method]}):
             cells = [(method, "random", seed, method, rate, []) for seed in SEEDS]
