@@ -234,8 +234,9 @@ def peft_config(peft_args, targets, seed):
         "ia3": lambda: peft.IA3Config(**common, feedforward_modules=inner),
         "ln_tuning": lambda: peft.LNTuningConfig(**common),
         # its projections are drawn again from their seed wherever it is loaded
-        "vera": lambda: peft.VeraConfig(**common, r=rank, vera_dropout=peft_args.peft_dropout, d_initial=0.1,
+        "vera": lambda: peft.VeraConfig(**common, r=rank, vera_dropout=peft_args.peft_dropout,
                                         projection_prng_key=seed, save_projection=False),
+        # the library's default is a series that rotates only nearly
         "oft": lambda: peft.OFTConfig(**common, oft_block_size=rank, module_dropout=peft_args.peft_dropout,
                                       use_cayley_neumann=False),
         "miss": lambda: peft.MissConfig(**common, r=rank, miss_dropout=peft_args.peft_dropout),
