@@ -43,7 +43,7 @@ influence-study: $(READY)
 
 peft: $(READY)
 	$(BIN)/python studies/peft_comparison.py --tune
-	$(BIN)/python studies/peft_comparison.py --tune_scale
+	$(BIN)/python studies/peft_comparison.py --tune_more
 	$(BIN)/python studies/peft_comparison.py
 
 bench: $(READY)

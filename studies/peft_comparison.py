@@ -1,7 +1,7 @@
 """What each parameter-efficient method reaches, with how many parameters, memory and time.
 
     python studies/peft_comparison.py --tune            # first: learning rates of every method, by validation
-    python studies/peft_comparison.py --tune_scale      # then rsLoRA at larger scales, beside the equal budgets
+    python studies/peft_comparison.py --tune_more       # then rsLoRA with other flags, beside the equal budgets
     python studies/peft_comparison.py --jobs 2          # hours; finished cells are not trained again
     python studies/peft_comparison.py --finished        # the table of the cells that are there; trains nothing
 
@@ -12,8 +12,8 @@ which judges the model of the last epoch; the test set is not read (of each seed
 of one are among the others' test molecules now and then). Writes results/peft_tuning.json (.md), of which the best
 rates are the defaults of run_peft.py.
 
-With --tune_scale: rsLoRA, the best of that tuning's adapters, at larger --peft_alpha and lower rates, six settings
-with one seed and the two best with another, judged as above. Writes results/peft_scales.json (.md).
+With --tune_more: rsLoRA, the best of that tuning's adapters, at larger --peft_alpha and lower rates and with dropout:
+each with one seed and the two best with another, judged as above. Writes results/peft_more.json (.md).
 
 Then run_peft.py: every method with its best rate on the same five splits and seeds (split and seed vary together);
 the winner, of those that train few parameters the one of lowest mean validation error, and full fine-tuning on the
@@ -64,8 +64,14 @@ RATES = {  # that are tried first with --tune
     "shira": (4e-4, 1e-3, 3e-3),
 }
 LEAST_RATES, MOST_RATES = 4, 5  # of a method
-SCALES = ((16, 2e-3), (16, 3e-3), (32, 1e-3), (32, 1.5e-3), (32, 2e-3), (64, 6e-4))  # alpha and rate of rsLoRA
-SCALED = {"rslora-alpha-32": ("rslora", 1.5e-3, ["--peft_alpha", "32"])}  # what was best of them
+MORE = {  # flags and rate of rsLoRA, tried with --tune_more
+    "alpha-16": ("--peft_alpha 16", 2e-3),
+    "alpha-16-dropout": ("--peft_alpha 16 --peft_dropout 0.1", 2e-3),
+    "alpha-32-lower": ("--peft_alpha 32", 1e-3),
+    "alpha-32": ("--peft_alpha 32", 1.5e-3),
+    "alpha-64": ("--peft_alpha 64", 6e-4),
+}
+MOST_OF_MORE = 2  # that have the other seeds too
 TUNING = ["--do_train", "--do_eval", "--validation_fraction", "0.2", "--load_best_model_at_end", "false"]
 EQUAL = 0.01  # difference of validation errors up to which two rates are as good
 TUNING_SEEDS = (0, 1)  # of split and training; all rates with the first, the two best with the others
@@ -177,46 +183,43 @@ def tune(args):
             print(f"{method} has no rate at which all seeds have a validation error, and keeps its default.")
 
 
-def tune_scale(args):
-    """Trains rsLoRA at larger scales and writes validation errors; the test set is not read."""
+def tune_more(args):
+    """Trains rsLoRA with other flags and writes validation errors; the test set is not read."""
 
-    def train(settings, seeds):
-        return run_cells(
-            [
-                ("rslora", "random", seed, f"tune-rslora-alpha-{alpha}", rate, [*TUNING, "--peft_alpha", str(alpha)])
-                for alpha, rate in settings
-                for seed in seeds
-            ],
-            args,
-        )
+    def train(names, seeds):
+        chosen = {name: MORE[name] for name in names}
+        cells = [
+            ("rslora", "random", seed, f"more-{name}", rate, [*TUNING, *flags.split()])
+            for name, (flags, rate) in chosen.items()
+            for seed in seeds
+        ]
+        return run_cells(cells, args)
 
     def write(runs):
-        errors = {}
+        rows = {}
         for run in runs:
-            errors.setdefault((int(run["name"].rsplit("-", 1)[1]), run["learning_rate"]), []).append(run["eval_mse"])
-        rows = [
-            {"alpha": alpha, "rank": METHODS["rslora"].rank, "learning_rate": rate, "validation_mse": values}
-            for (alpha, rate), values in sorted(errors.items(), key=lambda item: item[1][0])
-        ]
+            name = run["name"].removeprefix("more-")
+            row = {"name": name, "flags": MORE[name][0], "learning_rate": run["learning_rate"], "validation_mse": []}
+            rows.setdefault(name, row)["validation_mse"].append(run["eval_mse"])
+        rows = sorted(rows.values(), key=lambda row: row["validation_mse"][0])
         values = {"seeds": TUNING_SEEDS, "rows": rows, "runs": runs}
-        place = place_of(args.output.with_name("peft_scales.json"), values, number_of_runs, args.folder)
+        place = place_of(args.output.with_name("peft_more.json"), values, number_of_runs, args.folder)
         write_report(place, values, args.jobs)
-        place.with_suffix(".md").write_text(scales_to_markdown(rows))
+        place.with_suffix(".md").write_text(more_to_markdown(rows))
         return rows
 
     first, *others = TUNING_SEEDS
-    runs = train(SCALES, [first])
-    best = [(row["alpha"], row["learning_rate"]) for row in write(runs)[:2]]
-    print(scales_to_markdown(write(runs + train(best, others))))
+    runs = train(MORE, [first])
+    best = [row["name"] for row in write(runs)[:MOST_OF_MORE]]
+    print(more_to_markdown(write(runs + train(best, others))))
 
 
-def scales_to_markdown(rows):
+def more_to_markdown(rows):
     """Returns the table of the README: one line a setting of rsLoRA, errors by seed, the best with the first first."""
-    lines = ["| `--peft_alpha` | scale | rate | validation MSE |", "| ---: | ---: | ---: | ---: |"]
+    lines = ["| `rslora` with | rate | validation MSE |", "| --- | ---: | ---: |"]
     for row in rows:
         errors = ", ".join(f"{error:.3f}" for error in row["validation_mse"])
-        scale = row["alpha"] / row["rank"] ** 0.5
-        lines.append(f"| {row['alpha']} | {scale:g} | {row['learning_rate']:g} | {errors} |")
+        lines.append(f"| `{row['flags']}` | {row['learning_rate']:g} | {errors} |")
     return "\n".join(lines) + "\n"
 
 
@@ -294,20 +297,15 @@ def rates_of(args):
 
 
 def winner_of(runs, seeds):
-    """Returns the name of lowest mean validation error among those that train few parameters; `None` for none."""
+    """Returns the method of lowest mean validation error among those that train few parameters; `None` for none."""
     errors = {}
     for row in runs:
         share = 100 * row["trainable_parameters_without_head"] / row["base_parameters"]
         few = share <= MOST_PERCENT and row["method"] not in ("full", "head")
-        if few and is_tuned(row["name"]) and row["split"] == "random" and row["seed"] in seeds:
+        if few and row["name"] in METHODS and row["split"] == "random" and row["seed"] in seeds:
             errors.setdefault(row["name"], []).append(row["eval_mse"])
-    errors = {name: values for name, values in errors.items() if len(values) == len(seeds)}  # none that failed
-    return min(errors, key=lambda name: np.mean(errors[name]), default=None)
-
-
-def is_tuned(name):
-    """Returns whether a row is of a method at the setting that was found for it."""
-    return name in METHODS or name in SCALED
+    errors = {method: values for method, values in errors.items() if len(values) == len(seeds)}  # none that failed
+    return min(errors, key=lambda method: np.mean(errors[method]), default=None)
 
 
 def summarize(runs, winner=None):
@@ -357,7 +355,7 @@ def to_markdown(rows):
     tables = []
     for tuned in (True, False):
         lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
-        lines += [to_line(row) for row in rows if is_tuned(row["name"]) == tuned]
+        lines += [to_line(row) for row in rows if (row["name"] in METHODS) == tuned]
         tables += ["\n".join(lines) + "\n"] if len(lines) > 2 else []
     return "\n".join(tables)
 
@@ -367,7 +365,7 @@ def to_line(row):
     error = with_interval((row["test_mse"], row["half_width"]))
     ratio = with_interval((row["of_full"], row["of_full_half_width"])) if "of_full" in row else ""
     which = "the paper's rate" if row["name"].startswith("paper-") else "rate"
-    title = row["name"] if is_tuned(row["name"]) else f"{row['method']}, {which} {row['learning_rate']:g}"
+    title = row["name"] if row["name"] in METHODS else f"{row['method']}, {which} {row['learning_rate']:g}"
     cells = (f"**{title}**" if row["winner"] else title, row["split"])
     cells += (f"{row['n']}, {row['failed']} failed" if row["failed"] else row["n"], error, ratio)
     cells += (f"{row['eval_mse']:.3f}", f"{row['final_train_mse']:.3f}", f"{row['trainable_parameters']:,.0f}")
@@ -390,7 +388,7 @@ def plot(rows, path):
 
     figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    shown = [row for row in rows if row["split"] == "random" and is_tuned(row["name"]) and "of_full" in row]
+    shown = [row for row in rows if row["split"] == "random" and row["name"] in METHODS and "of_full" in row]
     places, last = {}, 0.0
     for row in sorted(shown, key=lambda row: row["trainable_parameters"]):
         last = places[row["name"]] = max(row["trainable_parameters"], 1.13 * last)
@@ -415,7 +413,7 @@ def plot(rows, path):
 def main():
     parser = study_parser(__doc__, "peft", "peft_comparison.json")
     parser.add_argument("--tune", action="store_true", help="find learning rates on validation, and compare nothing")
-    parser.add_argument("--tune_scale", action="store_true", help="try rsLoRA at larger scales, and compare nothing")
+    parser.add_argument("--tune_more", action="store_true", help="try rsLoRA with other flags, and compare nothing")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
     parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
@@ -423,18 +421,16 @@ def main():
     args = parser.parse_args()
     if args.tune:
         return tune(args)
-    if args.tune_scale:
-        return tune_scale(args)
+    if args.tune_more:
+        return tune_more(args)
     rates = rates_of(args)
-    settings = {method: (method, rates[method], []) for method in METHODS} | SCALED
 
-    def cells_of(names, split):
-        chosen = {name: settings[name] for name in names}
-        return [(m, split, seed, name, rate, flags) for name, (m, rate, flags) in chosen.items() for seed in SEEDS]
+    def cells_of(methods, split):
+        return [(method, split, seed, method, rates[method], []) for method in methods for seed in SEEDS]
 
-    cells = cells_of(settings, "random")
+    cells = cells_of(METHODS, "random")
     cells += [(method, "random", seed, f"paper-{method}", PAPER_RATE, []) for method in PAPER for seed in SEEDS[:3]]
-    is_whole = all(is_wanted(cell, args) for cell in cells if is_tuned(cell[3]))  # the winner is chosen by these
+    is_whole = all(is_wanted(cell, args) for cell in cells if cell[3] in METHODS)  # the winner is chosen by these
     runs = run_cells(cells, args) + replaced_runs(rates, args)
     winner = winner_of(runs, SEEDS) if is_whole else None
     report(winner, runs, args)  # whatever becomes of the rest

@@ -660,23 +660,22 @@ def test_a_part_of_the_comparison_keeps_the_rest_of_it(monkeypatch, tmp_path):
     assert {row["method"] for row in report["runs"]} == set(peft_comparison.METHODS)
     assert report["winner"] is None and {row["split"] for row in report["runs"]} == {"random"}
 
-    # all of them: the winner, which is one at a larger scale, and full fine-tuning on scaffolds too
+    # all of them: the winner and full fine-tuning on scaffolds too
     monkeypatch.setattr(sys, "argv", ["peft_comparison.py", *flags[2:]])
-    monkeypatch.setitem(peft_comparison.SCALED, "rslora-alpha-32", ("rslora", 1e-3, ["--peft_alpha", "32"]))
     plain = peft_comparison.run_script
 
     def run_better(command, folder, threads):
         note, text = run_once.note_of(folder, command)
         note.write_text(text)
-        return plain(command, folder, threads) | {"eval_mse": 0.5 if "alpha" in folder.name else 1.0}
+        return plain(command, folder, threads) | {"eval_mse": 0.5 if "dora" in folder.name else 1.0}
 
     monkeypatch.setattr(peft_comparison, "run_script", run_better)
     peft_comparison.main()
     report = json.loads(output.read_text())
-    assert report["winner"] == "rslora-alpha-32"
+    assert report["winner"] == "dora"
     scaffold = [row for row in report["runs"] if row["split"] == "scaffold"]
-    assert [row["name"] for row in scaffold] == ["full"] * 5 + ["rslora-alpha-32"] * 5
-    assert all("--peft_alpha 32" in row["command"] and "0.001 " in row["command"] for row in scaffold[5:])
+    assert [row["name"] for row in scaffold] == ["full"] * 5 + ["dora"] * 5
+    assert all("--split scaffold" in row["command"] for row in scaffold)
 
 
 def test_the_best_rate_is_that_of_the_lowest_mean_validation_error():
@@ -746,26 +745,26 @@ def test_tuning_ends_where_a_rate_diverges_and_keeps_what_was_tuned_before(monke
     assert lines[2].startswith("| ia3 |") and "0.02: 2000.000" in lines[3]
 
 
-def test_scales_are_tried_with_one_seed_and_the_two_best_with_another(monkeypatch, tmp_path):
-    cells = []
+def test_more_settings_are_tried_with_one_seed_and_the_best_with_another(monkeypatch, tmp_path):
+    cells, errors = [], dict(zip(peft_comparison.MORE, (0.5, 0.4, 0.3, 0.2, 0.6), strict=True))
 
     def run_cells(given, args):
         cells.extend(given)
         return [
-            peft_run("rslora", seed, 0.0, name=name, learning_rate=rate, eval_mse=abs(rate - 1.4e-3) + seed)
+            peft_run("rslora", seed, 0.0, name=name, learning_rate=rate, eval_mse=errors[name[5:]] + seed)
             for _, _, seed, name, rate, _ in given
         ]
 
     monkeypatch.setattr(peft_comparison, "run_cells", run_cells)
     output = tmp_path / "peft_comparison.json"
-    monkeypatch.setattr(sys, "argv", ["peft_comparison.py", "--tune_scale", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["peft_comparison.py", "--tune_more", "--output", str(output)])
     peft_comparison.main()
-    report = json.loads((tmp_path / "peft_scales.json").read_text())
-    assert len(cells) == len(peft_comparison.SCALES) + 2 and len(report["runs"]) == len(cells)
-    assert [len(row["validation_mse"]) for row in report["rows"]] == [2, 2, 1, 1, 1, 1]
-    assert (report["rows"][0]["alpha"], report["rows"][0]["learning_rate"]) == (32, 1.5e-3)
-    assert all(cell[5][-2:] == ["--peft_alpha", cell[3].split("-")[-1]] for cell in cells)
-    assert "| 32 | 16 | 0.0015 | 0.000, 1.000 |" in (tmp_path / "peft_scales.md").read_text()
+    report = json.loads((tmp_path / "peft_more.json").read_text())
+    assert len(cells) == len(report["runs"]) == 7
+    assert [len(row["validation_mse"]) for row in report["rows"]] == [2, 2, 1, 1, 1]
+    assert [row["name"] for row in report["rows"]] == sorted(errors, key=errors.get)
+    assert all(" ".join(cell[5]).endswith(peft_comparison.MORE[cell[3][5:]][0]) for cell in cells)
+    assert "| `--peft_alpha 32` | 0.0015 | 0.200, 1.200 |" in (tmp_path / "peft_more.md").read_text()
 
 
 def test_the_table_of_a_tuning_that_goes_on_has_what_is_finished(monkeypatch, tmp_path):
