@@ -274,6 +274,7 @@ def step_by_step(tiny_checkpoint, small_table):
         "1",
     )
     flags += ("--hidden_dropout_prob", "0", "--embedding_dropout_prob", "0", "--max_grad_norm", "1000")
+    flags += ("--bf16", "false")  # whose rounding differs with the number of processes and threads
     flags += ("--max_train_samples", "96")  # whole batches: of the rest, two processes would take some twice
     return (*given(tiny_checkpoint, small_table), *flags)
 
