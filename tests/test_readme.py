@@ -37,6 +37,7 @@ TABLES = {
     "influence_lds": lambda report: influence_lds.to_markdown(report["summary"]),
     "peft_comparison": lambda report: peft_comparison.to_markdown(report["rows"]),
     "peft_tuning": lambda report: peft_comparison.tuning_to_markdown(report["tuned"]),
+    "peft_more": lambda report: peft_comparison.more_to_markdown(report["rows"]),
     "paper_tables": lambda report: paper_tables.to_markdown(report["rows"]),
     "bench": bench.to_markdown,
 }
