@@ -268,14 +268,7 @@ def adapt(model, peft_args, seed=0, revision=None):
         return model
     import peft
 
-    targets = find_targets(model, peft_args)
-    config = peft_config(peft_args, targets, seed)
-    try:
-        return peft.get_peft_model(model, config, revision=revision)
-    except ValueError as error:  # a condition of the tuner's own on shapes
-        raise InputError(
-            f"--peft_method {method} cannot be applied: {error} Choose another rank or method."
-        ) from error
+    return peft.get_peft_model(model, peft_config(peft_args, find_targets(model, peft_args), seed), revision=revision)
 
 
 def check_base(model_args):

@@ -519,6 +519,7 @@ def test_the_log_does_not_miss_what_a_checkpoint_is_not_to_hold(tiny_checkpoint,
     flags = [*given(tiny_checkpoint, small_table), *QUICK, "--peft_method", "bitfit", "--log_level", "info"]
     done = run_script("run_peft.py", *flags, "--output_dir", tmp_path / "out")
     assert "Loading best model" in done.stderr and "missing keys" not in done.stderr
+    assert re.search(r"bitfit: \d+ trainable parameters, [\d.]+ % of the base model.s \d+ .*peak memory", done.stderr)
 
 
 @pytest.mark.parametrize("name", ["outputs/mlm/checkpont-100", "no-such-folder"])
