@@ -331,6 +331,7 @@ def summarize(runs, winner=None):
 
         row = {"name": name, "method": here[0]["method"], "split": split, "n": len(here), "failed": failed}
         row |= {"winner": name == winner, "in_bfloat16": sum(r["bf16"] is True for r in here)}
+        row["of_unknown_precision"] = sum(r["bf16"] is None for r in here)
         row["test_mse"], row["half_width"] = middle([r["test_mse"] for r in here])
         row |= {key: middle([r[key] for r in here])[0] for key in NUMBERS if key != "test_mse"}
         pairs = [(r["test_mse"], full[split, r["seed"]]) for r in here if (split, r["seed"]) in full]
@@ -371,7 +372,7 @@ def to_line(row):
     cells += (f"{row['eval_mse']:.3f}", f"{row['final_train_mse']:.3f}", f"{row['trainable_parameters']:,.0f}")
     cells += (f"{row['trainable_percent']:.2f} %", f"{row['checkpoint_bytes'] / 1e3:,.0f} kB")
     paper = ", ".join(str(number) for number in (row["paper_test_mse"], row["paper_train_mse"]) if number)
-    cells += (f"{row['in_bfloat16']} of {row['n']}", paper)
+    cells += ("not known" if row["of_unknown_precision"] else f"{row['in_bfloat16']} of {row['n']}", paper)
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

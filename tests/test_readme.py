@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import bench
 from arguments import parse_arguments
+from run_peft import METHODS
 from trainer_regression import LEARNING_RATES
 
 
@@ -76,6 +77,30 @@ def test_the_speeds_that_the_readme_tells_are_those_of_the_results():
         found = ratios[f"{method}, training, fp32", "full, training, fp32"]
         assert found["memory"] < most and found["ratio"] > 4 / 3
     assert ratios["lora, training, fp32", "full, training, fp32"]["memory"] > 1
+
+
+def test_what_the_readme_says_of_the_methods_is_what_they_reached():
+    report = json.loads((ROOT / "results" / "peft_comparison.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    rows = {row["name"]: row for row in report["rows"] if row["split"] == "random"}
+    best = rows[report["winner"]]
+    assert report["winner"] == "rslora" and best["n"] == rows["full"]["n"] == 5 and best["of_full"] <= 1.05
+    assert f"its test error is {best['of_full']:.2f} times that of full fine-tuning" in text
+    assert f"up to {100 * (best['of_full'] + best['of_full_half_width'] - 1):.0f} % above it" in text
+    sizes = [f"{rows[name]['checkpoint_bytes'] / 1e6:{form}}" for name, form in (("rslora", ".2f"), ("full", ".1f"))]
+    assert "weights take {} MB in place of {}".format(*sizes) in text
+    assert rows["vera"]["trainable_parameters"] < rows["lora"]["trainable_parameters"] / 4.5
+    for method in ("bitfit", "ln_tuning", "ia3", "head"):
+        assert rows[method]["final_train_mse"] > 5 * rows["full"]["final_train_mse"], method
+    for method in ("bitfit", "ln_tuning"):
+        assert 1.25 < rows[method]["of_full"] < 1.4, method
+    assert rows["pissa"]["failed"] == 1 and not any(row["failed"] for name, row in rows.items()
+                                                     if name in METHODS and name != "pissa")  # fmt: skip
+    assert all(best["test_mse"] < rows[name]["test_mse"] for name in ("lora", "dora", "hira", "miss", "oft", "shira"))
+    assert best["eval_mse"] < rows["dora"]["eval_mse"] < best["eval_mse"] + 0.01
+    told = {name: rows[name]["test_mse"] for name in ("bitfit", "ia3", "lora")}
+    assert all(error < peft_comparison.PAPER[name][0] for name, error in told.items())
+    assert "they are {:.2f}, {:.2f} and {:.2f} here".format(*told.values()) in text
 
 
 def test_pretraining_is_clearly_better_than_from_scratch():

@@ -564,7 +564,7 @@ def test_a_cell_that_fails_is_left_out_of_a_study(capsys, monkeypatch, tmp_path)
 
 def peft_run(method, seed, test_mse, name=None, split="random", trained=100, **values):
     numbers = dict.fromkeys(peft_comparison.NUMBERS, 1.0) | {"base_parameters": 10_000, "test_mse": test_mse}
-    numbers |= {"bf16": None, "trainable_parameters_without_head": trained, "eval_mse": test_mse, **values}
+    numbers |= {"bf16": False, "trainable_parameters_without_head": trained, "eval_mse": test_mse, **values}
     return {"method": method, "name": name or method, "split": split, "seed": seed, **numbers}
 
 
@@ -610,6 +610,8 @@ def test_a_seed_that_failed_is_told_and_does_not_move_the_mean():
     text = peft_comparison.to_markdown(list(rows.values()))
     assert "| pissa | random | 3, 1 failed | 0.440 | 1.100 |" in text
     assert "| **dora** | random | 1 | 0.500 |" in text and "| 1 of 1 |" in text and "| 0 of 3 |" in text
+    (unknown,) = peft_comparison.summarize([peft_run("lora", 0, 0.4, bf16=None)])
+    assert "| not known |" in peft_comparison.to_line(unknown)
     assert sum(row["winner"] for row in rows.values()) == 1
 
 
