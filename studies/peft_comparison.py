@@ -402,7 +402,8 @@ def plot(rows, path):
                       fmt="^" if beyond else "osDvP*X"[number % 7], color=f"C{number % 10}",
                       label=f"{text} ({ratio:.2f})" if beyond else text)  # fmt: skip
     axes.axhline(1.0, color="0.5", linewidth=1, linestyle="--", label="full fine-tuning")
-    axes.set(xscale="log", xlabel="trained parameters (head included)", ylim=(0.8, HIGHEST_RATIO + 0.05))
+    axes.set(xscale="log", ylim=(0.8, HIGHEST_RATIO + 0.05))
+    axes.set_xlabel("trained parameters, head included (equal numbers side by side)")
     axes.set_ylabel("test mean squared error, times that of full fine-tuning")
     if whole := [row["test_mse"] for row in rows if (row["name"], row["split"]) == ("full", "random")]:
         errors = axes.secondary_yaxis("right", functions=(lambda x: x * whole[0], lambda x: x / whole[0]))
