@@ -514,6 +514,7 @@ def peak_of(size, name, args, lengths_file):
 def measure_memory_again(output, args):
     """Measures the peak memory of the cases of a report anew, and leaves what they took in time as it is."""
     report = json.loads(output.read_text())
+    args.batch_size, args.predict_batch_size = report["batch_size"], report["predict_batch_size"]
     for row in report["rows"]:
         if "peak_memory_bytes" in row:
             row["peak_memory_bytes"] = peak_of(row["size"], row["case"], args, args.lengths_file)

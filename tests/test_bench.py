@@ -114,10 +114,11 @@ def test_memory_is_measured_anew_and_times_stay(tmp_path, monkeypatch):
     rows = bench.rows_of("xl", cases, {name: [2.0] for name in cases}, dict.fromkeys(cases, 5e9))
     rows += bench.rows_of("xl", {"products": bench.Case(None, [[10]])}, {"products": [1.0]})
     report = {"rows": rows, "ratios": [], "lengths": [], "compilation": {}, "command": "bench.py", "machine": {}}
+    report |= {"batch_size": 8, "predict_batch_size": 32}  # of the report, not the defaults
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(report))
     found = {"nothing": 1e9, "lora, training, fp32": 2e9, "full, training, fp32": 3e9}
-    monkeypatch.setattr(bench, "peak_of", lambda size, name, *_: found[name])
+    monkeypatch.setattr(bench, "peak_of", lambda size, name, args, _: found[name] * args.batch_size / 8)
     monkeypatch.setattr(sys, "argv", ["bench.py", "--only_memory", "--output", str(path)])
     bench.main()
     after = json.loads(path.read_text())
