@@ -18,7 +18,6 @@ import shutil
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -43,15 +42,18 @@ RUN_FILES = """
     influence_scores.png influence_convergence.png influence_selection.png
 """.split()
 INPUT_FILES = ("train_file", "validation_file", "test_file", "external_file")
-RUN_PIECES = ("member-*", "finetune-*", "influence_state.*")  # of runs that train several models
+RUN_PIECES = r"member-\d+|finetune-\w+|influence_state\.safetensors(\.part)?"  # of runs that train several models
+SETTINGS_KEY = "settings_key"  # a file in every folder finetune-…
 ARGUMENTS_FILE = "arguments.json"
 LOCK_FILE = ".lock"
 LOCKS = {}  # of the folders that this process writes
+GREATER_IS_BETTER = ("r2", "pearson", "spearman", "masked_accuracy")  # of the metrics by which a model can be chosen
 # what the result of a training depends on
 TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate layer_rate_decay num_train_epochs
     max_steps weight_decay optim per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy
-    lr_scheduler_type warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon bf16 fp16 tf32 eval_strategy
-    eval_steps metric_for_best_model load_best_model_at_end""".split()
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon optim_args
+    neftune_noise_alpha dataloader_drop_last bf16 fp16 tf32 eval_strategy eval_steps metric_for_best_model
+    greater_is_better load_best_model_at_end""".split()
 # what it does not depend on, beside the library's other arguments
 FREE_SETTINGS = """output_dir cache_dir preprocessing_num_workers overwrite_cache ignore_split_mismatch label_name
     predict_augment merge_adapter base_hub_name controls""".split()
@@ -245,7 +247,7 @@ class DataTrainingArguments:
         metadata={
             "choices": ["default", "paper"],
             "help": "paper: rows split without grouping stereo twins, no validation part, epoch chosen by test loss, "
-            "learning rate 1e-4. Its numbers are optimistic.",
+            "learning rate of a regression 1e-4. Its numbers are optimistic.",
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training molecules only."})
@@ -369,7 +371,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None,
         metadata={
             "help": "Compute in bfloat16 where that is safe (autocast). Default: what accelerate launch says; else in "
-            "training, where processor or GPU gain by it. Final metrics and predictions are float32 all the same."
+            "training, where processor or GPU gain by it. What is predicted after a training is float32 all the same."
         },
     )
     ddp_broadcast_buffers: bool | None = field(
@@ -399,6 +401,9 @@ class TrainingArguments(transformers.TrainingArguments):
                 wanted = "no"  # of a configuration that is meant for GPUs; emulated it is several times slower
             self.bf16 = self.do_train and not self.fp16 and wanted == "bf16"
             self.fp16 = self.fp16 or (self.do_train and wanted == "fp16")
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # the library takes every metric but a loss for one that is better if greater
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_").startswith(GREATER_IS_BETTER)
         do_eval = self.do_eval
         super().__post_init__()
         # the library takes the launcher's where no flag is set: predictions alone are in float32, however launched
@@ -437,7 +442,8 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
     """Returns one instance of each dataclass, from flags, or from a .json or .yaml file and flags that follow it.
 
-    What the run would need to be repeated goes along as `run_values` of the last one.
+    What the run would need to be repeated goes along as `run_values` of the last one, and the names of the flags that
+    the user gave as `given`.
 
     Args:
         defaults (`dict`, *optional*): a script's own defaults; they hold for argument files as well.
@@ -464,6 +470,7 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
             flags = flags or [word for word in unknown if not word.startswith("hf_")] or ["A word"]
             raise ValueError(f"{', '.join(flags)} is no argument of this script. --help lists those that there are.")
         arguments[-1].run_values = _values_to_repeat(vars(parser.parse_args(args)))
+        arguments[-1].given = {word.removeprefix("--").split("=")[0] for word in args if word.startswith("--")}
         return arguments
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {hide_tokens(str(error))}\n")
@@ -626,9 +633,9 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
         last = last_complete_checkpoint(output_dir)
         path = last if str(resume).lower() in ("true", "yes", "1") else Path(resume)
         if path is None or not _is_complete(path):
-            raise InputError(
-                f"There is no complete checkpoint in {path or output_dir}. Leave --resume_from_checkpoint out."
-            )
+            inside = None if path is None else last_complete_checkpoint(path)
+            advice = "Leave --resume_from_checkpoint out" if inside is None else f"Pass {inside}, or true"
+            raise InputError(f"There is no complete checkpoint in {path or output_dir}. {advice}.")
         logger.info("Resuming from %s", path)
         return str(path)
     for path in (output_dir, *output_dir.parents):
@@ -652,7 +659,13 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
 
 def run_pieces(output_dir):
     """Returns the folders of the models that a run trains one after the other, as far as they are there."""
-    return [path for pattern in RUN_PIECES for path in Path(output_dir).glob(pattern)]
+    return [path for path in Path(output_dir).glob("*") if is_piece(path)]
+
+
+def is_piece(path):
+    """Returns whether a path is one that a run of several models has made, and not the user's of a like name."""
+    made = re.fullmatch(RUN_PIECES, path.name)
+    return bool(made) and (not path.name.startswith("finetune-") or (path / SETTINGS_KEY).exists())
 
 
 def member_folders(output_dir):
@@ -683,19 +696,23 @@ def last_complete_checkpoint(output_dir):
 
 
 def _is_complete(folder):
-    """Whether the trainer wrote the checkpoint to its end: its state is the last file and is whole."""
+    """Whether the trainer wrote the checkpoint to its end: its state is the last file and is whole.
+
+    The folder of a finished run has a state too, but no schedule to go on with.
+    """
     try:
         json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    return (Path(folder) / "scheduler.pt").exists()
 
 
 def clear_run(output_dir):
     """Removes what an earlier run left in `output_dir`, and nothing else. Called when all input was checked."""
     output_dir = Path(output_dir)
     remove_checkpoints(output_dir)
-    for path in [*run_pieces(output_dir), output_dir / "merged", output_dir / "to_push"]:
+    copies = [output_dir / "merged", output_dir / "to_push"]
+    for path in [*run_pieces(output_dir), *(path for path in copies if (path / "config.json").exists())]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -710,8 +727,8 @@ def belongs_to_run(output_dir, path):
     if Path(output_dir).resolve() not in inside.parents:
         return False
     first = inside.relative_to(Path(output_dir).resolve()).parts[0]
-    patterns = (*RUN_PIECES, *RUN_FILES, "checkpoint-*", "merged", "to_push")
-    return any(fnmatch(first, pattern) for pattern in patterns)
+    known = first in (*RUN_FILES, "merged", "to_push") or re.fullmatch(r"checkpoint-\d+", first)
+    return bool(known) or is_piece(Path(output_dir).resolve() / first)
 
 
 def remove_checkpoints(output_dir):
@@ -823,17 +840,18 @@ def lock_folder(output_dir):
     """
     folder = Path(output_dir).resolve()
     if folder not in LOCKS:
-        LOCKS[folder] = _lock(folder)
+        LOCKS[folder] = lock(folder)
     (folder / UNFINISHED).touch()
 
 
-def _lock(folder):
-    lock = FileLock(folder / LOCK_FILE)
+def lock(folder):
+    """Returns the lock of a folder, taken; raises `InputError` if another process has it."""
+    taken = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        taken.acquire(timeout=0)
     except Timeout as error:
         raise InputError(f"Another run is writing to {folder}. Wait for it, or give another --output_dir.") from error
-    return lock
+    return taken
 
 
 def end_writing(training_args):

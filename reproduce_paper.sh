@@ -9,6 +9,7 @@
 #   ./reproduce_paper.sh ibm/MoLFormer-XL-both-10pct      # with a network, and better with a GPU
 #   EXTERNAL_FILE=external.csv ./reproduce_paper.sh       # your external molecules in place of the corrupted pool
 #   SEEDS="0 1 2 3 4" OUT=outputs/five ./reproduce_paper.sh
+#   EXTRA="--split scaffold" OUT=outputs/scaffold RESULTS=outputs/scaffold ./reproduce_paper.sh     # flags of all steps
 set -eu
 EXTERNAL_FILE=${EXTERNAL_FILE:+$(realpath "$EXTERNAL_FILE")}
 cd "$(dirname "$0")"
@@ -39,6 +40,12 @@ if [ "$QUICK" ]; then
 fi
 . studies/run_once.sh
 
+# Writes the tables of the steps that are finished.
+tables() {
+    "$PYTHON" studies/paper_tables.py --folder "$OUT" --output "$RESULTS/paper_tables.json"
+}
+
+trap 'tables || true' EXIT # where a step fails
 for seed in $SEEDS; do
     whole="--seed $seed $EXTRA"
     cell="$whole $CUT"
@@ -52,11 +59,13 @@ for seed in $SEEDS; do
             ${EXTERNAL_FILE:+--external_file "$EXTERNAL_FILE"}
         union=$OUT/influence-$seed # its files are cut already, and a second cut would take the selected molecules off
         run "$OUT/selected-$seed" run_regression.py --model_name_or_path "$MODEL" $whole --learning_rate $RATE \
-            --train_file "$union/merged_train.csv" --validation_file "$union/validation.csv" --test_file "$union/test.csv"
+            --split file --smiles_column SMILES --label_column label --train_file "$union/merged_train.csv" \
+            --validation_file "$union/validation.csv" --test_file "$union/test.csv"
         for method in bitfit ia3 lora; do
             run "$OUT/$method-$seed" run_peft.py --model_name_or_path "$MODEL" --peft_method $method $cell \
                 ${PEFT_RATE:+--learning_rate $PEFT_RATE}
         done
     }
 done
-"$PYTHON" studies/paper_tables.py --folder "$OUT" --output "$RESULTS/paper_tables.json"
+trap - EXIT
+tables

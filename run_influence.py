@@ -316,7 +316,7 @@ def select_molecules(table, influence_args):
         return scores > (influence_args.threshold if influence_args.select == "threshold" else 0.0)
     count = influence_args.num_selected or max(1, len(table) // 2)
     if influence_args.select == "fraction":
-        count = round(influence_args.fraction * len(table))
+        count = max(1, round(influence_args.fraction * len(table)))
     return best(scores, count)
 
 
@@ -409,7 +409,7 @@ def plot_scores(table, path):
     left, right = figure.subplots(1, 2)
     corrupted = table.get("corrupted", pd.Series(False, index=table.index)).to_numpy()
     groups = {"wrong label": corrupted, "right label": ~corrupted} if corrupted.any() else {"external": ~corrupted}
-    bins = np.histogram_bin_edges(table["score"], bins=40)
+    bins = np.histogram_bin_edges(table["score"].astype(float), bins=40)  # float32 has no 40 between like scores
     for color, (name, rows) in zip(("tab:red", "tab:blue"), groups.items(), strict=False):
         color = "tab:blue" if len(groups) == 1 else color
         left.hist(table["score"][rows], bins=bins, alpha=0.6, color=color, label=f"{name} ({rows.sum()})")

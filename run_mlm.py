@@ -57,12 +57,12 @@ class MlmArguments:
             "surroundings.",
         },
     )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Of mlm: share of the tokens to be predicted."})
     masked_share: float = field(
         default=1.0,
         metadata={
-            "help": "Share of the molecules in a batch whose tokens are masked; other objectives then see whole "
-            "molecules too."
+            "help": "Of mlm: share of the molecules in a batch whose tokens are masked; other objectives then see "
+            "whole molecules too."
         },
     )
     preprocessing_num_workers: int | None = field(
@@ -109,8 +109,14 @@ def main(model_args, data_args, mlm_args, training_args):
             "What was learned is measured on molecules that are held out. Leave --validation_fraction 0 out, or give "
             "a --validation_file."
         )
-    if model_args.head_descriptors is not None:
-        raise InputError("--head_descriptors is for a regression head, which run_regression.py trains. Leave it out.")
+    for name, value in (
+        ("head_descriptors", model_args.head_descriptors),
+        ("head_learning_rate", training_args.head_learning_rate),
+    ):
+        if value is not None:
+            raise InputError(f"--{name} is for a regression head, which run_regression.py trains. Leave it out.")
+    if not (training_args.do_train or training_args.do_eval):
+        raise InputError("--do_predict alone has nothing to predict here. Use --do_train or --do_eval.")
     tokenizer = load_tokenizer(model_args)
     config = load_config(model_args)
     settle_smiles_form(config, data_args)

@@ -138,7 +138,7 @@ def _from_folder(model_args, folder):
 def predict_new(model_args, data_args, regression_args, training_args):
     """Predicts the molecules of `--test_file`, labels or not, and writes predictions.csv or standard output."""
     to_output = data_args.test_file == "-"
-    if training_args.output_dir == DEFAULTS["output_dir"]:  # that is where the model is
+    if "output_dir" not in training_args.given:  # the default is where the model is
         training_args.output_dir = "outputs/predictions"
     if data_args.max_predict_samples is not None:
         raise InputError("--max_predict_samples shortens the parts of a split. All rows of --test_file are predicted.")

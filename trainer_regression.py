@@ -34,6 +34,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from arguments import (
+    SETTINGS_KEY,
     TRAINING_SETTINGS,
     InputError,
     begin_writing,
@@ -46,6 +47,7 @@ from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_checkpoints import PARTIAL_FILE, load_model, portable_path
 from utils_molecules import (
     LABEL_PREFIX,
+    MOST_FOR_RIDGE,
     SPLITS,
     baseline_predictions,
     descriptors_of,
@@ -54,6 +56,7 @@ from utils_molecules import (
     label_metrics,
     label_names,
     labels_of,
+    morgan_counts,
     read_json,
     regression_metrics,
     scale_of,
@@ -194,6 +197,20 @@ class MolformerTrainer(Trainer):
     partial_method = None
     base_revision = None
     base_weights = None  # hash of the weights that are adapted
+
+    def __init__(self, *args, **kwargs):
+        """As the library does, and makes optimizer and schedule once, to know before any work that it can.
+
+        Raises:
+            InputError: if settings of the training do not go together.
+        """
+        try:
+            super().__init__(*args, **kwargs)
+            if self.args.do_train:
+                self.create_optimizer_and_scheduler(num_training_steps=100)
+        except (ValueError, TypeError, ImportError) as error:
+            raise InputError(f"The training cannot be set up: {error}") from error
+        self.optimizer = self.lr_scheduler = None
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -368,10 +385,11 @@ class RegressionTrainer(MolformerTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
-        if self.model.config.label_names and output.label_ids is not None:
-            # the library weighs batches by molecules, but some have more labels than others
-            std = np.asarray(self.model.config.label_std)
-            errors = ((output.predictions - output.label_ids) / std)[np.isfinite(output.label_ids)]
+        if output.label_ids is not None:
+            # The library averages over batches: of several labels some molecules have more than others, and of several
+            # processes the last batches are filled with molecules that are counted twice.
+            labels = output.label_ids.reshape(output.predictions.shape)
+            errors = ((output.predictions - labels) / np.asarray(self.model.config.label_std))[np.isfinite(labels)]
             name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
             output.metrics[name] = float(np.mean(errors**2)) if len(errors) else 0.0
         return output
@@ -538,7 +556,8 @@ def build_trainer(model_args, data_args, training_args, tokenizer, parts, digest
             `held_out_name`. Where there is none, it evaluates nothing and keeps the last epoch.
         adapt (`Callable`, *optional*): returns the model that is trained in place of the one that was loaded.
     Raises:
-        InputError: as `load_model` and `prepare_head` do; if there is nothing to evaluate, and the run does no more.
+        InputError: as `load_model`, `prepare_head` and `MolformerTrainer` do; if there is nothing to evaluate, and the
+            run does no more.
     """
     held_out = parts.get(held_out_name(parts, data_args))
     if held_out is None:
@@ -674,7 +693,7 @@ def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, di
     """
     stage_args = copy.copy(training_args)
     stage_args.output_dir, stage_args.do_train, stage_args.run_values = str(folder), True, None
-    key, key_file = _settings_key(model_args, data_args, training_args, parts, digest), Path(folder) / "settings_key"
+    key, key_file = _settings_key(model_args, data_args, training_args, parts, digest), Path(folder) / SETTINGS_KEY
     start = None
     if key_file.exists() and key_file.read_text(encoding="utf-8") == key:
         if is_finished(folder):
@@ -750,16 +769,29 @@ def write_reports(output_dir, parts, members, digest, data_args):
     table = everything[["row", "smiles"]].rename(columns={"smiles": "SMILES"})
     count = len(next(iter(members.values())))
     model_name = "MoLFormer" if count == 1 else f"{count} MoLFormers"
-    metrics = {f"{name}_samples": len(part) for name, part in parts.items()}
-    lines, panels = [], {}
-    for number, column in enumerate(label_columns(everything)):
-        label = column.removeprefix(LABEL_PREFIX) if column != "label" else ""
-        end, shown_name = (f"_{label}", f" {label}") if label else ("", "")
-        one = everything.assign(label=everything[column], prediction=numbers["prediction"][:, number])
-        table[f"label{end}"] = one["label"]
+    labels = [(column, column.removeprefix(LABEL_PREFIX)) for column in label_columns(everything)]
+    for number, (column, label) in enumerate(labels):
+        end = "" if column == label else f"_{label}"
+        table[f"label{end}"] = everything[column]
         for name, values in numbers.items():
             table[f"{name}{end}"] = values[:, number]
-        table[f"error{end}"] = one["prediction"] - one["label"]
+        table[f"error{end}"] = table[f"prediction{end}"] - table[f"label{end}"]
+    table["split"] = everything["split"]
+    # as one file, in its order; separate files follow one another
+    in_one_file = data_args.validation_file is None and data_args.test_file is None
+    write_csv(table.sort_values("row", kind="stable") if in_one_file else table, output_dir / "predictions.csv")
+    write_splits(output_dir, parts, digest, data_args)
+
+    metrics = {f"{name}_samples": len(part) for name, part in parts.items()}
+    lines, panels = [], {}
+    features = None
+    if {"train", "test"} <= set(parts) and len(everything) <= MOST_FOR_RIDGE:
+        features = morgan_counts(everything["group"])
+    elif len(everything) > MOST_FOR_RIDGE:
+        logger.info("No ridge regression beside the model: that is for up to %d molecules", MOST_FOR_RIDGE)
+    for number, (column, label) in enumerate(labels):
+        end, shown_name = ("", "") if column == label else (f"_{label}", f" {label}")
+        one = everything.assign(label=everything[column], prediction=numbers["prediction"][:, number])
         one = one[one["label"].notna()]
         for name in parts:
             part = one[one["split"] == name]
@@ -771,8 +803,10 @@ def write_reports(output_dir, parts, members, digest, data_args):
         test = one[one["split"] == "test"]
         if not len(test) or not (one["split"] == "train").any():
             continue
-        panels[label or data_args.label_name] = test
-        for baseline, predicted in baseline_predictions(one, one["split"].to_numpy()).items():
+        panels[label if end else data_args.label_name] = test
+        known = None if features is None else features[one.index]
+        baselines = baseline_predictions(known, one["label"].to_numpy(), one["split"].to_numpy())
+        for baseline, predicted in baselines.items():
             values = regression_metrics(predicted[one["split"] == "test"], test["label"])
             lines.append((f"{baseline}{shown_name}", "test", len(test), values))
             metrics |= {f"test_{key}_{baseline}{end}": value for key, value in values.items()}
@@ -780,12 +814,6 @@ def write_reports(output_dir, parts, members, digest, data_args):
         plot_parity(panels, output_dir / "parity.png")
         plot_residuals(panels, output_dir / "residuals.png")
         draw_worst_molecules(panels, output_dir / "worst_molecules.png")
-    table["split"] = everything["split"]
-    # as one file, in its order; separate files follow one another
-    in_one_file = data_args.validation_file is None and data_args.test_file is None
-    table = table.sort_values("row", kind="stable") if in_one_file else table
-    write_csv(table, output_dir / "predictions.csv")
-    write_splits(output_dir, parts, digest, data_args)
     text = metrics_table(lines) + ("" if "test" in parts else f"\n{no_test(parts)}")
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."

@@ -104,9 +104,16 @@ def load_config(model_args):
     """Returns the configuration that the run starts from: that of --config_name, else the checkpoint's.
 
     Raises:
-        InputError: if it cannot be loaded.
+        InputError: if it cannot be loaded; if --config_name would stand in for that of a fine-tuned checkpoint.
     """
-    source = model_args.config_name or model_args.model_name_or_path
+    source, named = model_args.model_name_or_path, model_args.config_name
+    if named is not None and source is not None:
+        if load_config(replace(model_args, config_name=None)).label_mean is not None:
+            raise InputError(
+                f"--config_name {named} would replace what {source} knows from its fine-tuning: the scale of its "
+                "labels, its split and the form of its SMILES. Leave --config_name out."
+            )
+    source = named or source
     try:
         return MolformerConfig.from_pretrained(source, **hub_options(model_args))
     except UNLOADABLE as error:
@@ -335,6 +342,15 @@ def _unwrap(model):
     return inside
 
 
+def check_pooling(config, source, named):
+    """Refuses another pooling than that which the trained head of the checkpoint `source` reads."""
+    if config.label_mean is not None and named != config.pooling:
+        raise InputError(
+            f"The regression head of {source} reads {config.pooling} pooling, --pooling names {named}. Leave the flag "
+            "out, or start from a checkpoint without a regression head."
+        )
+
+
 def check_descriptors(config, source, named):
     """Refuses other descriptors than a trained head reads, and those that this RDKit does not know.
 
@@ -389,6 +405,7 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
         if model_class is MolformerForRegression and source is not None:
             named = values.get("head_descriptors", load_config(model_args).head_descriptors) or []
             own = load_config(replace(model_args, config_name=None))
+            check_pooling(own, source, values.get("pooling", own.pooling))
             check_descriptors(own, source, named)
             check_labels(own, source, values.get("num_labels", own.num_labels))
         if source is None:

@@ -425,10 +425,10 @@ def choose_parameters(model, wanted):
 
 class RandomBatches:
     """Maps a vector to the curvature of a new random batch of training molecules times it; batch i is a function of
-    the seed and i, so that a run that starts at `position` i goes on as an uninterrupted one."""
+    the seed and i, so that a run whose `position` is set to i goes on as an uninterrupted one."""
 
-    def __init__(self, problem, molecules, batch_size, seed, position=0):
-        self.problem, self.molecules, self.seed, self.position = problem, molecules, seed, position
+    def __init__(self, problem, molecules, batch_size, seed):
+        self.problem, self.molecules, self.seed, self.position = problem, molecules, seed, 0
         self.batch_size = min(batch_size, len(molecules))
 
     def draw(self):

@@ -144,6 +144,13 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         train, held_out = parts["train"], parts.get("validation")
         logger.info("%s has labels: learning the training molecules of its split alone", source)
     else:
+        parts = [f"--{name}" for name in ("split_file", "test_file") if getattr(data_args, name) is not None]
+        parts += ["--split scaffold"] if data_args.split == "scaffold" else []
+        if parts:
+            raise InputError(
+                f"{source} has no column that is called like a label, so all its molecules would be learned whatever "
+                f"{' and '.join(parts)} says. Name its labels with --label_column, or leave {' and '.join(parts)} out."
+            )
         if data_args.dataset_name is None:
             corpus = read_corpus(source, data_args, model_args.cache_dir)
         train, dropped = encode(take_smiles(corpus, data_args, source), source)

@@ -11,7 +11,9 @@ import json
 import logging
 import lzma
 import os
+import tarfile
 import warnings
+import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +49,7 @@ logger = logging.getLogger("molformer.molecules")
 
 
 UNREADABLE = (pd.errors.ParserError, EOFError, OSError, ValueError, csv.Error, lzma.LZMAError, zlib.error)
+UNREADABLE += (zipfile.BadZipFile, tarfile.TarError, ImportError)  # of archives, which pandas knows by their names
 
 
 def read_table(path, smiles_column=None, label_column=None, require_label=True, prefix=""):
@@ -65,11 +68,7 @@ def read_table(path, smiles_column=None, label_column=None, require_label=True, 
     try:
         table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        position = _first_bad_byte(path)
-        raise InputError(
-            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at position {position}. Save it as UTF-8, or "
-            "convert it with: iconv -f ITS_ENCODING -t utf-8"
-        ) from error
+        raise InputError(not_utf8(path)) from error
     except pd.errors.EmptyDataError as error:
         raise InputError(f"{path} is empty. It needs a header and at least one row.") from error
     except UNREADABLE as error:
@@ -79,15 +78,18 @@ def read_table(path, smiles_column=None, label_column=None, require_label=True, 
     return _to_molecules(table, path, smiles_column, label_column, require_label, prefix)
 
 
-def _first_bad_byte(path):
-    """Returns the position of the first byte that is not UTF-8; pandas knows it within its buffer alone."""
+def not_utf8(path):
+    """Returns what to say of a file that is not UTF-8, with its first such byte; `None` for one that is."""
     with get_handle(path, "rb", compression="infer", is_text=False) as handles:
         position = 0
         for line in handles.handle:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return position + error.start
+                return (  # pandas knows the position within its buffer alone
+                    f"{path} is not UTF-8: byte {line[error.start]:#04x} at position {position + error.start}. "
+                    "Save it as UTF-8, or convert it with: iconv -f ITS_ENCODING -t utf-8"
+                )
             position += len(line)
 
 
@@ -103,17 +105,23 @@ def read_header(path):
     """Returns the column names of a CSV or TSV and its separator (comma, tab or semicolon, as the header has most).
 
     Raises:
-        InputError: if there is no such file, or no header.
+        InputError: if there is no such file, no header, or one that is not UTF-8.
     """
     check_file(path)
     try:
         with get_handle(path, "rt", encoding="utf-8-sig", compression="infer", errors="replace") as handles:
             header = handles.handle.readline().rstrip("\r\n")
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}. Does its name end in .gz or .xz by mistake?") from error
-    if not header:
-        raise InputError(f"{path} is empty. It needs a header and at least one row.")
-    return split_header(header)
+        if "\ufffd" in header and (message := not_utf8(path)) is not None:
+            raise InputError(message)
+        if header:
+            return split_header(header)
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise InputError(
+            f"{path} cannot be read: {error}. It must be what its name says, plain or packed as .gz or .xz."
+        ) from error
+    raise InputError(f"{path} is empty. It needs a header and at least one row.")
 
 
 def split_header(header):
@@ -225,7 +233,13 @@ def labels_of(molecules):
 
 
 def parse_smiles(smiles):
-    """Returns RDKit's molecule, or `None` if it cannot parse the SMILES or there is no atom."""
+    """Returns RDKit's molecule, or `None` if it cannot parse the SMILES or there is no atom.
+
+    White space ends a SMILES: RDKit takes the rest for a name, so half of a broken text would pass for a molecule.
+    The extensions of CXSMILES, between bars, may follow.
+    """
+    if any(not rest.startswith("|") for rest in smiles.split(maxsplit=1)[1:]):
+        return None
     with rdBase.BlockLogs():
         molecule = Chem.MolFromSmiles(smiles)
     return molecule if molecule is not None and molecule.GetNumAtoms() else None
@@ -258,8 +272,14 @@ def random_smiles(smiles, count, seed):
 
 
 def scaffold_of(smiles):
-    """Returns the Bemis-Murcko scaffold as SMILES without stereo; empty for a molecule without a ring."""
-    return MurckoScaffold.MurckoScaffoldSmiles(smiles, includeChirality=False)
+    """Returns the Bemis-Murcko scaffold as SMILES without stereo; empty for a molecule without a ring.
+
+    What RDKit cannot read, which can be a SMILES that it wrote, is a scaffold of its own.
+    """
+    molecule = parse_smiles(smiles)
+    if molecule is None:
+        return smiles
+    return MurckoScaffold.MurckoScaffoldSmiles(mol=molecule, includeChirality=False)
 
 
 def encode_smiles(texts, tokenizer):
@@ -344,11 +364,12 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
     if not len(molecules):
         raise InputError(f"No molecule of {source} can be used.")
     molecules = molecules.drop(columns="reason").reset_index(drop=True)
-    if data_args.smiles_form == "canonical":
-        molecules["group"] = molecules["text"]
-    else:
+    smiles = molecules["text"]
+    if data_args.smiles_form != "canonical":
         smiles = with_progress(molecules["smiles"], "Finding stereo twins")
-        molecules["group"] = [canonicalize(text, "canonical") for text in smiles]
+        smiles = [canonicalize(text, "canonical") for text in smiles]
+    # deuterium is written as [H] without isotopes; read again, it is the hydrogen of the other twin
+    molecules["group"] = [canonicalize(text, "canonical") or text if "[H]" in text else text for text in smiles]
     for column in label_columns(molecules):
         warn_of_conflicting_labels(molecules, source, column)
     dropped = bad[["row", "smiles"]].assign(reason=bad["reason"].map(REASONS))
@@ -398,11 +419,12 @@ def split_groups(groups, num_held_out, seed):
     """
     groups = pd.Series(groups).reset_index(drop=True)
     members = [np.asarray(rows) for rows in groups.groupby(groups, sort=True).indices.values()]
-    held_out = np.zeros(len(groups), dtype=bool)
+    held_out, taken = np.zeros(len(groups), dtype=bool), 0
     for index in np.random.default_rng(seed).permutation(len(members)):
         rows = members[index]
-        if len(rows) <= max(1, num_held_out / 2) and held_out.sum() + len(rows) <= num_held_out:
+        if len(rows) <= max(1, num_held_out / 2) and taken + len(rows) <= num_held_out:
             held_out[rows] = True
+            taken += len(rows)
     return held_out
 
 
@@ -426,6 +448,11 @@ def assign_splits(molecules, data_args, seed):
     else:
         split = np.full(len(molecules), "train", dtype=object)
         split[split_groups(groups, round(len(molecules) * data_args.test_fraction), seed)] = "test"
+    if paper and (split == "validation").any():
+        raise InputError(
+            "--protocol paper chooses the epoch by the test loss and has no validation molecules, but there are some. "
+            "Leave --validation_file out, or those rows of the --split_file, or --protocol."
+        )
     held_out = data_args.validation_fraction > 0 and not paper
     if held_out and not (split == "validation").any():
         rest = np.flatnonzero(split == "train")
@@ -608,10 +635,13 @@ def _metric_class():
 
 
 def morgan_counts(texts, radius=2, size=2048):
-    """Returns Morgan count fingerprints, shape (N, size)."""
+    """Returns Morgan count fingerprints, shape (N, size); zeros for what RDKit cannot read."""
     generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=size)
-    shown = with_progress(texts, "Fingerprints of the baseline")
-    return np.array([generator.GetCountFingerprintAsNumPy(Chem.MolFromSmiles(text)) for text in shown], dtype=float)
+    counts = np.zeros((len(texts), size))
+    for index, text in enumerate(with_progress(texts, "Fingerprints of the baseline")):
+        if (molecule := parse_smiles(text)) is not None:
+            counts[index] = generator.GetCountFingerprintAsNumPy(molecule)
+    return counts
 
 
 # Left out by default: slow, or functions of others. What is left takes 2 ms a molecule, half of the full list's time.
@@ -754,17 +784,27 @@ def atom_environments(molecule, buckets):
     return classes
 
 
-def baseline_predictions(molecules, split):
+MOST_FOR_RIDGE = 30_000  # molecules; takes 60 kB each
+
+
+def baseline_predictions(features, labels, split):
     """Returns predictions for all molecules of two models that a reader can judge numbers by.
 
     `mean` predicts the mean label of the training part; `fingerprint_ridge` is ridge regression on Morgan counts
     (radius 2, 2,048 bits), its penalty chosen on the validation part (in the training part by leave-one-out, if there
     is no validation part).
+
+    Args:
+        features (`numpy.ndarray` or `None`): from `morgan_counts`; without them there is no ridge regression.
+        labels (`numpy.ndarray`): shape (N,), none missing.
+        split (`numpy.ndarray`): the part of each molecule, shape (N,).
     """
     from sklearn.linear_model import Ridge, RidgeCV
 
-    features, labels = morgan_counts(molecules["group"]), molecules["label"].to_numpy()
     train, validation = split == "train", split == "validation"
+    predictions = {"mean": np.full(len(labels), labels[train].mean())}
+    if features is None:
+        return predictions
     alphas = (1, 3, 10, 30, 100, 300)
     if validation.any():
         models = [Ridge(alpha=alpha).fit(features[train], labels[train]) for alpha in alphas]
@@ -772,7 +812,7 @@ def baseline_predictions(molecules, split):
         ridge = models[int(np.argmin(errors))]
     else:
         ridge = RidgeCV(alphas=alphas).fit(features[train], labels[train])
-    return {"mean": np.full(len(labels), labels[train].mean()), "fingerprint_ridge": ridge.predict(features)}
+    return predictions | {"fingerprint_ridge": ridge.predict(features)}
 
 
 # ---------------------------------------------------------------------------------------------------- files

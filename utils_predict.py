@@ -35,6 +35,7 @@ from utils_molecules import (
     find_column,
     find_labels,
     label_metrics,
+    not_utf8,
     read_header,
     split_header,
 )
@@ -56,8 +57,9 @@ def open_table(source, data_args):
     """Returns the file in pieces of text columns (iterator of `pandas.DataFrame`), its SMILES column and all columns.
 
     Args:
-        source (`str`): CSV or TSV with a header, also .gz and .xz; text with one SMILES a line (.smi, .txt), of which
-            the rest of a line names its molecule; `-` for standard input, a CSV or TSV.
+        source (`str`): CSV or TSV with a header, also .gz and .xz; text with one SMILES a line (.smi, and .txt unless
+            its first line is a table's header), of which the rest of a line names its molecule; `-` for standard
+            input, a CSV or TSV.
     Raises:
         InputError: if there is no such file, nothing in it, or no SMILES column.
     """
@@ -81,19 +83,28 @@ def open_table(source, data_args):
         columns, separator = split_header(header.removeprefix("\ufeff"))
         file = sys.stdin
         options |= {"header": None, "names": columns}
-    elif Path(source.removesuffix(".gz").removesuffix(".xz")).suffix in (".smi", ".txt", ".smiles"):
-        read_header(source)  # refuses a file that is not there, or empty
-        columns, separator = ["SMILES", "name"], None
-        options |= {"header": None, "quoting": csv.QUOTE_NONE, "names": ["line"], "encoding": "utf-8-sig"}
     else:
-        columns, separator = read_header(source)
-        options |= {"header": 0, "encoding": "utf-8-sig"}
+        columns, separator = read_header(source)  # refuses a file that is not there, or empty
+        if has_lines(source, columns, data_args):
+            columns, separator = ["SMILES", "name"], None
+            options |= {"header": None, "quoting": csv.QUOTE_NONE, "names": ["line"], "encoding": "utf-8-sig"}
+        else:
+            options |= {"header": 0, "encoding": "utf-8-sig"}
     smiles = find_column(columns, data_args.smiles_column, SMILES_COLUMNS, "--smiles_column", source)
     if smiles is None:
         raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
     if len(set(columns)) < len(columns):
         raise InputError(f"{source} has two columns of one name: {', '.join(columns)}. Rename one.")
     return read_pieces(file, source, columns, separator, options), smiles, columns
+
+
+def has_lines(source, columns, data_args):
+    """Returns whether a file has one SMILES a line and no header; of a .txt its first line, `columns`, decides."""
+    suffix = Path(source.removesuffix(".gz").removesuffix(".xz")).suffix
+    if suffix != ".txt":
+        return suffix in (".smi", ".smiles")
+    wanted = (data_args.smiles_column,) if data_args.smiles_column is not None else SMILES_COLUMNS
+    return not any(column.strip().lower() in map(str.lower, wanted) for column in columns)
 
 
 def read_pieces(file, source, columns, separator, options):
@@ -116,7 +127,8 @@ def read_pieces(file, source, columns, separator, options):
             return
         except (*UNREADABLE, pd.errors.ParserWarning) as error:
             where = f"after row {done - 1}" if done else "from its first row"
-            raise InputError(f"{source} cannot be read {where}: {error}") from error
+            message = not_utf8(source) if isinstance(error, UnicodeDecodeError) and source != "-" else None
+            raise InputError(message or f"{source} cannot be read {where}: {error}") from error
         if not len(piece):
             return
         piece.columns = columns
@@ -232,7 +244,7 @@ def prepared_pieces(pieces, smiles_column, arguments, workers, share=slice(None)
             return [prepare(smiles, *arguments)]
         if pool is None:  # spawned: a fork of a process whose threads compute may hang
             pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        size = -(-len(smiles) // (4 * workers))
+        size = max(1, -(-len(smiles) // (4 * workers)))  # the last piece can have none for this process
         parts = [smiles[first : first + size] for first in range(0, len(smiles), size)]
         return [pool.submit(prepare, part, *arguments) for part in parts]
 

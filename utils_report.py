@@ -124,14 +124,16 @@ def plot_residuals(panels, path):
     grid = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
     for row, (label, molecules) in zip(grid, panels.items(), strict=True):
         errors = (molecules["prediction"] - molecules["label"]).to_numpy()
-        sizes = np.array([parse_smiles(text).GetNumHeavyAtoms() for text in molecules["text"]], dtype=float)
+        read = [parse_smiles(text) for text in molecules["text"]]  # RDKit cannot read every SMILES that it wrote
+        sizes = np.array([np.nan if molecule is None else molecule.GetNumHeavyAtoms() for molecule in read])
         for axes, name, numbers in (
             (row[0], "heavy atoms", sizes),
             (row[1], f"measured {label}", molecules["label"].to_numpy()),
         ):
             axes.axhline(0, color="0.6", linewidth=1)
             axes.scatter(numbers, errors, s=8, alpha=0.4, linewidths=0)
-            groups = [rows for rows in np.array_split(np.argsort(numbers, kind="stable"), 10) if len(rows)]
+            in_order = np.argsort(numbers, kind="stable")[: np.isfinite(numbers).sum()]  # NaN comes last
+            groups = [rows for rows in np.array_split(in_order, 10) if len(rows)]
             means = [(numbers[rows].mean(), errors[rows].mean()) for rows in groups]
             axes.plot(*zip(*means, strict=True), color="tab:red", marker="o", markersize=4, label="mean of a tenth")
             axes.set_xlabel(name)
@@ -364,6 +366,8 @@ def introduction(run):
     start = f"fine-tuned from `{run.base}`" if run.base else "trained from random weights"
     if run.kind == "mlm":
         return f"A MoLFormer that learned SMILES ({run.values.get('objective', 'mlm')}), {start}, on {run.data}."
+    if run.model_folder is None and run.kind == "regression":
+        return f"An evaluation of `{run.base}`, which predicts {run.label} from SMILES, in the unit of the label."
     method = f" with {run.results['peft_method']}" if "peft_method" in run.results else ""
     text = f"MoLFormer, {start}{method}, predicts {run.label} from SMILES, in the unit of the label."
     if run.holds_adapter and run.base and not run.base_is_on_hub:
@@ -489,14 +493,17 @@ def no_test(parts):
 def training_section(run):
     """Returns the table of losses by epoch, about twenty lines at most."""
     folders = [run.folder, *([run.model_folder] if run.model_folder else [])]
-    states = (read_json(folder / "trainer_state.json") for folder in folders)
-    history = next((state["log_history"] for state in states if state), [])
+    states = {folder: read_json(folder / "trainer_state.json") for folder in folders}
+    history, whose = next(((state["log_history"], where.name) for where, state in states.items() if state), ([], ""))
     losses = {round(entry["epoch"], 2): entry["loss"] for entry in history if "loss" in entry}
     held_out = {round(entry["epoch"], 2): entry["eval_loss"] for entry in history if "eval_loss" in entry}
     epochs = sorted(held_out or losses)
     if not epochs:
         return ""
-    lines = ["## Training", "", "| epoch | training loss | held-out loss |", "| ---: | ---: | ---: |"]
+    lines = ["## Training", ""]
+    if whose.startswith("member-"):
+        lines += ["Of the first of the models, as are the loss curves.", ""]
+    lines += ["| epoch | training loss | held-out loss |", "| ---: | ---: | ---: |"]
     for epoch in epochs[:: -(-len(epochs) // 20)]:
         cells = (f"{values[epoch]:.4f}" if epoch in values else "" for values in (losses, held_out))
         lines.append(f"| {epoch:g} | {' | '.join(cells)} |")
@@ -585,8 +592,11 @@ def without_folders(value, key=""):
         return {name: without_folders(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [without_folders(item, key) for item in value]
-    local = isinstance(value, str) and (Path(value).is_absolute() or key.endswith(("_file", "_dir")))
-    return Path(value).name if local else value
+    if not isinstance(value, str):
+        return value
+    named = Path(value).is_absolute() or key.endswith(("_file", "_dir", "_checkpoint"))
+    outside = "/" in value and Path(value).exists() and ROOT not in Path(value).resolve().parents
+    return Path(value).name if named or outside else value
 
 
 def contents_to_push(run, folders, replaced):
@@ -618,6 +628,13 @@ def push_run(training_args, kind, folders, replaced=None):
     api = HfApi(token=training_args.hub_token)
     try:
         repository = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True)
+        # of a repository that is there already, the Hub leaves it as it is
+        if training_args.hub_private_repo and not api.model_info(repository.repo_id).private:
+            raise InputError(
+                f"{repository.repo_id} is there already and public, so that --hub_private_repo true would not hold. "
+                "Nothing was sent. Make it private on the Hub, or give another --hub_model_id; then run the same "
+                "command with --resume_from_checkpoint true, which trains nothing again."
+            )
         run = Run(root, kind, repository.repo_id, folders[0][1])  # now with its full name
         contents[CARD_FILE] = str(model_card(run)).encode()
         revision = training_args.hub_revision
@@ -633,6 +650,8 @@ def push_run(training_args, kind, folders, replaced=None):
             commit_message="Model, metrics and card",
             revision=training_args.hub_revision,
         )
+    except InputError:
+        raise
     except Exception as error:  # the client's own, and those of the library it speaks HTTP with, which changes
         token = training_args.hub_token or get_token()
         lines = str(error).replace(token, "…").strip().splitlines() if token else str(error).splitlines()

@@ -118,7 +118,8 @@ def detection_rows(runs):
     for split in sorted({r["split"] for r in runs}):
         here = [r for r in runs if r["split"] == split and r["pool"] == "corrupted" and not r["leakage"]]
         for score in ("influence", "gradient_dot", "loss", "random"):
-            values = {r["seed"]: r["influence"][f"auc_{score}"] for r in here}
+            key = f"auc_{score}"  # there is none where no label is wrong
+            values = {r["seed"]: r["influence"][key] for r in here if key in r["influence"]}
             if values:
                 mean, half = interval(list(values.values()))
                 rows.append({"split": split, "score": score, "auc": values, "mean": mean, "half_width": half})
@@ -155,7 +156,7 @@ def plot(rows, path):
     figure = Figure(figsize=(4.5 * len(groups), 3.2), layout="constrained")
     for axes, group in zip(np.atleast_1d(figure.subplots(1, len(groups), sharey=True)), groups, strict=True):
         for row in rows:
-            if (row["pool"], row["split"]) == group and row["name"] in names:
+            if (row["pool"], row["split"]) == group and "selected_minus_this" in row:
                 mean, half = row["selected_minus_this"]
                 axes.errorbar(mean, names.index(row["name"]), xerr=half, fmt="o", color="tab:blue", capsize=3)
         axes.axvline(0, color="0.5", linewidth=1)
@@ -184,7 +185,7 @@ def main():
     if not runs:
         raise SystemExit(f"There is no finished run in {args.folder}.")
     rows, detected = summarize(runs), detection_rows(runs)
-    first = ("corrupted", "random", args.seeds[0], False)
+    first = next((cell for cell in cells if cell[0] == "corrupted" and not cell[3]), cells[0])
     known = before.get("exact") or {}
     exact = known if known.get("command") == exact_key(first, args) else None  # not of other weights or flags
     values = {"selection": rows, "detection": detected, "runs": runs, "exact": exact}
@@ -196,8 +197,9 @@ def main():
         plot(rows, output.with_suffix(".png"))
 
     write()
-    scores = command_of(first, args)[0] / "influence_scores.csv"  # not there of a run that was kept from elsewhere
-    if scores.exists() and not args.finished:
+    folder = command_of(first, args)[0]
+    scored = (folder / "influence_scores.csv").exists()  # not of a run that was kept from elsewhere
+    if scored and is_done(*command_of(first, args)) and not args.finished:
         values["exact"] = next(iter(run_all(lambda cell, threads: compare_with_exact(cell, args), [first], 1)), None)
         write()
     print(to_markdown(rows, detected, values["exact"]))

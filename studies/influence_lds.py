@@ -1,6 +1,6 @@
 """Do influence scores foretell what training on a part of the molecules does? The linear datamodeling score.
 
-    python studies/influence_lds.py                    # a quarter of an hour a seed
+    python studies/influence_lds.py                    # about an hour a seed
 
 Trains the last layer and the head of the embedded checkpoint (the states below are fixed, so they are computed once)
 on random halves of the training molecules, and correlates their validation and test losses with the sums of the scores
@@ -142,6 +142,19 @@ def study_seed(seed, args):
     start, pool = upper_part(model), parts["train"]
     whole = train(start, pool, seed)
 
+    scored = []  # before the trainings, which would be lost if a solver does not converge
+    for params in ("all", "head"):
+        names = [name for name in choose_parameters(whole, params) if "word_embeddings" not in name]
+        problem = UpperProblem(whole, tokenizer, names, 64, "ggn")
+        for target in ("validation", "test"):
+            gradient = problem.gradient(parts[target])
+            for solver, options in SOLVERS.items():
+                solutions, report = inverse_curvature(problem, pool, gradient, InfluenceArguments(**options), seed)
+                scores = problem.each(scores_by_jvp, pool, solutions.mean(dim=0)).numpy()
+                row = {"seed": seed, "params": "last layer and head" if params == "all" else "head", "target": target}
+                scored.append((row | {"solver": solver, "residual": report.get("residual")}, scores))
+                print(scored[-1][0], flush=True)
+
     generator = np.random.default_rng(seed)
     halves = [np.sort(generator.permutation(len(pool))[: len(pool) // 2]) for _ in range(args.subsets)]
     measured = {"validation": [], "test": []}
@@ -155,20 +168,7 @@ def study_seed(seed, args):
             measured[target].append(float(value))
         print(seed, number, {target: round(values[-1], 4) for target, values in measured.items()}, flush=True)
 
-    rows = []
-    for params in ("all", "head"):
-        names = [name for name in choose_parameters(whole, params) if "word_embeddings" not in name]
-        problem = UpperProblem(whole, tokenizer, names, 64, "ggn")
-        for target in measured:
-            gradient = problem.gradient(parts[target])
-            for solver, options in SOLVERS.items():
-                solutions, report = inverse_curvature(problem, pool, gradient, InfluenceArguments(**options), seed)
-                scores = problem.each(scores_by_jvp, pool, solutions.mean(dim=0)).numpy()
-                foretold = foretell(scores, halves)
-                row = {"seed": seed, "params": "last layer and head" if params == "all" else "head", "target": target}
-                row |= {"solver": solver, **correlation(foretold, measured[target])}
-                rows.append(row | {"residual": report.get("residual")})
-                print(rows[-1], flush=True)
+    rows = [row | correlation(foretell(scores, halves), measured[row["target"]]) for row, scores in scored]
     return rows, measured
 
 

@@ -30,6 +30,7 @@ TABLE_1 = {  # test MSE, MAE, R² of the paper
     "mlm_regression": ("masked language modeling, then regression", table1.PAPER["mlm_regression"]),
     "selected": ("regression with the molecules that influence chose", None),
 }
+STARTS = {"mlm_regression": "mlm", "selected": "influence"}  # rows that start from another row's run of the seed
 METRICS = ("test_mse", "test_mae", "test_r2")
 
 
@@ -46,14 +47,14 @@ def collect(folder):
     runs = {}
     for name, cells in folders.items():
         notes = {seed: note_lines(path) for seed, path in cells.items()}
-        recipes = {seed: recipe_of(lines, seed, folders) for seed, lines in notes.items()}
+        before = STARTS.get(name)  # the run that it starts from
+        recipes = {seed: recipe_of(lines, seed, folders, before) for seed, lines in notes.items()}
         newest = recipes[max(cells, key=lambda seed: age_of(cells[seed]))]
         same = [seed for seed in sorted(cells) if recipes[seed] == newest]
         if len(same) < len(cells):
             others = ", ".join(cells[seed].name for seed in sorted(cells) if seed not in same)
             print(f"Left out, since made by another command or from other weights than the newest: {others}")
         seeds = {seed: json.loads((cells[seed] / "all_results.json").read_text()) for seed in same}
-        before = {"mlm_regression": "mlm", "selected": "influence"}.get(name)  # the run that it starts from
         start = note_lines(folder / f"{before}-{same[0]}")[:1] if before else []
         runs[name] = {"seeds": seeds, "command": " && ".join([*start, *notes[same[0]][:1]])}
     return runs
@@ -70,15 +71,14 @@ def note_lines(folder):
     return note.read_text().splitlines() if note.exists() else [""]
 
 
-def recipe_of(lines, seed, names):
+def recipe_of(lines, seed, names, start):
     """Returns what runs of one row have in common, whatever their seed.
 
-    Checksums count where the run starts from no other run, whose files differ from seed to seed.
+    Checksums count where the run starts from no other run (`start`), whose files differ from seed to seed.
     """
     runs = "|".join(map(re.escape, names))
     command = re.sub(rf"(--seed |\b(?:{runs})-){seed}\b", r"\1", lines[0])
-    depends = re.search(rf"\b(?:{runs})-( |/|$)", command.split(" --output_dir ")[0])
-    return [command] if depends else [command, *lines[1:]]
+    return [command, *([] if start else lines[1:])]
 
 
 def rows_of(runs):

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from arguments import UNFINISHED, is_finished, last_complete_checkpoint, run_pieces  # noqa: E402
+from arguments import UNFINISHED, InputError, is_finished, last_complete_checkpoint, lock, run_pieces  # noqa: E402
 
 
 def as_text(command):
@@ -35,8 +35,10 @@ def as_text(command):
 
 
 def checksums(command):
-    """Returns a line for each file that a command names, and for the weights of each model."""
-    named = (path for part in command for path in (Path(ROOT, part), Path(ROOT, part, "model.safetensors")))
+    """Returns a line for each file that a command names, and for the weights of each model, adapter or ensemble."""
+    named = []
+    for path in (Path(ROOT, part) for part in command):
+        named += [path, *sorted(path.glob("*.safetensors")), *sorted(path.glob("member-*/*.safetensors"))]
     return [f"# {path.name}: {zlib.crc32(path.read_bytes()):08x}" for path in named if path.is_file()]
 
 
@@ -81,6 +83,10 @@ def run_once(folder, command, threads=None):
         raise SystemExit(f"{folder} holds something that no run of a study made. Remove it, or give another folder.")
     if not is_made_by(note, text):
         if folder.exists():
+            try:
+                lock(folder).release()
+            except InputError as error:
+                raise SystemExit(str(error)) from error
             shutil.rmtree(folder)  # of another command, and nothing may take it for one of this
         folder.mkdir(parents=True)
         note.write_text(text)

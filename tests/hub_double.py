@@ -26,6 +26,7 @@ class HubDouble(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = {}
+        self.private = set()  # names of those that not everyone may see
         self.branches = {COMMIT, "main"}  # of all repositories; their files are the same
         self.objects = {}  # large files by their hash, until a commit names them
         self.failing = None  # part of a path whose requests end with 503
@@ -79,6 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             if name in self.server.repositories:
                 return self.answer(409, {"error": "exists", "url": f"{self.server.endpoint}/{name}"})
             self.server.repositories[name] = {}
+            self.server.private |= {name} if values.get("private") or values.get("visibility") == "private" else set()
             return self.answer(200, {"url": f"{self.server.endpoint}/{name}"})
         if match := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
             if match[2] in self.server.branches or match[2].startswith("refs/"):
@@ -142,7 +144,8 @@ class Handler(BaseHTTPRequestHandler):
             if match[2] and match[2].removeprefix("/revision/") not in self.server.branches:
                 return self.answer(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
             files = [{"rfilename": name} for name in repositories[match[1]]]
-            return self.answer(200, {"id": match[1], "sha": COMMIT, "siblings": files, "tags": []})
+            private = match[1] in self.server.private
+            return self.answer(200, {"id": match[1], "sha": COMMIT, "siblings": files, "tags": [], "private": private})
         if match := re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", path):
             if match[1] not in repositories:
                 return self.answer(404, b"", X_Error_Code="RepoNotFound")

@@ -550,7 +550,8 @@ def checkpoint(folder, step, state="{}"):
     """A checkpoint folder as the trainer leaves it; without a state it was interrupted."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    (path / "model.safetensors").write_bytes(b"weights")
+    for name in ("model.safetensors", "scheduler.pt"):
+        (path / name).write_bytes(b"weights")
     if state is not None:
         (path / "trainer_state.json").write_text(state)
     return path
@@ -618,6 +619,15 @@ def test_resume_takes_the_newest_complete_checkpoint(tmp_path, word):
     checkpoint(tmp_path, "best")
     assert last_complete_checkpoint(tmp_path) == newest
     assert find_checkpoint(*arguments_for(tmp_path, resume_from_checkpoint=word)) == str(newest)
+
+
+def test_the_folder_of_a_run_is_no_checkpoint_and_the_one_in_it_is_named(tmp_path):
+    """It holds weights and a state, but neither optimizer nor schedule: both would start anew without a word."""
+    newest = checkpoint(tmp_path, 10)
+    for name in ("model.safetensors", "trainer_state.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"no complete checkpoint in {tmp_path}. Pass {newest}, or true"):
+        find_checkpoint(*arguments_for(tmp_path / "new", resume_from_checkpoint=tmp_path))
 
 
 def test_resume_in_an_argument_file_may_be_a_truth_value(tmp_path):
@@ -732,6 +742,9 @@ USER_FILES = [
     "figures/parity.png",
     "my_results.json",
     "splits-old.json",
+    "member-list/of-a-club.csv",
+    "finetune-esol/model.safetensors",
+    "merged/tables.csv",
 ]
 
 
@@ -740,15 +753,16 @@ def test_clearing_a_run_removes_its_own_files_and_no_other(tmp_path):
         checkpoint(tmp_path, step)
     for name in ("best", "10-copy", "x1"):
         checkpoint(tmp_path, name)
-    (tmp_path / "figures").mkdir()
-    for name in [*RUN_FILES, *USER_FILES]:
+    pieces = ["member-0/config.json", "finetune-none/settings_key", "influence_state.safetensors"]
+    for name in [*RUN_FILES, *USER_FILES, *pieces]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     clear_run(tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     kept = {
         f"checkpoint-{name}/{file}"
         for name in ("best", "10-copy", "x1")
-        for file in ("model.safetensors", "trainer_state.json")
+        for file in ("model.safetensors", "scheduler.pt", "trainer_state.json")
     }
     assert left == {*USER_FILES, *kept}
     assert not (tmp_path / "checkpoint-5").exists()

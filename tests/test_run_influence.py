@@ -66,10 +66,18 @@ def table():
         ({"select": "threshold", "threshold": 0.5}, [2]),
         ({"select": "threshold", "threshold": -0.5}, [0, 2, 3, 4, 5]),
         ({"select": "fraction", "fraction": 0.34}, [0, 2]),
+        ({"select": "fraction", "fraction": 0.01}, [2]),
     ],
 )
 def test_molecules_are_selected_by_score(table, values, expected):
     assert np.flatnonzero(select_molecules(table, InfluenceArguments(**values))).tolist() == expected
+
+
+def test_scores_that_are_almost_equal_are_drawn(table, tmp_path):
+    """As of replicates of one molecule: float32 has no forty steps between them."""
+    scores = np.array([0.15883401, 0.15883406, 0.15883401, 0.15883401, 0.15883403, 0.15883401], dtype=np.float32)
+    run_influence.plot_scores(table.assign(score=scores, selected=scores > 0), tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").stat().st_size > 5000
 
 
 def test_controls_take_as_many_and_those_of_their_name(table):

@@ -114,6 +114,30 @@ def test_held_out_molecules_that_are_learned_are_told(tiny_checkpoint, tmp_path,
     assert re.search(r"1 of the 2 molecules in \S+held_out.txt are in \S+train.txt too", caplog.text)
 
 
+@pytest.mark.parametrize(
+    "flags", [("--test_file", "held_out.csv"), ("--split_file", "splits.json"), ("--split", "scaffold")]
+)
+def test_a_split_of_a_table_without_known_labels_is_refused(tiny_checkpoint, tmp_path, flags):
+    """All its molecules would be learned, those among them that the regression is to be tested on."""
+    (tmp_path / "t.csv").write_text("SMILES,pIC50\n" + "".join(f"{'C' * n}O,{n}\n" for n in range(1, 31)))
+    start = ("--train_file", tmp_path / "t.csv", "--model_name_or_path", tiny_checkpoint)
+    start += ("--output_dir", tmp_path / "x", "--cache_dir", tmp_path / "cache")
+    with pytest.raises(InputError, match=f"no column that is called like a label.*{flags[0]}.*Name its labels with"):
+        run_mlm.main(*parse(*start, *flags))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--head_learning_rate", "1e-3"), "--head_learning_rate is for a regression head"),
+        (("--do_predict",), "--do_predict alone has nothing to predict here"),
+    ],
+)
+def test_what_is_for_a_regression_is_refused(tiny_checkpoint, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x", *flags))
+
+
 def test_nothing_held_out_is_refused(tiny_checkpoint, tmp_path):
     flags = ("--model_name_or_path", tiny_checkpoint, "--validation_fraction", 0, "--output_dir", tmp_path / "out")
     with pytest.raises(InputError, match="Leave --validation_fraction 0 out, or give a --validation_file"):

@@ -562,6 +562,23 @@ def test_a_diverged_training_says_so(tiny_checkpoint, small_table, tmp_path, mon
                   "--disable_tqdm", "true", "--output_dir", tmp_path / "out")  # fmt: skip
 
 
+@pytest.mark.parametrize("stage", ["--do_train", "--do_predict"])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--config_name", "configs/molformer-mini.json"), "--config_name .* would replace what .* knows"),
+        (("--pooling", "cls"), "reads mean pooling, --pooling names cls. Leave the flag out"),
+    ],
+)
+def test_what_a_fine_tuned_model_knows_is_not_replaced(finished_run, small_table, tmp_path, stage, flags, message):
+    """The scale of its labels and its split: predictions would be standardized, and test molecules learned."""
+    start = ("--model_name_or_path", finished_run, "--output_dir", tmp_path / "out")
+    data = ("--test_file", small_table) if stage == "--do_predict" else ("--train_file", small_table)
+    with pytest.raises(InputError, match=message):
+        call_main(*start, *data, stage, *flags)
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_processes_evaluate_the_whole_test_set_and_come_close_to_one(
     finished_run, tiny_checkpoint, small_table, tmp_path, run_script
 ):
@@ -577,6 +594,9 @@ def test_two_processes_evaluate_the_whole_test_set_and_come_close_to_one(
     table = pd.read_csv(tmp_path / "two" / "predictions.csv")
     assert len(table) == 160 and values["test_samples"] == 32
     assert values["test_mse"] == pytest.approx(one["test_mse"], rel=0.1)
+    # by which the epoch is chosen: the molecules that fill up the last batch count once
+    std = json.loads((tmp_path / "two" / "config.json").read_text())["label_std"][0]
+    assert values["eval_loss"] == pytest.approx(values["eval_mse"] / std**2, rel=1e-5)
     model = MolformerForRegression.from_pretrained(tmp_path / "two").eval()
     from transformers import AutoTokenizer
 

@@ -320,12 +320,16 @@ def test_a_row_of_the_papers_tables_is_of_one_command(tmp_path, capsys):
         finished(tmp_path, f"mlm-{seed}", {}, f"python mlm.py --seed {seed}")
         start = f"python x.py --model_name_or_path out/mlm-{seed} --seed {seed}"
         finished(tmp_path, f"mlm_regression-{seed}", values, start)
-        with (tmp_path / f"mlm_regression-{seed}.command").open("a") as file:
-            file.write(f"# model.safetensors: {seed}\n")
+        finished(tmp_path, f"influence-{seed}", {"results": {}}, f"python influence.py --seed {seed}")
+        # in a folder outside the project, of which the note has names alone
+        finished(tmp_path, f"selected-{seed}", values, f"python x.py --train_file merged_train.csv --seed {seed}")
+        for name in (f"mlm_regression-{seed}", f"selected-{seed}"):
+            with (tmp_path / f"{name}.command").open("a") as file:
+                file.write(f"# model.safetensors or merged_train.csv: {seed}\n")
         os.utime(tmp_path / f"regression-{seed}.command", (100 - seed, 100 - seed))  # the newest is that of seed 0
     found = paper_tables.collect(tmp_path)
     assert list(found["regression"]["seeds"]) == [0, 1] and "regression-2" in capsys.readouterr().out
-    assert list(found["mlm_regression"]["seeds"]) == [0, 1, 2]
+    assert list(found["mlm_regression"]["seeds"]) == list(found["selected"]["seeds"]) == [0, 1, 2]
     assert found["mlm_regression"]["command"].startswith("python mlm.py --seed 0 --output_dir mlm-0 && python x.py")
 
 
@@ -375,9 +379,36 @@ def test_a_finished_run_is_repeated_only_if_its_command_or_a_file_of_it_changed(
     (tmp_path / "a-0" / "checkpoint-3" / "trainer_state.json").write_text('{"cut')
     calls()
     assert "--overwrite_output_dir" in (tmp_path / "calls").read_text().splitlines()[-1]
-    (tmp_path / "a-0" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "scheduler.pt"):
+        (tmp_path / "a-0" / "checkpoint-3" / name).write_text("{}")
     calls()
     assert "true" in (tmp_path / "calls").read_text().splitlines()[-1]
+
+
+def test_a_run_that_another_process_writes_is_not_replaced(tmp_path):
+    (tmp_path / "a-0").mkdir()
+    (tmp_path / "a-0.command").write_text("python other.py\n")
+    hold = (
+        f"from arguments import *; held = lock(Path({str(tmp_path / 'a-0')!r})); print('ready', flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    other = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, **pipes)
+    assert other.stdout.readline() == "ready\n"
+    with pytest.raises(SystemExit, match="Another run is writing to"):
+        common.run_once(tmp_path / "a-0", ["x.py"])
+    assert (tmp_path / "a-0" / ".lock").exists()
+    other.communicate("\n")
+
+
+@pytest.mark.parametrize("names", [["model"], ["adapter_model"], ["member-0/model", "member-1/model"]])
+def test_the_weights_of_whatever_a_run_starts_from_are_told_apart(tmp_path, names):
+    found = []
+    for content in (b"one", b"two"):
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / f"{name}.safetensors").write_bytes(content)
+        found.append(run_once.checksums(["--model_name_or_path", str(tmp_path)]))
+    assert len(found[0]) == len(names) and not set(found[0]) & set(found[1])
 
 
 def test_a_study_goes_on_elsewhere_with_the_runs_that_were_kept(tmp_path):

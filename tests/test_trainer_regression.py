@@ -193,3 +193,25 @@ def test_unknown_metric_for_the_best_model_is_refused_before_training(tiny_check
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model=name))
     with pytest.raises(InputError, match="accuracy is unknown. Choose one of loss, mse, rmse"):
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model="accuracy"))
+
+
+@pytest.mark.parametrize("name, greater", [("mse", False), ("eval_mae", False), ("loss", False), ("eval_r2", True)])
+def test_the_best_model_is_that_of_the_better_metric(tmp_path, name, greater):
+    """The library takes every metric that is no loss for one that is better if greater."""
+    assert arguments(tmp_path, metric_for_best_model=name).greater_is_better == greater
+    assert arguments(tmp_path, metric_for_best_model=name, greater_is_better=not greater).greater_is_better != greater
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        {"lr_scheduler_kwargs": {"no_such_thing": 1}},
+        {"optim": "adamw_bnb_8bit"},
+        {"save_strategy": "best", "eval_strategy": "no", "load_best_model_at_end": False},
+    ],
+    ids=["schedule lacks a rate", "unknown setting", "optimizer of a package that is not there", "never the best"],
+)
+def test_settings_that_do_not_go_together_are_refused_before_training(tiny_checkpoint, molecules, tmp_path, settings):
+    with pytest.raises(InputError, match="The training cannot be set up: "):
+        make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, do_train=True, **settings))

@@ -91,6 +91,38 @@ def test_every_row_is_answered_in_its_place(tmp_path, table, fine_tuned, monkeyp
     assert "predict_mse" not in report
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_predictions_go_where_the_user_says_even_to_the_folder_of_the_default(
+    tmp_path, table, fine_tuned, monkeypatch, given
+):
+    """The default of a training is where the model is, so without the flag predictions have another one."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--do_predict", "--model_name_or_path", str(fine_tuned / "member-0"), "--test_file", str(table)]
+    flags += ["--output_dir", "outputs/regression"] if given else []
+    run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=flags))
+    where = "regression" if given else "predictions"
+    assert [path.parent.name for path in tmp_path.glob("outputs/*/predictions.csv")] == [where]
+
+
+@pytest.mark.parametrize("column", ["SMILES", "Drug"])
+def test_a_text_file_with_a_header_is_a_table(tmp_path, fine_tuned, column):
+    """As spreadsheets write it, with tabs. Without a header it has one SMILES a line."""
+    flags = ["--model_name_or_path", fine_tuned / "member-0", "--test_file", tmp_path / "new.txt"]
+    flags += ["--smiles_column", column] if column != "SMILES" else []
+    (tmp_path / "new.txt").write_text(f"id\t{column}\n7\tOCC\n8\tCC\n")
+    result = predict(tmp_path, *flags)
+    assert list(result) == ["id", column, "prediction", "status"] and result["status"].tolist() == ["ok", "ok"]
+
+
+def test_the_last_piece_may_have_no_row_for_a_process(tiny_checkpoint, monkeypatch):
+    """Of 21 rows in pieces of 20, one of two processes has none of the second piece."""
+    monkeypatch.setattr(utils_predict, "INLINE", 1)
+    pieces = [pd.DataFrame({"s": ["CC"] * count}) for count in (20, 1)]
+    arguments = (build_tokenizer(), "canonical", 256, 0, 0, None)
+    prepared = utils_predict.prepared_pieces(iter(pieces), "s", arguments, 2, slice(1, None, 2))
+    assert [len(reasons) for _, _, reasons in prepared] == [10, 0]
+
+
 def test_an_ensemble_and_random_smiles_give_their_spreads(tmp_path, table, fine_tuned):
     flags = ["--model_name_or_path", fine_tuned, "--test_file", table]
     result = predict(tmp_path, *flags, "--predict_augment", 3)
@@ -285,7 +317,7 @@ def test_a_model_that_learned_another_form_of_smiles_is_given_it(tmp_path, fine_
         ("smiles,a\nCC,1\nCN,1,2,3\n", [], "cannot be read"),
         ("smiles,a\nCC,1,2\nCN,1,2\n", [], "cannot be read from its first row"),
         ("smiles,smiles\nCC,CN\n", [], "two columns of one name"),
-        (b"smiles,name\nCC,caf\xe9\n", [], "cannot be read"),
+        (b"smiles,name\nCC,caf\xe9\n", [], "is not UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_predicted_is_refused(tmp_path, fine_tuned, content, flags, named):

@@ -438,6 +438,19 @@ def test_what_is_to_be_typed_after_a_failed_push_keeps_the_repository_private(co
         connected(run_regression, *training, *flags)
 
 
+def test_a_repository_that_is_public_already_gets_nothing_that_is_to_be_private(connected, hub, training):
+    """The Hub leaves a repository as public as it is."""
+    push = ["--push_to_hub", "--hub_model_id", "someone/public"]
+    connected(run_regression, *training, *push)
+    before = dict(hub.repositories["someone/public"])
+    private = ["--hub_private_repo", "true", "--resume_from_checkpoint", "true"]
+    with pytest.raises(InputError, match="someone/public is there already and public"):
+        connected(run_regression, *training, *push, *private)
+    assert hub.repositories["someone/public"] == before
+    connected(run_regression, *training, *push[:2], "someone/hidden", *private)
+    assert "model.safetensors" in hub.repositories["someone/hidden"] and "someone/hidden" in hub.private
+
+
 def test_a_best_evaluation_that_was_not_saved_does_not_stop_a_run(connected, training, tmp_path):
     """Saved at every other evaluation; the state names the best checkpoint that there is, or none."""
     steps = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "4")
