@@ -498,13 +498,15 @@ def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
     runs = [influence_run(seed, {"selected": 0.4 + seed / 100, "random": 0.5 + seed / 50}) for seed in (0, 1, 2)]
     runs += [influence_run(0, {"selected": 0.1, "none": 0.5}, leakage=True)]
     runs += [influence_run(0, {"selected": 0.6}, pool="external", split="scaffold")]
+    runs += [influence_run(3, {"none": 0.5}, pool="external")]  # whose selection failed
     rows = {(row["pool"], row["name"]): row for row in influence.summarize(runs)}
     assert rows["corrupted", "selected"]["test_mse"] == pytest.approx({0: 0.4, 1: 0.41, 2: 0.42})
     assert rows["corrupted", "leakage"]["test_mse"] == {0: 0.1}
     assert ("corrupted", "none") not in rows  # that of the leaking run is not mixed in
     mean, half = rows["corrupted", "random"]["selected_minus_this"]
     assert mean == pytest.approx(-0.11) and half == pytest.approx(4.3027 * 0.01 * math.sqrt(1 / 3 + 1 / 4), rel=1e-3)
-    detected = influence.detection_rows(runs)
+    nothing_wrong = influence_run(0, {"selected": 0.4}, split="scaffold") | {"influence": {}}  # --pool_noise 0
+    detected = influence.detection_rows([*runs, nothing_wrong])
     means = {row["score"]: row["mean"] for row in detected}
     assert means == pytest.approx({"influence": 0.8, "gradient_dot": 0.6, "loss": 0.9, "random": 0.45})
     text = influence.to_markdown(list(rows.values()), detected)
