@@ -102,7 +102,13 @@ def test_what_the_readme_says_of_the_methods_is_what_they_reached():
     assert best["eval_mse"] < rows["dora"]["eval_mse"] < best["eval_mse"] + 0.01
     told = {name: rows[name]["test_mse"] for name in ("bitfit", "ia3", "lora")}
     assert all(error < peft_comparison.PAPER[name][0] for name, error in told.items())
-    assert "they are {:.2f}, {:.2f} and {:.2f} here".format(*told.values()) in text
+    assert "for each they are {:.2f}, {:.2f} and {:.2f}.".format(*told.values()) in text
+    at_its_rate = [rows[f"paper-{name}"]["test_mse"] for name in told]
+    assert "they come to {:.2f}, {:.2f} and {:.2f} here".format(*at_its_rate) in text
+    scaffold = {row["name"]: row for row in report["rows"] if row["split"] == "scaffold"}
+    ratio, half = (scaffold["rslora"][key] for key in ("of_full", "of_full_half_width"))
+    assert scaffold["rslora"]["n"] == scaffold["full"]["n"] == 5
+    assert f"on scaffold splits {ratio:.2f} too, up to {100 * (ratio + half - 1):.0f} % above" in text
 
 
 def test_pretraining_is_clearly_better_than_from_scratch():
