@@ -750,6 +750,71 @@ def write_splits(output_dir, parts, digest, data_args):
     write_json({"split": data_args.split, "hash": digest, **rows}, Path(output_dir) / "splits.json")
 
 
+def label_ends(molecules):
+    """Returns of each label its column, its name, and what stands after the names of its numbers.
+
+    A single label has neither name nor end.
+    """
+    names = {
+        column: "" if column == "label" else column.removeprefix(LABEL_PREFIX) for column in label_columns(molecules)
+    }
+    return [(column, name, f"_{name}" if name else "") for column, name in names.items()]
+
+
+def write_predictions(output_dir, molecules, numbers, data_args):
+    """Writes predictions.csv: of every label the measured and the predicted value, spreads and error.
+
+    Args:
+        molecules (`pandas.DataFrame`): of all parts.
+        numbers (`dict[str, numpy.ndarray]`): predictions and spreads by their names, (N, K) each.
+    """
+    table = molecules[["row", "smiles"]].rename(columns={"smiles": "SMILES"})
+    for number, (column, _, end) in enumerate(label_ends(molecules)):
+        table[f"label{end}"] = molecules[column]
+        for name, values in numbers.items():
+            table[f"{name}{end}"] = values[:, number]
+        table[f"error{end}"] = table[f"prediction{end}"] - table[f"label{end}"]
+    table["split"] = molecules["split"]
+    # as one file, in its order; separate files follow one another
+    in_one_file = data_args.validation_file is None and data_args.test_file is None
+    write_csv(table.sort_values("row", kind="stable") if in_one_file else table, Path(output_dir) / "predictions.csv")
+
+
+def measure_predictions(molecules, predictions, model_name):
+    """Returns what the predictions (N, K) of all molecules come to.
+
+    Returns:
+        metrics of every split and of the baselines on the test set (`dict[str, float]`), of several labels each with
+        the label's name at its end; the same as lines of `metrics_table`; and by label the test molecules with
+        `label` and `prediction`, where there are training molecules beside them.
+    """
+    metrics = {f"{name}_samples": int(count) for name, count in molecules["split"].value_counts(sort=False).items()}
+    lines, tests, features = [], {}, None
+    if len(molecules) > MOST_FOR_RIDGE:
+        logger.info("No ridge regression beside the model: that is for up to %d molecules", MOST_FOR_RIDGE)
+    elif {"train", "test"} <= set(molecules["split"]):
+        features = morgan_counts(molecules["group"])
+    for number, (column, label, end) in enumerate(label_ends(molecules)):
+        one = molecules.assign(label=molecules[column], prediction=predictions[:, number])
+        one = one[one["label"].notna()]
+        for name, part in one.groupby("split", sort=False):
+            values = regression_metrics(part["prediction"], part["label"])
+            lines.append((f"{model_name} {label}".strip(), name, len(part), values))
+            metrics |= {f"{name}_{key}{end}": value for key, value in values.items()}
+            metrics[f"{name}_samples{end}"] = len(part)
+        is_test = (one["split"] == "test").to_numpy()
+        if not is_test.any() or not (one["split"] == "train").any():
+            continue
+        tests[label] = one[is_test]
+        known = None if features is None else features[one.index]
+        baselines = baseline_predictions(known, one["label"].to_numpy(), one["split"].to_numpy())
+        for baseline, predicted in baselines.items():
+            values = regression_metrics(predicted[is_test], tests[label]["label"])
+            lines.append((f"{baseline} {label}".strip(), "test", len(tests[label]), values))
+            metrics |= {f"test_{key}_{baseline}{end}": value for key, value in values.items()}
+    return metrics, lines, tests
+
+
 def write_reports(output_dir, parts, members, digest, data_args):
     """Writes predictions.csv, splits.json and the plots of a run into its output folder.
 
@@ -758,59 +823,20 @@ def write_reports(output_dir, parts, members, digest, data_args):
         members (`dict[str, list[numpy.ndarray]]`): for each of them the predictions of every model, (N, forms, K)
             each, in label units.
     Returns:
-        metrics of every split and of the baselines on the test set (`dict[str, float]`), and the same as a text table.
-        Of several labels each metric has the label's name at its end.
+        the metrics of `measure_predictions`, and the same as a text table.
     """
     output_dir = Path(output_dir)
-    everything = pd.concat(parts.values(), ignore_index=True)
+    molecules = pd.concat(parts.values(), ignore_index=True)
     summaries = [summarize_predictions(members[name]) for name in parts]
     numbers = {"prediction": np.concatenate([mean for mean, _ in summaries])}
     numbers |= {name: np.concatenate([spreads[name] for _, spreads in summaries]) for name in summaries[0][1]}
-    table = everything[["row", "smiles"]].rename(columns={"smiles": "SMILES"})
+    write_predictions(output_dir, molecules, numbers, data_args)  # before anything that takes time or memory
+    write_splits(output_dir, parts, digest, data_args)
     count = len(next(iter(members.values())))
     model_name = "MoLFormer" if count == 1 else f"{count} MoLFormers"
-    labels = [(column, column.removeprefix(LABEL_PREFIX)) for column in label_columns(everything)]
-    for number, (column, label) in enumerate(labels):
-        end = "" if column == label else f"_{label}"
-        table[f"label{end}"] = everything[column]
-        for name, values in numbers.items():
-            table[f"{name}{end}"] = values[:, number]
-        table[f"error{end}"] = table[f"prediction{end}"] - table[f"label{end}"]
-    table["split"] = everything["split"]
-    # as one file, in its order; separate files follow one another
-    in_one_file = data_args.validation_file is None and data_args.test_file is None
-    write_csv(table.sort_values("row", kind="stable") if in_one_file else table, output_dir / "predictions.csv")
-    write_splits(output_dir, parts, digest, data_args)
-
-    metrics = {f"{name}_samples": len(part) for name, part in parts.items()}
-    lines, panels = [], {}
-    features = None
-    if {"train", "test"} <= set(parts) and len(everything) <= MOST_FOR_RIDGE:
-        features = morgan_counts(everything["group"])
-    elif len(everything) > MOST_FOR_RIDGE:
-        logger.info("No ridge regression beside the model: that is for up to %d molecules", MOST_FOR_RIDGE)
-    for number, (column, label) in enumerate(labels):
-        end, shown_name = ("", "") if column == label else (f"_{label}", f" {label}")
-        one = everything.assign(label=everything[column], prediction=numbers["prediction"][:, number])
-        one = one[one["label"].notna()]
-        for name in parts:
-            part = one[one["split"] == name]
-            if len(part):
-                values = regression_metrics(part["prediction"], part["label"])
-                lines.append((f"{model_name}{shown_name}", name, len(part), values))
-                metrics |= {f"{name}_{key}{end}": value for key, value in values.items()}
-                metrics[f"{name}_samples{end}"] = len(part)
-        test = one[one["split"] == "test"]
-        if not len(test) or not (one["split"] == "train").any():
-            continue
-        panels[label if end else data_args.label_name] = test
-        known = None if features is None else features[one.index]
-        baselines = baseline_predictions(known, one["label"].to_numpy(), one["split"].to_numpy())
-        for baseline, predicted in baselines.items():
-            values = regression_metrics(predicted[one["split"] == "test"], test["label"])
-            lines.append((f"{baseline}{shown_name}", "test", len(test), values))
-            metrics |= {f"test_{key}_{baseline}{end}": value for key, value in values.items()}
-    if panels:
+    metrics, lines, tests = measure_predictions(molecules, numbers["prediction"], model_name)
+    if tests:
+        panels = {label or data_args.label_name: test for label, test in tests.items()}
         plot_parity(panels, output_dir / "parity.png")
         plot_residuals(panels, output_dir / "residuals.png")
         draw_worst_molecules(panels, output_dir / "worst_molecules.png")

@@ -8,9 +8,9 @@
 With --tune: four or five rates a method with one seed, three first, then the one beyond the least or the largest
 while that is best, else one between the best and the better of its neighbors; then the two best of each with another
 seed, since a method that bears a rate with one split may diverge with the next; 20 % of the training side held out,
-which judges the model of the last epoch; the test set is not read (of each seed's own split: the validation molecules
-of one are among the others' test molecules now and then). Writes results/peft_tuning.json (.md), of which the best
-rates are the defaults of run_peft.py.
+which judges the model of the last epoch; the test set is not read (of each seed's own split: a fourth of its test
+molecules are validation molecules of another seed). Writes results/peft_tuning.json (.md), of which the best rates are
+the defaults of run_peft.py.
 
 With --tune_more: rsLoRA, the best of that tuning's adapters, at larger --peft_alpha and lower rates and with dropout:
 each with one seed and the two best with another, judged as above. Writes results/peft_more.json (.md).

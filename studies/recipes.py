@@ -5,8 +5,8 @@
     python studies/recipes.py --finished                  # the table of the runs that are there; trains nothing
 
 Every recipe trains run_regression.py on the same splits and seeds, with 20 % of the training side held out, which
-judges the model of the last epoch; the test set is not read (of each seed's own split: the validation molecules of one
-are among the others' test molecules now and then). With --recipes or --seeds the others are what is finished of them.
+judges the model of the last epoch; the test set is not read (of each seed's own split: a third of it are validation
+molecules of other seeds). With --recipes or --seeds the others are what is finished of them.
 Writes results/recipes.json (.md): flags, validation MSE of every seed, and the paired difference to the reference with
 its 95 % interval.
 """

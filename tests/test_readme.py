@@ -6,14 +6,17 @@ import re
 import shlex
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
 
 import bench
-from arguments import parse_arguments
+from arguments import EMBEDDED_DATA, DataTrainingArguments, parse_arguments
 from run_peft import METHODS
 from trainer_regression import LEARNING_RATES
+from utils_checkpoints import build_tokenizer
+from utils_molecules import assign_splits, prepare_molecules, read_table
 
 
 sys.path.insert(0, str(ROOT / "studies"))
@@ -25,6 +28,7 @@ import peft_comparison  # noqa: E402
 import pretraining_trials  # noqa: E402
 import recipes  # noqa: E402
 import table1  # noqa: E402
+from common import interval  # noqa: E402
 from readme_tables import BLOCK  # noqa: E402
 from ship_checkpoint import table  # noqa: E402
 
@@ -103,6 +107,14 @@ def test_what_the_readme_says_of_the_methods_is_what_they_reached():
     told = {name: rows[name]["test_mse"] for name in ("bitfit", "ia3", "lora")}
     assert all(error < peft_comparison.PAPER[name][0] for name, error in told.items())
     assert "for each they are {:.2f}, {:.2f} and {:.2f}.".format(*told.values()) in text
+    errors = {name: {run["seed"]: run["eval_mse"] for run in report["runs"] if run["name"] == name and
+                     run["split"] == "random"} for name in ("dora", "rslora")}  # fmt: skip
+    mean, half = interval([errors["dora"][seed] - errors["rslora"][seed] for seed in range(5)])
+    assert f"(`dora` is {mean:.3f} ± {half:.3f} behind)" in text
+    failed = [run["test_r2"] for run in report["runs"] if run["name"].startswith("paper-") and run["test_r2"] < 0.2]
+    assert f"have R² of {min(failed):.2f} to {max(failed):.2f}, and did not diverge" in text
+    pissa = [run["test_r2"] for run in report["runs"] if run["name"] == "pissa" and run["test_r2"] < 0.2]
+    assert f"hardly learned with one seed (test R² {pissa[0]:.2f})" in text
     at_its_rate = [rows[f"paper-{name}"]["test_mse"] for name in told]
     assert "they come to {:.2f}, {:.2f} and {:.2f} here".format(*at_its_rate) in text
     scaffold = {row["name"]: row for row in report["rows"] if row["split"] == "scaffold"}
@@ -198,3 +210,39 @@ def test_example_output_is_that_of_make_run():
 def test_lines_of_the_readme_are_no_longer_than_those_of_the_code():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert not [number for number, line in enumerate(lines, 1) if len(line) > 119 and not line.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def molecules():
+    """The embedded molecules as the model reads them."""
+    table = read_table(EMBEDDED_DATA)
+    return prepare_molecules(table, build_tokenizer(), DataTrainingArguments(), EMBEDDED_DATA)[0]
+
+
+def test_the_readme_says_how_many_test_molecules_took_part_in_a_choice(molecules):
+    """Every seed has a split of its own: validation molecules of one are test molecules of another."""
+
+    def rows(seed, part, **values):
+        return set(np.flatnonzero(assign_splits(molecules, DataTrainingArguments(**values), seed) == part))
+
+    def shares(chosen_with):
+        validation = {seed: rows(seed, "validation", validation_fraction=0.2) for seed in chosen_with}
+        for seed in range(5):
+            others = set().union(*(found for other, found in validation.items() if other != seed))
+            test = rows(seed, "test")
+            yield round(100 * len(test & others) / len(test))
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    of_recipes, of_rates = list(shares(recipes.SEEDS)), list(shares(peft_comparison.TUNING_SEEDS))
+    assert f"{min(of_recipes)} to {max(of_recipes)} % of a seed's test molecules in Table 1 were validation" in text
+    assert f"{min(of_rates)} to {max(of_rates)} % were validation molecules of another seed when the rates" in text
+
+
+def test_the_readme_says_what_the_model_cannot_tell_apart(molecules):
+    labels = molecules.groupby("text")["label"].agg(["size", "min", "max"])
+    several = labels[labels["max"] > labels["min"]]
+    apart = (several["max"] - several["min"]).max()
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{several['size'].sum()} of the 4,200 rows are of {len(several)} molecules" in text
+    assert f"that have several labels, up to {apart:.2f} apart" in text
+    assert molecules["text"].str.contains(".", regex=False).sum() == 1 and "one of the 4,200 has a second" in text

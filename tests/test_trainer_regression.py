@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from arguments import EMBEDDED_DATA, InputError, TrainingArguments
+import trainer_regression
+from arguments import EMBEDDED_DATA, DataTrainingArguments, InputError, TrainingArguments
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import LengthGroupedBatchSampler, RegressionTrainer, augment, summarize_predictions, to_dataset
 from utils_checkpoints import build_tokenizer
@@ -215,3 +216,29 @@ def test_the_best_model_is_that_of_the_better_metric(tmp_path, name, greater):
 def test_settings_that_do_not_go_together_are_refused_before_training(tiny_checkpoint, molecules, tmp_path, settings):
     with pytest.raises(InputError, match="The training cannot be set up: "):
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, do_train=True, **settings))
+
+
+def test_many_molecules_have_no_ridge_regression_beside_them(molecules, monkeypatch):
+    """It takes 60 kB a molecule, at the end of a long training."""
+    rows = molecules.assign(group=molecules["smiles"], split=["train"] * 30 + ["test"] * 18)
+    predictions = rows[["label"]].to_numpy() + 0.5
+    metrics, lines, tests = trainer_regression.measure_predictions(rows, predictions, "MoLFormer")
+    assert [line[0] for line in lines] == ["MoLFormer", "MoLFormer", "mean", "fingerprint_ridge"]
+    assert metrics["test_mse"] == pytest.approx(0.25) and len(tests[""]) == metrics["test_samples"] == 18
+    monkeypatch.setattr(trainer_regression, "MOST_FOR_RIDGE", 47)
+    fewer, lines, _ = trainer_regression.measure_predictions(rows, predictions, "MoLFormer")
+    assert [line[0] for line in lines] == ["MoLFormer", "MoLFormer", "mean"]
+    assert fewer == {name: value for name, value in metrics.items() if "fingerprint_ridge" not in name}
+
+
+def test_predictions_are_written_before_the_baselines_are_computed(molecules, tmp_path, monkeypatch):
+    def fail(texts):
+        raise MemoryError
+
+    monkeypatch.setattr(trainer_regression, "morgan_counts", fail)
+    rows = molecules.assign(row=range(48), group=molecules["smiles"], split=["train"] * 30 + ["test"] * 18)
+    parts = dict(iter(rows.groupby("split")))
+    members = {name: [np.zeros((len(part), 1, 1))] for name, part in parts.items()}
+    with pytest.raises(MemoryError):
+        trainer_regression.write_reports(tmp_path, parts, members, "hash", DataTrainingArguments())
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 48 and (tmp_path / "splits.json").exists()
