@@ -800,6 +800,8 @@ def main():
         return run_one(args.sizes[0], args.one, args)
     whole = args.only_memory or is_whole(args, parser)
     output = args.output or ROOT / ("results" if whole else "work/bench") / "bench.json"
+    if args.only_memory and (not output.exists() or args.sizes != list(SIZES)):
+        parser.error(f"--only_memory measures all sizes of a report anew, which is to be in {output}.")
     lengths, started = real_lengths(), time.monotonic()
     report = {"load_before": os.getloadavg(), "threads": torch.get_num_threads(), "device": device_name()}
     report |= {"rounds": args.rounds, "batch_size": args.batch_size, "predict_batch_size": args.predict_batch_size}

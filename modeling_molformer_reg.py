@@ -135,6 +135,7 @@ class MolformerConfig(PreTrainedConfig):
         self.descriptor_names = descriptor_names
         self.atom_descriptor_names = atom_descriptor_names
         self.environment_buckets = environment_buckets
+        kwargs["problem_type"] = kwargs.get("problem_type") or "regression"  # or a pipeline would answer sigmoids
         if "id2label" not in kwargs:
             kwargs.setdefault("num_labels", 1)  # a regression on one label, not the library's two classes
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -242,6 +243,13 @@ def linear_attention(query, key, value, attention_mask, eps):
     Returns:
         `torch.Tensor` of shape (B, T, H, D), and the masked keys (B, T, H, F).
     """
+    kind = query.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if torch.float16 in (query.dtype, autocast):  # the sums over tokens reach millions, and it ends at 65,504
+        with torch.autocast(kind, enabled=False):
+            wide = (states.float() for states in (query, key, value))
+            context, key = linear_attention(*wide, attention_mask, eps)
+        return context.to(query.dtype), key.to(query.dtype)
     if attention_mask is not None:
         key = key * attention_mask[:, :, None, None].to(key.dtype)
     masked_key, value = key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, ·)
@@ -486,7 +494,8 @@ class MolformerModel(MolformerPreTrainedModel):
 
         Args:
             input_ids (`torch.LongTensor`): shape (B, T); or `inputs_embeds`, shape (B, T, C), in their place.
-            attention_mask (`torch.Tensor`, *optional*): shape (B, T), 1 for a token, 0 for padding; default all ones.
+            attention_mask (`torch.Tensor`, *optional*): shape (B, T), 1 for a token, 0 for padding, which stands to
+                the right of the tokens; default all ones.
             position_ids (`torch.LongTensor`, *optional*): shape (B, T) or (1, T), in any order; 0 to T-1 if absent.
             first (`int`, *optional*): states of so many first tokens alone, and no mean: the last layer leaves the
                 others out. Has no effect where all hidden states or attentions are asked for.

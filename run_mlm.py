@@ -75,6 +75,10 @@ class MlmArguments:
             raise ValueError(f"--mlm_probability is {self.mlm_probability}; give a number between 0 and 1.")
         if not 0 < self.masked_share <= 1:
             raise ValueError(f"--masked_share is {self.masked_share}; give a number above 0, up to 1.")
+        if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
+            raise ValueError(
+                f"--preprocessing_num_workers is {self.preprocessing_num_workers}; give a positive number."
+            )
         self.preprocessing_num_workers = self.preprocessing_num_workers or os.cpu_count()
         self.parts = self.objective.split("+")
 
@@ -115,6 +119,8 @@ def main(model_args, data_args, mlm_args, training_args):
     ):
         if value is not None:
             raise InputError(f"--{name} is for a regression head, which run_regression.py trains. Leave it out.")
+    if training_args.label_smoothing_factor and mlm_args.objective != "mlm":
+        raise InputError("--label_smoothing_factor goes with --objective mlm alone. Leave it out.")
     if not (training_args.do_train or training_args.do_eval):
         raise InputError("--do_predict alone has nothing to predict here. Use --do_train or --do_eval.")
     tokenizer = load_tokenizer(model_args)

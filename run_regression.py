@@ -79,6 +79,10 @@ class RegressionArguments:
     )
 
     def __post_init__(self):
+        if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
+            raise ValueError(
+                f"--preprocessing_num_workers is {self.preprocessing_num_workers}; give a positive number."
+            )
         self.preprocessing_num_workers = self.preprocessing_num_workers or min(os.cpu_count(), 8)
         if self.export_embeddings is not None and not self.export_embeddings.endswith((".parquet", ".safetensors")):
             raise ValueError(f"--export_embeddings {self.export_embeddings} must end in .parquet or .safetensors.")

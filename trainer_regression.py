@@ -86,14 +86,16 @@ class LengthGroupedBatchSampler(Sampler):
 
     Two things differ from the library's sampler: the batches are shuffled (there, fifty batches in turn go from long
     to short molecules, and the model follows them: validation errors jumped between epochs), and a resumed run
-    repeats the order.
+    repeats the order. As there, of few molecules a part is sorted at a time: if all were, the same ones would meet in
+    every epoch.
     """
 
     def __init__(self, batch_size, lengths, seed, window=50):
         self.batch_size = batch_size
         self.lengths = torch.as_tensor(lengths)
         self.seed = seed
-        self.window = window  # batches that are sorted together: more saves padding, fewer mixes better
+        # batches that are sorted together: more saves padding, fewer mixes better
+        self.window = max(1, min(window, len(self.lengths) // (2 * batch_size)))
         self.epoch = 0
 
     def set_epoch(self, epoch):
@@ -363,6 +365,8 @@ class RegressionTrainer(MolformerTrainer):
     """Trainer of `MolformerForRegression`: labels, predictions and metrics are in label units."""
 
     def __init__(self, *args, **kwargs):
+        if kwargs["args"].label_smoothing_factor:
+            raise InputError("--label_smoothing_factor is for classes, not for a regression. Leave it out.")
         names = kwargs["model"].config.label_names or []
         kwargs.setdefault("compute_metrics", lambda output: label_metrics(output.predictions, output.label_ids, names))
         kwargs.setdefault("data_collator", DataCollatorWithPadding(kwargs["processing_class"]))
@@ -530,6 +534,8 @@ def prepare_head(model, train, digest, data_args, training_args):
         stds.append(std)
     model.config.label_mean, model.config.label_std = means, stds
     model.config.label_names = label_names(train) or None
+    shown = label_names(train) or [data_args.label_name]
+    model.config.id2label, model.config.label2id = dict(enumerate(shown)), {name: i for i, name in enumerate(shown)}
     named = data_args.label_column or []
     model.config.label_column = named[0] if len(named) == 1 else None
     model.config.split_hash = digest

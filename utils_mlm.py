@@ -2,8 +2,9 @@
 
     python -c "from utils_mlm import *; print(is_corpus('molecules.smi.gz'))"
 
-Files are read once into memory-mapped, cached data sets, in worker processes: token ids, descriptors of molecules, and
-numbers of atoms. The collator masks tokens and places the numbers of atoms at their tokens.
+A corpus is read once into memory-mapped, cached data sets, in worker processes: token ids, descriptors of molecules,
+and numbers of atoms; a table with labels, which is small, at every run. The collator masks tokens and places the
+numbers of atoms at their tokens.
 """
 
 import hashlib
@@ -193,6 +194,8 @@ def keys_of(corpus):
 def hold_out(corpus, size, seed, source):
     """Returns a corpus in two parts, the second of at most `size` rows; rows of the same tokens are on one side.
 
+    Where every molecule repeats more often, the second part has one that repeats least.
+
     Raises:
         InputError: if all rows are the same.
     """
@@ -202,19 +205,22 @@ def hold_out(corpus, size, seed, source):
     if len(counts) < len(corpus):
         logger.info("%d of %d rows of %s repeat others", len(corpus) - len(counts), len(corpus), source)
     order = np.random.default_rng(seed).permutation(len(counts))
+    order = order[counts[order] <= max(size, counts.min())]  # what repeats more often is learned
     fit = np.cumsum(counts[order]) <= max(size, counts[order[0]])
     held_out = np.isin(molecule, order[fit])
     return corpus.select(np.flatnonzero(~held_out)), corpus.select(np.flatnonzero(held_out))
 
 
-def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False):
+def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False, named=False):
     """Returns token ids, lengths and what is wrong with each SMILES ("" if nothing), for `datasets.Dataset.map`.
 
     Args:
         must_parse (`bool`): whether a SMILES that is taken as given must be one for RDKit too.
+        named (`bool`): whether a molecule's name may follow its SMILES, as in a line of a .smi file.
     """
-    # a .smi line may name its molecule after the SMILES
-    texts = [((line or "").split() or [""])[0] for line in batch["smiles"]]
+    texts = [(line or "").strip() for line in batch["smiles"]]
+    if named:
+        texts = [(text.split() or [""])[0] for text in texts]
     if smiles_form != "raw" or must_parse:
         texts = [canonicalize(text, smiles_form) for text in texts]
     ids, problems = encode_smiles([text or "" for text in texts], tokenizer)
@@ -226,7 +232,9 @@ def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False):
 
 
 def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2):
-    """Returns the corpus as memory-mapped token ids with lengths, cached on disk, and a table of the dropped rows.
+    """Returns the corpus as token ids with lengths, and a table of the dropped rows.
+
+    Of a corpus that lies on disk the token ids are memory-mapped, and cached there.
 
     Raises:
         InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if fewer than `least` are left.
@@ -242,6 +250,7 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2):
         "smiles_form": data_args.smiles_form,
         "max_length": data_args.max_length,
         "must_parse": mlm_args.objective != "mlm" or data_args.augment_smiles > 0,
+        "named": is_corpus(source),
     }
     encoded = cached_map(
         corpus,
@@ -310,7 +319,7 @@ def atom_tokens(tokenizer):
 
 
 def add_columns(dataset, function, columns, tokenizer, mlm_args, **options):
-    """Returns the data set with what `function` computes of its rows in worker processes, cached on disk.
+    """Returns the data set with what `function` computes of its rows in worker processes, cached where that is.
 
     Args:
         columns (`dict[str, str]`): type of the numbers in each new column of lists.

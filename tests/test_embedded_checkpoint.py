@@ -1,5 +1,6 @@
 """models/molformer-mini: size, form, and that it learned what it was trained for."""
 
+import copy
 import json
 
 import numpy as np
@@ -51,3 +52,20 @@ def test_the_configuration_for_training_from_scratch_is_that_of_the_checkpoint()
     given = json.loads((ROOT / "configs" / "molformer-mini.json").read_text())
     config = json.loads((ROOT / "models" / "molformer-mini" / "config.json").read_text())
     assert {name: config[name] for name in given} == given
+
+
+def test_it_answers_in_half_precision():
+    """Sums over tokens reach millions in its first layer; float16 ends at 65,504."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(EMBEDDED_CHECKPOINT).eval()
+    smiles = [canonicalize(s, "canonical") for s in pd.read_csv(EMBEDDED_DATA)["SMILES"][:16]]
+    batch = build_tokenizer()(smiles, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):  # as --bf16 and --fp16 have it, the weights in float32
+                torch.testing.assert_close(model(**batch).logits, expected, atol=0.05, rtol=0.05)
+            torch.testing.assert_close(copy.deepcopy(model).to(dtype)(**batch).logits, expected, atol=0.05, rtol=0.05)
+    with torch.autocast("cpu", torch.float16):
+        model.train()(**batch, labels=torch.zeros(16)).loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

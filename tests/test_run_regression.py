@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, TWO_PROCESSES
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, pipeline
 
 import run_regression
 import trainer_regression
@@ -209,6 +209,15 @@ def test_main_writes_its_result_files(finished_run):
     for name in ("parity.png", "loss_curves.png"):
         colors = Image.open(finished_run / name).convert("RGB").getcolors(maxcolors=2**24)
         assert len(colors) > 10, f"{name} is blank"
+
+
+def test_a_pipeline_answers_in_label_units(finished_run):
+    """Without a problem type it would answer the sigmoid of the label."""
+    model, tokenizer = MolformerForRegression.from_pretrained(finished_run).eval(), build_tokenizer()
+    answers = pipeline("text-classification", str(finished_run))(["CCO", "c1ccccc1"])
+    expected = [float(model(**tokenizer(text, return_tensors="pt")).logits) for text in ("CCO", "c1ccccc1")]
+    assert [answer["score"] for answer in answers] == pytest.approx(expected, abs=1e-5)
+    assert {answer["label"] for answer in answers} == {"the label"}
 
 
 def test_a_model_trained_in_bfloat16_reports_what_it_predicts_in_float32(tiny_checkpoint, small_table, tmp_path):
@@ -567,7 +576,7 @@ def test_a_diverged_training_says_so(tiny_checkpoint, small_table, tmp_path, mon
     "flags, message",
     [
         (("--config_name", "configs/molformer-mini.json"), "--config_name .* would replace what .* knows"),
-        (("--pooling", "cls"), "reads mean pooling, --pooling names cls. Leave the flag out"),
+        (("--pooling", "mean"), "reads cls pooling, --pooling names mean. Leave the flag out"),
     ],
 )
 def test_what_a_fine_tuned_model_knows_is_not_replaced(finished_run, small_table, tmp_path, stage, flags, message):

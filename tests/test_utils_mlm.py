@@ -159,6 +159,24 @@ def test_what_repeats_in_a_corpus_is_not_held_out_from_itself(tiny_checkpoint, t
     assert {tuple(ids) for ids in again["input_ids"]} != kept
 
 
+def test_a_smiles_of_a_table_is_not_cut_at_white_space(tiny_checkpoint, tmp_path):
+    """Only in a file of lines a name may follow; in a table the rest would be lost without a word."""
+    (tmp_path / "c.csv").write_text("smiles,mass\nCCO,1\nCCN CCC,2\nCCC,3\n")
+    with pytest.raises(InputError, match="1 of 3 SMILES .* do not parse as SMILES, first at row 1: 'CCN CCC'"):
+        load(tmp_path / "c.csv", tiny_checkpoint, tmp_path)
+    (tmp_path / "c.smi").write_text("CCO ethanol\nCCN ethylamine\nCCC\n")
+    train, held_out, *_ = load(tmp_path / "c.smi", tiny_checkpoint, tmp_path)
+    assert len(train) + len(held_out) == 3
+
+
+def test_a_molecule_that_repeats_a_thousand_times_is_learned(tiny_checkpoint, tmp_path):
+    """Held out, it would leave nearly nothing to learn."""
+    (tmp_path / "c.txt").write_text("CCO\n" * 1000 + "CCC\nCCN\nCCF\nCCCl\n")
+    for seed in range(4):
+        train, held_out, *_ = load(tmp_path / "c.txt", tiny_checkpoint, tmp_path, "--split_seed", seed)
+        assert len(train) >= 1000 and 1 <= len(held_out) <= 100
+
+
 def test_a_small_labeled_table_may_have_one_molecule_to_validate(tiny_checkpoint, small_table, tmp_path):
     pd.read_csv(small_table, nrows=12).to_csv(tmp_path / "few.csv", index=False)
     train, held_out, *_ = load(tmp_path / "few.csv", tiny_checkpoint, tmp_path)
@@ -187,7 +205,7 @@ def test_a_molecule_that_cannot_be_read_back_counts_as_the_mean_and_has_no_atoms
 def test_encoding_tells_what_is_wrong_with_each_line():
     tokenizer = build_tokenizer()
     lines = ["OCC ethanol", "C1CC", "", None, "C" * 30, "c1ccccc1"]
-    encoded = utils_mlm.encode_batch({"smiles": lines}, tokenizer, "canonical", 20)
+    encoded = utils_mlm.encode_batch({"smiles": lines}, tokenizer, "canonical", 20, named=True)
     assert encoded["reason"] == ["", "invalid", "invalid", "invalid", "too_long", ""]
     assert encoded["input_ids"][0] == tokenizer("CCO")["input_ids"] and encoded["length"][0] == 5
     raw = utils_mlm.encode_batch({"smiles": ["CXC", "[Zz]", "C1CC"]}, tokenizer, "raw", 20)
