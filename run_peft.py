@@ -78,7 +78,7 @@ METHODS = {
     "dora": Method(2e-3, 4, ALL_LINEAR, "LoRA of directions, with a magnitude for each output", alpha=2, dropout=True),
     "pissa": Method(3e-3, 4, ALL_LINEAR, "LoRA that starts from the largest singular vectors", alpha=1, dropout=True),
     "vera": Method(3e-2, 256, ALL_LINEAR, "scalings of shared random projections", dropout=True),
-    "oft": Method(1e-3, 16, ALL_LINEAR, "rotations of the inputs, in blocks of `rank`", dropout=True),
+    "oft": Method(1e-3, 16, ALL_LINEAR, "rotations of the inputs, in blocks of `rank`"),
     "miss": Method(3e-3, 8, ALL_LINEAR, "one shared shard of each weight matrix", dropout=True),
     "hira": Method(6e-3, 4, ALL_LINEAR, "low-rank factors that multiply the weights element by element", dropout=True),
     "shira": Method(7e-3, 4, ALL_LINEAR, "a random sparse part of the weights, as many as LoRA would have"),
@@ -107,9 +107,7 @@ class PeftArguments:
             "help": "Scaling of LoRA and its kin, divided by the rank. Default: twice the rank, of pissa the rank."
         },
     )
-    peft_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout before the adapters, of oft in its rotations, where there is one."}
-    )
+    peft_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, where there is one."})
     target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Modules that are adapted: ends of their names, or one pattern. Default: the method's."},
@@ -237,8 +235,7 @@ def peft_config(peft_args, targets, seed):
         "vera": lambda: peft.VeraConfig(**common, r=rank, vera_dropout=peft_args.peft_dropout,
                                         projection_prng_key=seed, save_projection=False),
         # the library's default is a series that rotates only nearly
-        "oft": lambda: peft.OFTConfig(**common, oft_block_size=rank, module_dropout=peft_args.peft_dropout,
-                                      use_cayley_neumann=False),
+        "oft": lambda: peft.OFTConfig(**common, oft_block_size=rank, use_cayley_neumann=False),
         "miss": lambda: peft.MissConfig(**common, r=rank, miss_dropout=peft_args.peft_dropout),
         "hira": lambda: peft.HiraConfig(**common, r=rank, hira_dropout=peft_args.peft_dropout),
         "shira": lambda: peft.ShiraConfig(**common, r=rank, random_seed=seed),
@@ -290,8 +287,14 @@ def check_base(model_args):
         )
 
 
-def check_base_name(model_args, peft_args, training_args):
-    """Raises `InputError` if an adapter is to be pushed whose base nobody else could find."""
+def check_base_name(model_args, peft_args, training_args, base_weights):
+    """Raises `InputError` if an adapter is to be pushed whose base nobody else could find, or has other weights.
+
+    Args:
+        base_weights (`str`, *optional*): hash of the weights of this run's base.
+    """
+    from utils_checkpoints import find_file, hub_options, weights_digest
+
     if peft_args.peft_method == "full" or peft_args.merge_adapter:
         return
     local = Path(model_args.model_name_or_path).exists()
@@ -305,6 +308,18 @@ def check_base_name(model_args, peft_args, training_args):
             f"The base of the adapter, {model_args.model_name_or_path}, is a local folder, which nobody else could "
             "load it with. Push the base and name it with --base_hub_name USER/NAME, or pass --merge_adapter."
         )
+    if peft_args.base_hub_name and training_args.push_when_done:
+        name, source = peft_args.base_hub_name, model_args.model_name_or_path
+        hub = {**hub_options(model_args), "revision": "main"}
+        try:
+            fits = find_file(name, "config.json", hub) and weights_digest(name, hub) in (None, base_weights)
+        except InputError:  # there is no such repository
+            fits = False
+        if not fits:
+            raise InputError(
+                f"--base_hub_name {name} is not on the Hub, or has other weights than {source}: nobody could load the "
+                f"adapter with it. Push the base there first: `hf upload {name} {source}`."
+            )
 
 
 def check_resumed(training_args, checkpoint, base_weights):
@@ -323,11 +338,12 @@ def check_resumed(training_args, checkpoint, base_weights):
         )
 
 
-def write_merged(model, tokenizer, folder, find):
+def write_merged(model, tokenizer, folder, find, base=None):
     """Writes a plain checkpoint to a folder, with arguments, metrics and plots of the run that made the adapter.
 
     Args:
         find (`Callable`): maps the name of a file of that run to its path, or to `None` if there is none.
+        base (`str`, *optional*): what the adapter's base is called here, if the run may have called it otherwise.
     """
     from utils_molecules import read_json, write_json
     from utils_report import FIGURES
@@ -341,6 +357,9 @@ def write_merged(model, tokenizer, folder, find):
     values = read_json(folder / ARGUMENTS_FILE)
     if values:  # those of the run that made, or evaluated, the adapter: repeated, it merges it too
         values.pop("base_hub_name", None)
+        if base is not None:
+            values.pop("hub_model_id", None)  # that of the adapter
+            values["model_name_or_path"] = base
         write_json({**values, "merge_adapter": True, "output_dir": str(folder)}, folder / ARGUMENTS_FILE)
 
 
@@ -348,19 +367,22 @@ def merge_alone(model_args, data_args, training_args):
     """Writes the adapter that the arguments name, merged into its base, to the output folder; no data are needed."""
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import begin_run
-    from utils_checkpoints import find_file, hub_options, load_model, load_tokenizer
+    from utils_checkpoints import find_base, find_file, hub_options, load_model, load_tokenizer, path_of_base
     from utils_report import finish_run
 
     source, folder = model_args.model_name_or_path, Path(training_args.output_dir)
     if Path(source).resolve() == folder.resolve():
         raise InputError(f"--output_dir {folder} is the adapter itself. Give another folder for the merged model.")
+    if str(training_args.resume_from_checkpoint).lower() in ("true", "yes", "1"):  # to push it later: it is made again
+        training_args.resume_from_checkpoint, data_args.overwrite_output_dir = None, True
     setup_run(training_args, data_args)
     logger.info("%s holds an adapter: it is merged into its base, and nothing is trained", source)
     tokenizer = load_tokenizer(model_args)
     model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
     begin_run(training_args, None, source, [])
     if training_args.should_save:
-        write_merged(model, tokenizer, folder, lambda name: find_file(source, name, hub_options(model_args)))
+        base = path_of_base(find_base(source, model_args)["base"])
+        write_merged(model, tokenizer, folder, lambda name: find_file(source, name, hub_options(model_args)), base)
     finish_run(training_args, "peft")
 
 
@@ -408,12 +430,20 @@ def measure(trainer):
 def main(model_args, data_args, peft_args, training_args):
     if data_args.only_test_file and not (training_args.do_train or training_args.do_eval):
         raise InputError("New molecules are predicted by run_regression.py --do_predict, which takes adapters too.")
-    from utils_checkpoints import find_base, weights_digest
+    from utils_checkpoints import find_base, find_members, weights_digest
 
     named = getattr(training_args, "run_values", None) or {}  # --do_train said so: then an adapter is refused as base
     if peft_args.merge_adapter and training_args.do_train and not named.get("do_train"):
         if find_base(model_args.model_name_or_path, model_args) is not None:
             return merge_alone(model_args, data_args, training_args)
+    if members := find_members(model_args):
+        raise InputError(
+            f"{model_args.model_name_or_path} holds an ensemble of {len(members)} models. Pass one of them, such as "
+            f"{members[0]}."
+        )
+    settled = {"peft_rank": peft_args.peft_rank, "peft_alpha": peft_args.peft_alpha}
+    if named and training_args.do_train:  # the defaults of a method may change
+        training_args.run_values |= {name: value for name, value in settled.items() if value is not None}
     checkpoint = setup_run(training_args, data_args)
     source = model_args.model_name_or_path
     base_weights = weights_digest(source) if source is not None else None
@@ -421,7 +451,7 @@ def main(model_args, data_args, peft_args, training_args):
         check_resumed(training_args, checkpoint, base_weights)
     if peft_args.peft_method != "full" and training_args.do_train:
         check_base(model_args)
-        check_base_name(model_args, peft_args, training_args)
+        check_base_name(model_args, peft_args, training_args, base_weights)
         model_args.redraw_features = False
 
     from modeling_molformer_reg import MolformerForRegression

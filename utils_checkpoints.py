@@ -5,6 +5,7 @@
 A checkpoint is a folder or a Hub name: a model, adapters beside the name of their base, or some parameters of one.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from rdkit import rdBase
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
@@ -41,7 +43,7 @@ SMILES_PATTERN = (
 
 
 # VeRA's projections are not in its checkpoints: they are drawn again from their seed
-warnings.filterwarnings("ignore", message="Specified to not save vera_A")
+warnings.filterwarnings("ignore", message="Specified to not (save|load) vera_A")
 
 logger = logging.getLogger("molformer.checkpoints")
 
@@ -157,7 +159,7 @@ def find_base(source, model_args):
         `dict` with `method`, `base`, `revision` (of the base), `partial`: whether it holds some of the model's own
         parameters, and the names of these, `parameters`.
     Raises:
-        InputError: if the file that names them is no JSON of that form.
+        InputError: if the file that names them is no JSON of that form, or there is no configuration beside it.
     """
     for name, base in ((PARTIAL_FILE, "base"), ("adapter_config.json", "base_model_name_or_path")):
         path = find_file(source, name, hub_options(model_args)) if source is not None else None
@@ -170,6 +172,11 @@ def find_base(source, model_args):
                     raise ValueError(f"base, revision or method in {name} is no text.")
             except (ValueError, TypeError) as error:
                 raise InputError(_not_loaded("adapter", source, error)) from error
+            if find_file(source, "config.json", hub_options(model_args)) is None:
+                raise InputError(
+                    f"The adapter {source} has no config.json, which holds the scale of its labels, its pooling and "
+                    "its head. Copy it from the folder of the run that made the adapter."
+                )
             method = values.get("method") or values.get("peft_type")
             found = {"method": method, "base": values.get(base), "revision": values.get("revision") or "main"}
             return found | {"partial": name == PARTIAL_FILE, "parameters": values.get("parameters") or []}
@@ -219,7 +226,9 @@ def path_of_base(base):
 
 
 def weights_digest(source, hub=None):
-    """Returns a hash of a checkpoint's weights; `None` where they are not in one file of safetensors.
+    """Returns a hash of a checkpoint's weights, by their names and values in float32, as they are loaded.
+
+    `None` where they are not in one file of safetensors.
 
     Args:
         hub (`dict`, *optional*): `cache_dir` and `revision`; a checkpoint on the Hub is looked at with them alone.
@@ -229,8 +238,16 @@ def weights_digest(source, hub=None):
         path = find_file(source, path.name, hub)
     if path is None or not Path(path).is_file():
         return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digest = hashlib.sha256()
+    try:
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.float().contiguous().numpy().tobytes())
+    except SafetensorError:  # damaged: whoever loads it says so
+        return None
+    return digest.hexdigest()[:16]
 
 
 def _base_not_loaded(source, base, error):
@@ -274,6 +291,8 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     base_hub = {"cache_dir": hub["cache_dir"], "revision": found["revision"], "dtype": torch.float32}
     if model_class is not MolformerForRegression:
         adapted = _load_adapted(MolformerForRegression, source, found, hub, {}, merge=True)
+        kept = ("redraw_features", "hidden_dropout_prob", "embedding_dropout_prob")
+        values = {name: getattr(adapted.config, name) for name in kept} | values
         model = model_class.from_pretrained(base, **base_hub, **values)
         model.molformer.load_state_dict(adapted.molformer.state_dict())
         for name in ("split_hash", "smiles_form", "smiles_max_length"):
@@ -283,7 +302,8 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     check_base_fits(source, base, {name: base_hub[name] for name in ("cache_dir", "revision")}, config)
     vars(config).pop("base_weights", None)  # of the adapter alone
     try:
-        model = model_class.from_pretrained(base, config=config, **base_hub)
+        with without_warnings():  # of a head that the base lacks, and the adapter has
+            model = model_class.from_pretrained(base, config=config, **base_hub)
     except UNLOADABLE as error:
         raise InputError(_base_not_loaded(source, base, error)) from error
     if not found["partial"]:
@@ -298,8 +318,9 @@ def _load_adapted(model_class, source, found, hub, values, merge):
         else:
             import peft
 
-            adapted = peft.PeftModel.from_pretrained(model, source, **hub)
-            weights = peft.load_peft_weights(source, "cpu", **hub)
+            folder = fetch_adapter(source, hub)
+            adapted = peft.PeftModel.from_pretrained(model, folder)
+            weights = peft.load_peft_weights(folder, "cpu")
             wanted = {*peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)}
             unknown = {*weights} - wanted
             # the model inside, with the adapters in its layers, is what the scripts know
@@ -314,6 +335,26 @@ def _load_adapted(model_class, source, found, hub, values, merge):
         ) from error
     model.new_heads = ()  # the head came with the adapter
     return model
+
+
+@contextlib.contextmanager
+def without_warnings():
+    """Keeps warnings of transformers to itself."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def fetch_adapter(source, hub):
+    """Returns the folder of an adapter of PEFT, fetched if it is on the Hub: PEFT would ask the Hub even for a cached
+    one, and end where there is no network."""
+    config = find_file(source, "adapter_config.json", hub)
+    if find_file(source, "adapter_model.safetensors", hub) is None:
+        find_file(source, "adapter_model.bin", hub)
+    return str(Path(config).parent)
 
 
 def check_kind_of_adapter(source, kind):
@@ -480,6 +521,8 @@ def check_split(config, digest, data_args, checkpoint=None):
 def _not_loaded(what, source, error):
     # of a tokenizer that is not there the library says that it has no files to make it from
     absent = isinstance(error, (OSError, ValueError) if what == "tokenizer" else OSError)
+    if what == "tokenizer" and Path(source).is_dir() and not (Path(source) / "tokenizer.json").exists():
+        return f"There is no tokenizer.json in {source}. Pass --tokenizer_name with the checkpoint that has it."
     if Path(source).exists() or not absent:
         reason = (str(error).strip().splitlines() or [""])[0]  # some libraries write an essay
         kind = "" if reason and not isinstance(error, KeyError) else f"{type(error).__name__} "

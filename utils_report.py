@@ -237,7 +237,7 @@ class Run:
     @property
     def address(self):
         """What `from_pretrained` takes; of an ensemble, with the folder of a member as well."""
-        beside = self.model_folder not in (None, self.folder) and self.kind == "influence"
+        beside = self.model_folder not in (None, self.folder) and self.kind in ("influence", "peft")
         return f"{self.name}/{self.model_folder.name}" if beside and not self.pushed else self.name
 
     def link(self, name):
@@ -366,7 +366,7 @@ def introduction(run):
     start = f"fine-tuned from `{run.base}`" if run.base else "trained from random weights"
     if run.kind == "mlm":
         return f"A MoLFormer that learned SMILES ({run.values.get('objective', 'mlm')}), {start}, on {run.data}."
-    if run.model_folder is None and run.kind == "regression":
+    if run.model_folder is None and run.kind in ("regression", "peft"):
         return f"An evaluation of `{run.base}`, which predicts {run.label} from SMILES, in the unit of the label."
     method = f" with {run.results['peft_method']}" if "peft_method" in run.results else ""
     text = f"MoLFormer, {start}{method}, predicts {run.label} from SMILES, in the unit of the label."
@@ -519,9 +519,9 @@ In your own code, beside `modeling_molformer_reg.py` of these scripts:
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-config = AutoConfig.from_pretrained("{name}")
-base = PeftConfig.from_pretrained("{name}").base_model_name_or_path
-model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+config, adapter = AutoConfig.from_pretrained("{name}"), PeftConfig.from_pretrained("{name}")
+base, revision = adapter.base_model_name_or_path, adapter.revision or "main"
+model = AutoModelForSequenceClassification.from_pretrained(base, revision=revision, config=config)
 model = PeftModel.from_pretrained(model, "{name}").eval()
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 {answer}

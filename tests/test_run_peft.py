@@ -25,7 +25,7 @@ import run_regression
 from arguments import InputError, ModelArguments, parse_arguments
 from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM, MolformerForRegression
 from run_peft import METHODS, PeftArguments, adapt
-from utils_checkpoints import build_tokenizer, find_base, load_model
+from utils_checkpoints import build_tokenizer, find_base, load_model, weights_digest
 
 
 TUNERS = [name for name in METHODS if name not in ("full", "head", "bitfit")]
@@ -457,6 +457,7 @@ def test_new_molecules_are_left_to_run_regression(finished_run, tmp_path):
         ({"peft_rank": 0}, "--peft_rank is 0"),
         ({"peft_dropout": 1.0}, "--peft_dropout is 1.0"),
         ({"peft_method": "ia3", "peft_dropout": 0.1}, "has no dropout"),
+        ({"peft_method": "oft", "peft_dropout": 0.1}, "has no dropout"),  # PEFT takes a value and does nothing with it
         ({"peft_alpha": 0.0}, "--peft_alpha is 0.0; give a positive number"),
         ({"peft_method": "vera", "peft_alpha": 8.0}, "has no alpha"),
         ({"base_hub_name": "no name"}, "no name"),
@@ -492,6 +493,30 @@ def test_an_adapter_whose_base_is_gone_or_other_is_refused(finished_run, tmp_pat
     path.write_text(json.dumps({**values, "base_model_name_or_path": None}))
     with pytest.raises(InputError, match="names no base"):
         call_regression(*flags)
+    path.write_text(json.dumps(values))
+    (folder / "config.json").unlink()  # as PEFT's own save_pretrained leaves it: the scale of the labels is lost
+    with pytest.raises(InputError, match="has no config.json, which holds the scale of its labels"):
+        call_regression(*flags)
+
+
+def test_a_base_is_the_same_in_another_precision(tiny_checkpoint, tmp_path):
+    """The embedded one is in float16; saved again, or pushed, it is in float32."""
+    model = MolformerForMaskedLM.from_pretrained(tiny_checkpoint).half()
+    model.save_pretrained(tmp_path / "half")
+    model.float().save_pretrained(tmp_path / "float")
+    assert weights_digest(tmp_path / "half") == weights_digest(tmp_path / "float") is not None
+    model.molformer.embeddings.word_embeddings.weight.data[0, 0] += 1
+    model.save_pretrained(tmp_path / "changed")
+    assert weights_digest(tmp_path / "changed") != weights_digest(tmp_path / "half")
+    assert weights_digest(tmp_path) is None
+
+
+def test_an_ensemble_is_no_base(tiny_checkpoint, small_table, tmp_path):
+    for number in range(2):
+        shutil.copytree(tiny_checkpoint, tmp_path / "both" / f"member-{number}")
+        (tmp_path / "both" / f"member-{number}" / "all_results.json").write_text("{}")
+    with pytest.raises(InputError, match="holds an ensemble of 2 models. Pass one of them, such as .*member-0"):
+        call_main(*given(tmp_path / "both", small_table), *QUICK, "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
@@ -545,6 +570,7 @@ def test_the_rate_of_a_method_is_its_own(method, tiny_checkpoint, small_table, t
               "--max_train_samples", "16", "--disable_tqdm", "true", "--output_dir", tmp_path / "out")  # fmt: skip
     values = json.loads((tmp_path / "out" / "arguments.json").read_text())
     assert values["learning_rate"] == METHODS[method].learning_rate
+    assert values.get("peft_rank") == METHODS[method].rank  # so the run is repeated though a default may change
 
 
 @pytest.mark.parametrize("other", [("--peft_method", "rslora"), ("--peft_method", "bitfit"), ("--peft_rank", "8")])
@@ -553,6 +579,13 @@ def test_a_run_of_another_method_is_not_resumed(finished_run, tiny_checkpoint, s
     flags = (*given(tiny_checkpoint, small_table), *QUICK, *other, "--output_dir", finished_run)
     with pytest.raises(InputError, match=f"began with .*{other[0]} .*not {other[1]}.*Go on with the flags"):
         call_main(*flags, "--resume_from_checkpoint", "true")
+
+
+def test_a_default_that_is_named_is_no_other_setting(finished_run, tiny_checkpoint, small_table):
+    before = (finished_run / "adapter_model.safetensors").read_bytes()
+    flags = (*given(tiny_checkpoint, small_table), *QUICK, "--peft_rank", "4", "--output_dir", finished_run)
+    call_main(*flags, "--resume_from_checkpoint", "true")
+    assert (finished_run / "adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])

@@ -136,6 +136,8 @@ def training(small_table, tiny_checkpoint, tmp_path):
 def connected(hub, monkeypatch):
     """The same for scripts that run in this process; returns a function that calls their `main`."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    files = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", SECRET)
@@ -274,9 +276,21 @@ def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
 ):
     """It comes back by name, base and all, through the scripts, and LoRA through the code of its card."""
     flags = [*training, "--push_to_hub", "--hub_model_id", "someone/adapter", "--peft_method", method]
+    flags += ["--cache_dir", tmp_path / "cache"]
     with pytest.raises(InputError, match="--base_hub_name"):
         connected(run_peft, *flags)
+    with pytest.raises(InputError, match="--base_hub_name someone/base is not on the Hub"):
+        connected(run_peft, *flags, "--base_hub_name", "someone/base")
+    base = {path.name: path.read_bytes() for path in Path(tiny_checkpoint).iterdir()}
+    other = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)  # a base of the same shapes
+    other.molformer.embeddings.word_embeddings.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    changed = {"model.safetensors": (tmp_path / "other" / "model.safetensors").read_bytes()}
+    hub.repositories["someone/changed"] = base | changed
+    with pytest.raises(InputError, match="someone/changed is not on the Hub, or has other weights than"):
+        connected(run_peft, *flags, "--base_hub_name", "someone/changed")
     assert not (tmp_path / "run").exists()
+    hub.repositories["someone/base"] = dict(base)
     connected(run_peft, *flags, "--base_hub_name", "someone/base")
     files = hub.repositories["someone/adapter"]
     card = ModelCard(files["README.md"].decode())
@@ -284,7 +298,6 @@ def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
     assert f"fine-tuned from `someone/base` with {method}" in card.text and "local folder" not in card.text
     assert ("adapter_model.safetensors" in files) == (method == "lora")
 
-    hub.repositories["someone/base"] = {path.name: path.read_bytes() for path in Path(tiny_checkpoint).iterdir()}
     again_flags = ["--do_predict", "--model_name_or_path", "someone/adapter", "--train_file", small_table]
     again = online("run_regression.py", *again_flags, "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
@@ -297,10 +310,8 @@ def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
         shown = run_card(card.text, online, tmp_path, PYTHONPATH=str(ROOT))
         assert shown == pytest.approx(pd.read_csv(tmp_path / "one" / "predictions.csv")["prediction"][0], abs=1e-3)
 
-    other = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)  # a base of the same shapes
-    other.molformer.embeddings.word_embeddings.weight.data += 1
-    other.save_pretrained(tmp_path / "other")
-    hub.repositories["someone/base"]["model.safetensors"] = (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert "LOAD REPORT" not in again.stderr  # the head is the adapter's, and not new
+    hub.repositories["someone/base"] |= changed
     refused = online(
         "run_regression.py", *again_flags, "--output_dir", tmp_path / "refused", HF_HOME=str(tmp_path / "fresh")
     )
