@@ -665,6 +665,11 @@ def test_an_adapter_is_merged_without_data(finished_run, small_table, tmp_path):
     assert 'from_pretrained("plain", trust_remote_code=True)' in card and "with lora" in card
     again = json.loads((tmp_path / "plain" / "arguments.json").read_text())  # makes the adapter anew, and merges it
     assert (again["output_dir"], again["merge_adapter"]) == (str(tmp_path / "plain"), True)
+    assert again["model_name_or_path"] == find_base(str(finished_run), ModelArguments())["base"]
+    call_main(*merge, "--output_dir", tmp_path / "plain", "--resume_from_checkpoint", "true")  # as to push it later
+    assert 'from_pretrained("later/merged", trust' in (tmp_path / "later" / "README.md").read_text()
+    call_main(*given(finished_run, small_table), "--do_predict", "--output_dir", tmp_path / "only")
+    assert "An evaluation of `" in (tmp_path / "only" / "README.md").read_text()
     shutil.copytree(finished_run, tmp_path / "bare")  # as somebody else's adapter
     for name in ("arguments.json", "all_results.json", "splits.json", "README.md"):
         (tmp_path / "bare" / name).unlink()
