@@ -322,6 +322,7 @@ class TrainingArguments(transformers.TrainingArguments):
     """The library's arguments with this project's defaults, and learning rates by layer."""
 
     _argument_group_name = "training, evaluation and the Hub (arguments of Hugging Face's trainer)"
+    given = frozenset()  # names of the flags that the user gave
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Where everything is written. Default: outputs/ and the script's name."}
