@@ -763,18 +763,21 @@ def begin_writing(training_args, checkpoint, source=None, replace=None):
     if training_args.world_size > 1:
         torch.distributed.barrier()  # no process may find the folder that another one has begun to write
     if training_args.should_save:
-        try:
-            Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # of a file system that takes no folders
-            raise InputError(
-                f"The output folder {training_args.output_dir} cannot be made. Give another --output_dir."
-            ) from error
+        make_folder(training_args.output_dir)
         lock_folder(training_args.output_dir)
         if replace:
             clear_run(training_args.output_dir)
         write_arguments(training_args)
     if training_args.world_size > 1:
         torch.distributed.barrier()  # none may look into the folder before it is cleared
+
+
+def make_folder(output_dir):
+    """Makes the output folder; an `InputError` if its file system takes no folders."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise InputError(f"The output folder {output_dir} cannot be made. Give another --output_dir.") from error
 
 
 def write_arguments(training_args):

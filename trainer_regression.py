@@ -41,6 +41,7 @@ from arguments import (
     end_writing,
     is_finished,
     last_complete_checkpoint,
+    make_folder,
     remove_checkpoints,
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
@@ -206,6 +207,8 @@ class MolformerTrainer(Trainer):
         Raises:
             InputError: if settings of the training do not go together.
         """
+        if kwargs["args"].should_save:
+            make_folder(kwargs["args"].output_dir)  # as the library does, which does not say so
         try:
             super().__init__(*args, **kwargs)
             if self.args.do_train:

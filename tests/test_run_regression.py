@@ -588,6 +588,14 @@ def test_what_a_fine_tuned_model_knows_is_not_replaced(finished_run, small_table
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no folders")
+def test_an_output_folder_that_cannot_be_made_is_named(tiny_checkpoint, small_table):
+    with pytest.raises(InputError, match="The output folder /proc/self/run cannot be made"):
+        call_main(
+            "--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", "/proc/self/run"
+        )
+
+
 def test_two_processes_evaluate_the_whole_test_set_and_come_close_to_one(
     finished_run, tiny_checkpoint, small_table, tmp_path, run_script
 ):
