@@ -559,7 +559,8 @@ def main():
             "second_run": lambda: second_run(folder),
         }
         for part in args.parts:
-            report[part] = works[part]()
+            found = json.dumps(works[part]())  # without this machine's folders
+            report[part] = json.loads(found.replace(f"{ROOT}/", "").replace(name, "FOLDER"))
             passed = sum(row["passed"] for row in report[part])
             print(f"{part}: {passed} of {len(report[part])} passed", flush=True)
             write_report(args.output, report)

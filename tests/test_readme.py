@@ -246,3 +246,14 @@ def test_the_readme_says_what_the_model_cannot_tell_apart(molecules):
     assert f"{several['size'].sum()} of the 4,200 rows are of {len(several)} molecules" in text
     assert f"that have several labels, up to {apart:.2f} apart" in text
     assert molecules["text"].str.contains(".", regex=False).sum() == 1 and "one of the 4,200 has a second" in text
+
+
+def test_what_the_readme_says_of_reliability_is_what_came():
+    report = json.loads((ROOT / "results" / "reliability.json").read_text())
+    parts = {name: report[name] for name in ("kills", "full_disk", "fuzz", "hostile", "second_run")}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    trials = [row for rows in parts.values() for row in rows]
+    assert all(row["passed"] for row in trials) and f"all {len(trials)} trials passed" in text
+    assert f"at {len(parts['kills'])} moments" in text and f"{len(parts['hostile'])} hostile checkpoints" in text
+    assert f"feeds {sum(row['inputs'] for row in parts['fuzz']):,} generated tables and SMILES" in text
+    assert not re.search(r"/(work|home|tmp|root)/", json.dumps(report))  # no machine's folders
