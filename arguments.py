@@ -491,6 +491,8 @@ def _read_argument_file(path, parser):
     """Returns the file as flags, so that its values are converted and checked as those of the command line."""
     import yaml
 
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file of arguments {path}. Correct its path.")
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)

@@ -30,6 +30,7 @@ import transformers
 
 from arguments import (
     EMBEDDED_CHECKPOINT,
+    EMBEDDED_DATA,
     DataTrainingArguments,
     InputError,
     ModelArguments,
@@ -441,8 +442,11 @@ def plot_convergence(report, path):
         if "norm" in rows:
             axes.plot(rows["step"], rows["norm"] / trace["norm"].max(), color="tab:orange", alpha=0.7,
                       label="norm, relative to the largest" if number == 0 else None)  # fmt: skip
+    axes.axhline(report["tolerance"], color="0.5", linewidth=1, linestyle="--", label="tolerance of the residual")
+    axes.plot(trace["step"].max(), report["residual"], marker="*", markersize=11, color="tab:blue", linestyle="none",
+              label="residual of the answer, on all molecules")  # fmt: skip
     axes.set(xlabel="step", yscale="log", ylabel=f"of the last iterate, on {report['trace_molecules']} molecules")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=8)
     save_figure(figure, path)
 
 
@@ -473,14 +477,14 @@ def results_table(results, leakage=False):
 
 
 def losses_table(losses):
-    """Returns a text table of evaluation losses by epoch after the selection, beside the paper's Table 2."""
-    lines = [
-        "Evaluation losses after the selection (standardized labels; the paper's, one an epoch, are of molecules seen "
-        "in training):"
-    ]
-    lines.append(f"{'evaluation':<10}" + " ".join(f"{epoch:>6}" for epoch in range(1, max(len(losses), 7) + 1)))
-    lines.append(f"{'ours':<10}" + " ".join(f"{loss:6.3f}" for loss in losses))
-    lines.append(f"{'paper':<10}" + " ".join(f"{loss:6.3f}" for loss in PAPER_LOSSES))
+    """Returns a text table of evaluation losses by epoch after the selection (`dict[str, list[float]]` by whose)."""
+    what = "standardized labels; the paper's, one an epoch, are of molecules seen in training"
+    lines = [f"Evaluation losses after the selection ({what if 'paper' in losses else 'standardized labels'}):"]
+    epochs = range(1, max(map(len, losses.values())) + 1)
+    lines.append(f"{'evaluation':<10}" + " ".join(f"{epoch:>6}" for epoch in epochs))
+    for name, values in losses.items():
+        shown = "ours" if name == "selected" else name
+        lines.append(f"{shown:<10}" + " ".join(f"{loss:6.3f}" for loss in values))
     return "\n".join(lines)
 
 
@@ -677,12 +681,14 @@ def main(model_args, data_args, influence_args, training_args):
 
 def write_comparison(output_dir, report, results, data_args):
     """Writes all_results.json and the plot of the fine-tuned models, and prints their tables."""
-    losses = {"paper": PAPER_LOSSES}
+    losses = {}
     if "selected" in results:
         losses["selected"] = results["selected"]["eval_losses"]
+        if data_args.train_file is not None and Path(data_args.train_file).resolve() == Path(EMBEDDED_DATA):
+            losses["paper"] = PAPER_LOSSES  # of this property alone
         plot_selection(results, output_dir / "influence_selection.png", data_args.label_name)
         print(results_table(results, report["leakage"]))
-        print(losses_table(losses["selected"]))
+        print(losses_table(losses))
     if not report.get("converged", True):
         print(f"The scores are {report['verdict']}; see influence.json.")
     values = {"influence": report, "results": results, "evaluation_losses": losses}

@@ -93,6 +93,7 @@ def load_tokenizer(model_args):
     source = model_args.tokenizer_name or model_args.model_name_or_path
     if source is None:
         return build_tokenizer()
+    refuse_missing_folder(source)
     try:
         # not AutoTokenizer: that asks to run the code that a Hub tokenizer's auto_map names
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **hub_options(model_args))
@@ -116,6 +117,7 @@ def load_config(model_args):
                 "labels, its split and the form of its SMILES. Leave --config_name out."
             )
     source = named or source
+    refuse_missing_folder(source)
     try:
         return MolformerConfig.from_pretrained(source, **hub_options(model_args))
     except UNLOADABLE as error:
@@ -140,12 +142,24 @@ def hub_revision(model_args):
     return None if local or model_args.model_revision == "main" else model_args.model_revision
 
 
+def refuse_missing_folder(source):
+    """Raises `InputError` for what is meant as a folder and is none: without a network the Hub is asked for minutes.
+
+    That is a path, or a name beside other files.
+    """
+    path = Path(source)
+    beside_others = path.parent != Path(".") and path.parent.is_dir()
+    if not path.exists() and (beside_others or source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise InputError(f"There is no local folder {source}. Correct its path.")
+
+
 def find_file(source, name, hub):
     """Returns the path of a file of a checkpoint, fetched if it is on the Hub; `None` where there is none.
 
     Raises:
         InputError: if there is no such checkpoint.
     """
+    refuse_missing_folder(source)
     try:
         return cached_file(source, name, **hub, **QUIET)
     except OSError as error:

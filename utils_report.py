@@ -47,7 +47,8 @@ FIGURES = {
     "loss_curves.png": "Losses by epoch: the dashed line is the lowest held-out one; if that rises afterwards, fewer "
     "epochs suffice.",
     "influence_scores.png": "Influence scores of the external molecules, and against their loss.",
-    "influence_convergence.png": "Norm and residual of the inverse-Hessian-vector product; flat is converged.",
+    "influence_convergence.png": "Norm and residual of the inverse-Hessian-vector product by step: the norm is to "
+    "flatten. Single iterates are noisy; what counts is the residual of the answer, their mean, below the tolerance.",
     "influence_selection.png": "Test error with the selected molecules, and with the controls.",
 }
 PUSHED = re.compile(
@@ -105,7 +106,7 @@ def plot_parity(panels, path):
         metrics = regression_metrics(predictions, labels)
         r2 = f", R² {metrics['r2']:.3f}" if "r2" in metrics else ""
         axes.set_title(
-            f"Test set, n = {len(labels)}: RMSE {metrics['rmse']:.3f}, MAE {metrics['mae']:.3f}{r2}", fontsize=10
+            f"Test set, n = {len(labels)}\nRMSE {metrics['rmse']:.3f}, MAE {metrics['mae']:.3f}{r2}", fontsize=10
         )
         axes.set_xlim(low - margin, high + margin)
         axes.set_ylim(low - margin, high + margin)
@@ -184,7 +185,7 @@ def plot_losses(log_history, path, held_out, loss_name):
     held = [(entry["eval_loss"], entry["epoch"]) for entry in log_history if "eval_loss" in entry]
     if held:
         axes.axvline(min(held)[1], color="0.6", linewidth=1, linestyle="--", label=f"lowest {held_out} loss")
-    axes.set(xlabel="epoch", ylabel=loss_name)
+    axes.set(xlabel="epoch", ylabel=loss_name.replace(" + ", " +\n"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     save_figure(figure, path)
@@ -398,13 +399,13 @@ def results_section(run):
             lines += ["", f"The scores are {results['influence']['verdict']} (see `influence.json`)."]
         losses = results.get("evaluation_losses", {})
         if "selected" in losses:
-            lines += [
-                "",
-                "Evaluation losses after the selection (standardized labels), and the source paper's, one an epoch:",
-            ]
+            beside = ", and the source paper's, one an epoch" if "paper" in losses else ""
+            lines += ["", f"Evaluation losses after the selection (standardized labels){beside}:"]
             epochs = range(1, max(map(len, losses.values())) + 1)
             lines += ["", f"| evaluation | {' | '.join(map(str, epochs))} |", "| --- |" + " ---: |" * len(epochs)]
-            for name, values in (("ours", losses["selected"]), ("paper", losses["paper"])):
+            for name, values in (("ours", losses["selected"]), ("paper", losses.get("paper", []))):
+                if not values:
+                    continue
                 texts = [f"{value:.3f}" for value in values] + [""] * (len(epochs) - len(values))
                 lines.append(f"| {name} | {' | '.join(texts)} |")
         return "\n".join(lines)
@@ -476,7 +477,10 @@ def protocol_section(run):
         if "test" not in sizes:
             lines.append(f"- {no_test(sizes)}")
     flags = as_flags({name: value for name, value in without_folders(run.values).items() if name != "output_dir"})
-    lines.append(f"- Command: `python run_{run.kind}.py {ARGUMENTS_FILE}`, which stands for: `{shlex.join(flags)}`")
+    lines.append(
+        f"- Command: `python run_{run.kind}.py FOLDER/{ARGUMENTS_FILE} --output_dir outputs/again`, with the path of "
+        f"this folder, where the files that it names lie; it stands for: `{shlex.join(flags)}`"
+    )
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "rdkit": rdBase.rdkitVersion}
     lines.append("- Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     return "\n".join(lines)
@@ -695,5 +699,6 @@ def finish_run(training_args, kind, folders=None, replaced=None):
         run = Run(training_args.output_dir, kind, model_folder=folders[0][1])
         write_text(str(model_card(run)), Path(training_args.output_dir) / CARD_FILE)
     end_writing(training_args)
+    logger.info("Everything is in %s", training_args.output_dir)
     if training_args.push_when_done and training_args.should_save:
         push_run(training_args, kind, folders, replaced)

@@ -1,16 +1,26 @@
 """utils_checkpoints.py: the tokenizer, and checkpoints that are refused with their reason."""
 
 import json
+import re
 import shutil
 
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from arguments import EMBEDDED_DATA, InputError, ModelArguments
 from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM, MolformerForRegression
-from utils_checkpoints import build_tokenizer, check_split, load_model, load_tokenizer
+from utils_checkpoints import (
+    build_tokenizer,
+    check_split,
+    find_members,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_missing_folder,
+)
 
 
 def test_saved_tokenizer_reloads_through_auto_tokenizer(tmp_path):
@@ -106,3 +116,17 @@ def test_run_of_a_model_of_another_shape_is_not_resumed(tiny_checkpoint):
     config.num_hidden_layers += 1
     with pytest.raises(InputError, match="num_hidden_layers=2, but this run's has 3"):
         check_split(config, None, None, tiny_checkpoint)
+
+
+@pytest.mark.parametrize("name", ["outputs/nix", "./nix", "/nowhere/nix", "~/nix", "a/b/c"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    """Without a network the Hub is asked for minutes."""
+    (tmp_path / "outputs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    model_args = ModelArguments(model_name_or_path=name)
+    for load in (load_tokenizer, load_config, find_members):
+        with pytest.raises(InputError, match=f"There is no local folder {re.escape(name)}. Correct its path"):
+            load(model_args)
+    refuse_missing_folder("ibm/MoLFormer-XL-both-10pct")
+    refuse_missing_folder("molformer")
