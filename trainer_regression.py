@@ -850,6 +850,11 @@ def write_reports(output_dir, parts, members, digest, data_args):
         plot_residuals(panels, output_dir / "residuals.png")
         draw_worst_molecules(panels, output_dir / "worst_molecules.png")
     text = metrics_table(lines) + ("" if "test" in parts else f"\n{no_test(parts)}")
+    ours, ridge = (metrics.get(f"test_mse{end}", math.nan) for end in ("", "_fingerprint_ridge"))
+    if ridge < ours:
+        text += (
+            "\nRidge regression on fingerprints has the lower error: try configs/regression-best.yaml, or use that."
+        )
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."
     return metrics, text

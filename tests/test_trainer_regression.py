@@ -256,3 +256,12 @@ def test_batches_of_few_molecules_change_from_epoch_to_epoch(count, most):
 
     first, second = pairs(0), pairs(1)
     assert len(first & second) / len(first) < most
+
+
+@pytest.mark.parametrize(("error", "told"), [(0.0, False), (9.0, True)])
+def test_a_model_that_is_worse_than_the_baseline_is_told(molecules, tmp_path, error, told):
+    rows = molecules.assign(row=range(48), group=molecules["smiles"], text=molecules["smiles"])
+    parts = {"train": rows[:30].assign(split="train"), "test": rows[30:].assign(split="test")}
+    members = {name: [part["label"].to_numpy()[:, None, None] + error] for name, part in parts.items()}
+    _, text = trainer_regression.write_reports(tmp_path, parts, members, "hash", DataTrainingArguments())
+    assert ("Ridge regression on fingerprints has the lower error" in text) == told
