@@ -311,7 +311,7 @@ def test_descriptors_are_learned_and_their_scale_stays_with_the_checkpoint(
 
 def test_descriptor_learning_beats_the_mean(tiny_checkpoint, small_table, tmp_path):
     """The mean has an R² of 0."""
-    flags = ("--train_file", small_table, "--objective", "mtr", "--learning_rate", "1e-2", "--num_train_epochs", 40)
+    flags = ("--train_file", small_table, "--objective", "mtr", "--learning_rate", "1e-2", "--num_train_epochs", 90)
     flags += ("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
     run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x", *flags,
         "--disable_tqdm", "true"))  # fmt: skip

@@ -623,6 +623,7 @@ def test_the_revision_of_a_base_on_the_hub_is_kept(base, tmp_path):
     base.name_or_path = "someone/base"
     model = adapt(base, arguments_of("lora"), revision="v2")
     model.peft_config["default"].save_pretrained(tmp_path)
+    base.config.save_pretrained(tmp_path)
     found = find_base(str(tmp_path), ModelArguments(model_name_or_path=str(tmp_path)))
     assert (found["base"], found["revision"]) == ("someone/base", "v2")
 
