@@ -622,6 +622,11 @@ def setup_run(training_args, data_args=None, in_pieces=False):
     return None if data_args is None else find_checkpoint(training_args, data_args, in_pieces)
 
 
+def says_true(value):
+    """Whether --resume_from_checkpoint means the newest checkpoint, and not a folder of that name."""
+    return str(value).lower() in ("true", "yes", "1")
+
+
 def find_checkpoint(training_args, data_args, in_pieces=False):
     """Returns the checkpoint folder that --resume_from_checkpoint means, or `None` for a new run."""
     output_dir = Path(training_args.output_dir)
@@ -630,11 +635,11 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
     resume = training_args.resume_from_checkpoint
     if resume is not None and str(resume).lower() not in ("false", "no", "0"):
         if in_pieces:
-            if str(resume).lower() not in ("true", "yes", "1") or not run_pieces(output_dir):
+            if not says_true(resume) or not run_pieces(output_dir):
                 raise InputError(f"There is no run to resume in {output_dir}. Leave --resume_from_checkpoint out.")
             return str(output_dir)
         last = last_complete_checkpoint(output_dir)
-        path = last if str(resume).lower() in ("true", "yes", "1") else Path(resume)
+        path = last if says_true(resume) else Path(resume)
         if path is None or not _is_complete(path):
             inside = None if path is None else last_complete_checkpoint(path)
             advice = "Leave --resume_from_checkpoint out" if inside is None else f"Pass {inside}, or true"

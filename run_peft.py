@@ -32,6 +32,7 @@ from arguments import (
     ModelArguments,
     TrainingArguments,
     run_script,
+    says_true,
     setup_run,
 )
 
@@ -373,7 +374,7 @@ def merge_alone(model_args, data_args, training_args):
     source, folder = model_args.model_name_or_path, Path(training_args.output_dir)
     if Path(source).resolve() == folder.resolve():
         raise InputError(f"--output_dir {folder} is the adapter itself. Give another folder for the merged model.")
-    if str(training_args.resume_from_checkpoint).lower() in ("true", "yes", "1"):  # to push it later: it is made again
+    if says_true(training_args.resume_from_checkpoint):  # to push it later: it is made again
         training_args.resume_from_checkpoint, data_args.overwrite_output_dir = None, True
     setup_run(training_args, data_args)
     logger.info("%s holds an adapter: it is merged into its base, and nothing is trained", source)
@@ -436,15 +437,15 @@ def main(model_args, data_args, peft_args, training_args):
     if peft_args.merge_adapter and training_args.do_train and not named.get("do_train"):
         if find_base(model_args.model_name_or_path, model_args) is not None:
             return merge_alone(model_args, data_args, training_args)
+    settled = {"peft_rank": peft_args.peft_rank, "peft_alpha": peft_args.peft_alpha}
+    if named and training_args.do_train:  # the defaults of a method may change
+        training_args.run_values |= {name: value for name, value in settled.items() if value is not None}
+    checkpoint = setup_run(training_args, data_args)
     if members := find_members(model_args):
         raise InputError(
             f"{model_args.model_name_or_path} holds an ensemble of {len(members)} models. Pass one of them, such as "
             f"{members[0]}."
         )
-    settled = {"peft_rank": peft_args.peft_rank, "peft_alpha": peft_args.peft_alpha}
-    if named and training_args.do_train:  # the defaults of a method may change
-        training_args.run_values |= {name: value for name, value in settled.items() if value is not None}
-    checkpoint = setup_run(training_args, data_args)
     source = model_args.model_name_or_path
     base_weights = weights_digest(source) if source is not None else None
     if checkpoint is not None:
