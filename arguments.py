@@ -188,7 +188,7 @@ class DataTrainingArguments:
     label_name: str | None = field(
         default=None,
         metadata={
-            "help": "What plots and card call the label, with its unit. Default: logD7.4, or the named column's."
+            "help": "What plots and card call the label, with its unit. Default: logD7.4, or the column's name."
         },
     )
     smiles_form: str | None = field(
@@ -295,7 +295,7 @@ class DataTrainingArguments:
             self.train_file = EMBEDDED_DATA
         if self.label_name is None:
             own = self.train_file is not None and Path(self.train_file).resolve() == Path(EMBEDDED_DATA)
-            self.label_name = "logD7.4" if own else (self.label_column or ["the label"])[0]
+            self.label_name = "logD7.4" if own else (self.label_column or [None])[0]  # None: until the file is read
 
 
 def has_bfloat16(use_cpu):

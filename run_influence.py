@@ -31,10 +31,12 @@ import transformers
 from arguments import (
     EMBEDDED_CHECKPOINT,
     EMBEDDED_DATA,
+    TRAINING_SETTINGS,
     DataTrainingArguments,
     InputError,
     ModelArguments,
     TrainingArguments,
+    as_flags,
     belongs_to_run,
     run_script,
     setup_run,
@@ -673,7 +675,7 @@ def main(model_args, data_args, influence_args, training_args):
         if table["selected"].any() and (
             training_args.do_train or is_same_size(load_config(start_args), load_config(scored_args))
         ):
-            print(merged_command(output_dir, parts, start_args, data_args, report["leakage"]))
+            print(merged_command(parts, start_args, data_args, training_args, report["leakage"]))
         (output_dir / "influence_state.safetensors").unlink(missing_ok=True)
     models = [("", output_dir / "finetune-selected")] if "selected" in results else []
     finish_run(training_args, "influence", [*models, ("", output_dir)])
@@ -695,10 +697,11 @@ def write_comparison(output_dir, report, results, data_args):
     write_json(values, output_dir / "all_results.json")
 
 
-def merged_command(output_dir, parts, start_args, data_args, leakage):
-    """Returns the command that learns the selected molecules elsewhere, from the same start."""
+def merged_command(parts, start_args, data_args, training_args, leakage):
+    """Returns the command that learns the selected molecules elsewhere, from the same start and in the same way."""
     from utils_checkpoints import load_config
 
+    output_dir = Path(training_args.output_dir)
     files = {"train": "merged_train.csv", "validation": "validation.csv", "test": "test.csv"}
     command = ["python", "run_regression.py"]
     for name in ("model_name_or_path", "config_name", "tokenizer_name", "model_revision"):
@@ -716,6 +719,10 @@ def merged_command(output_dir, parts, start_args, data_args, leakage):
     command += ["--protocol", "paper"] if data_args.protocol == "paper" else []
     longer = data_args.max_length != DataTrainingArguments.max_length
     command += ["--max_length", str(data_args.max_length)] if longer else []
+    if data_args.label_name not in (None, "the label"):  # the merged file calls its column label
+        command += ["--label_name", data_args.label_name]
+    named = {name: training_args.run_values.get(name) for name in (*TRAINING_SETTINGS, "augment_smiles")}
+    command += as_flags({name: value for name, value in named.items() if name in training_args.given})
     leak = " (chosen by the test molecules, whose error there will be optimistic too)" if leakage else ""
     return (
         f"To learn the selected molecules elsewhere{leak}: {shlex.join([*command, '--output_dir', 'outputs/merged'])}"

@@ -476,7 +476,7 @@ def main(model_args, data_args, peft_args, training_args):
         settle_smiles_form,
     )
     from utils_molecules import load_molecules
-    from utils_report import finish_run
+    from utils_report import finish_run, write_card
 
     # Data
     tokenizer, config = load_tokenizer(model_args), load_config(model_args)
@@ -541,6 +541,7 @@ def main(model_args, data_args, peft_args, training_args):
             model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
         files = {path.name: path for path in output_dir.glob("*")}
         write_merged(merge_adapter(model), tokenizer, output_dir / "merged", files.get)
+        write_card(output_dir / "merged", "peft")
     pushed = output_dir / "merged" if peft_args.merge_adapter else output_dir
     finish_run(training_args, "peft", [("", pushed)], name_base(output_dir, peft_args))
 

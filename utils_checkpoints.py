@@ -23,7 +23,15 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from arguments import EMBEDDED_VOCABULARY, ROOT, UNFINISHED, DataTrainingArguments, InputError, member_folders
+from arguments import (
+    EMBEDDED_DATA,
+    EMBEDDED_VOCABULARY,
+    ROOT,
+    UNFINISHED,
+    DataTrainingArguments,
+    InputError,
+    member_folders,
+)
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import choose_descriptors
 
@@ -526,6 +534,11 @@ def check_split(config, digest, data_args, checkpoint=None):
         "learned this run's test molecules."
     )
     if not data_args.ignore_split_mismatch:
+        if data_args.train_file == EMBEDDED_DATA and data_args.split != "file":
+            message += (
+                " No file was named, so the data are data/lipophilicity.csv: name yours with --train_file, molecules "
+                "to predict with --do_predict --test_file."
+            )
         raise InputError(
             f"{message} Use the same data, --split, --split_seed and fractions, or pass --ignore_split_mismatch."
         )

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import lzma
+import math
 import os
 import tarfile
 import warnings
@@ -32,6 +33,7 @@ from arguments import InputError
 SMILES_COLUMNS = ("smiles", "canonical_smiles", "mol", "molecule", "structure")
 LABEL_COLUMNS = ("label", "labels", "exp", "target", "y", "logd", "value")
 LABEL_PREFIX = "label:"
+FEW_MOLECULES = 50  # of a test set: a fifth of its mean squared error is chance
 MISSING = ("", "nan", "na", "n/a", "none", "null")  # what stands in a table for no label
 SPLITS = ("train", "validation", "test")
 SECONDS_OF_WORK = 20_000  # molecules
@@ -192,6 +194,7 @@ def _to_molecules(table, source, smiles_column, label_column, require_label, pre
     for label in labels:
         name = "label" if len(labels) == 1 else f"{LABEL_PREFIX}{label}"
         molecules[name] = _to_numbers(table[label], label, source, require_label, may_lack=len(labels) > 1)
+    molecules.attrs["label_columns"] = labels
     return molecules
 
 
@@ -496,7 +499,7 @@ def _given_split(molecules, data_args):
 
 
 def load_molecules(tokenizer, model_args, data_args, training_args):
-    """Reads, checks and splits the molecules that the arguments name.
+    """Reads, checks and splits the molecules that the arguments name; a label without a name gets its column's.
 
     Returns:
         `pandas.DataFrame` of `prepare_molecules` with the column `split`, rows of no split left out; the hash of the
@@ -511,6 +514,9 @@ def load_molecules(tokenizer, model_args, data_args, training_args):
         tables = {"train": read_hub_dataset(source, data_args.dataset_config_name, model_args.cache_dir, **columns)}
     else:
         tables = {"train": read_table(files["train"], **columns)}
+    if data_args.label_name is None:
+        found = tables["train"].attrs["label_columns"][0]
+        data_args.label_name = "the label" if found.lower() in ("label", "labels") else found
     tables |= {name: read_table(files[name], **columns) for name in ("validation", "test") if files[name] is not None}
     prepared = [prepare_molecules(table, tokenizer, data_args, files[name]) for name, table in tables.items()]
     molecules = pd.concat(
@@ -521,6 +527,7 @@ def load_molecules(tokenizer, model_args, data_args, training_args):
     molecules = molecules[molecules["split"] != ""].reset_index(drop=True)
     molecules = leave_out_unlabeled(molecules)
     warn_of_leaks(molecules)
+    warn_of_few(molecules)
     dropped = pd.concat([rows for _, rows in prepared], ignore_index=True)
     return molecules, split_hash(molecules, molecules["split"]), dropped
 
@@ -552,6 +559,17 @@ def warn_of_leaks(molecules):
             leaked,
             test.sum(),
         )
+
+
+def warn_of_few(molecules):
+    """Warns of a test set whose error says little: of n normal errors, the mean square varies by sqrt(2 / n)."""
+    count = int((molecules["split"] == "test").sum())
+    if 0 < count < FEW_MOLECULES:
+        logger.warning(
+            "There are %d test molecules: by chance alone their mean squared error is off by some %.0f %%, more if a "
+            "few of them are far off. Repeat with other seeds (--seed 1, 2 …) before you compare models.",
+            count, 100 * math.sqrt(2 / count),
+        )  # fmt: skip
 
 
 def split_hash(molecules, split):

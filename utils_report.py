@@ -219,7 +219,7 @@ class Run:
         config = read_json(self.model_folder / "config.json") if self.model_folder is not None else {}
         self.label_names = config.get("label_names") or []
         self.head_descriptors = config.get("head_descriptors") or []
-        self.label_column = config.get("label_column")
+        self.shown_labels = list((config.get("id2label") or {}).values())
 
     def exists(self, name):
         return self.model_folder is not None and (self.model_folder / name).exists()
@@ -274,7 +274,7 @@ class Run:
     @property
     def label(self):
         """What the label is called."""
-        columns = self.values.get("label_column") or self.label_names or [self.label_column or "the label"]
+        columns = self.values.get("label_column") or self.shown_labels or ["the label"]
         return self.values.get("label_name") or ("logD7.4" if self.embedded_data else " and ".join(columns))
 
     @property
@@ -686,6 +686,11 @@ def stage(contents, folder):
     return folder
 
 
+def write_card(folder, kind, model_folder=None):
+    """Writes the card of a run into its folder."""
+    write_text(str(model_card(Run(folder, kind, model_folder=model_folder))), Path(folder) / CARD_FILE)
+
+
 def finish_run(training_args, kind, folders=None, replaced=None):
     """Writes the card of a run, marks the run as finished, and pushes it if `--push_to_hub` says so.
 
@@ -696,8 +701,7 @@ def finish_run(training_args, kind, folders=None, replaced=None):
     """
     folders = folders or [("", Path(training_args.output_dir))]
     if training_args.should_save:
-        run = Run(training_args.output_dir, kind, model_folder=folders[0][1])
-        write_text(str(model_card(run)), Path(training_args.output_dir) / CARD_FILE)
+        write_card(training_args.output_dir, kind, folders[0][1])
     end_writing(training_args)
     logger.info("Everything is in %s", training_args.output_dir)
     if training_args.push_when_done and training_args.should_save:

@@ -19,6 +19,7 @@ from conftest import ROOT, TWO_PROCESSES
 from PIL import Image
 
 import run_influence
+import run_regression
 from arguments import DataTrainingArguments, InputError, ModelArguments, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from run_influence import (
@@ -525,23 +526,25 @@ def test_the_external_molecules_of_the_paper_are_read():
     assert np.isfinite(external["label"]).all()
 
 
+def merged_command(*flags, leakage=False):
+    """Returns what a run with these flags would print, of a split that has training molecules alone."""
+    args = ["--smiles_form", "canonical", *map(str, flags)]
+    parsed = parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=args)
+    return run_influence.merged_command({"train": None}, parsed[0], parsed[1], parsed[3], leakage)
+
+
 def test_the_command_that_is_printed_has_the_whole_start(finished_run, tiny_checkpoint, tmp_path):
     """Another configuration and tokenizer; and a start that learned the SMILES of a split, which is another now."""
     start = tmp_path / "start"
     shutil.copytree(tiny_checkpoint, start)
     config = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps(config | {"split_hash": "0123456789abcdef"}))
-    arguments = ModelArguments(model_name_or_path=str(start), tokenizer_name=tiny_checkpoint, model_revision="v2")
-    command = run_influence.merged_command(
-        tmp_path, {"train": None}, arguments, DataTrainingArguments(smiles_form="canonical"), leakage=False
-    )
+    flags = ("--model_name_or_path", start, "--tokenizer_name", tiny_checkpoint, "--model_revision", "v2")
+    command = merged_command(*flags)
     for flag in (f"--model_name_or_path {start} ", f"--tokenizer_name {tiny_checkpoint} ", "--model_revision v2 "):
         assert flag in command
     assert "--ignore_split_mismatch" in command and "--config_name" not in command
-    arguments = ModelArguments(model_name_or_path=str(start), config_name=tiny_checkpoint)
-    command = run_influence.merged_command(
-        tmp_path, {"train": None}, arguments, DataTrainingArguments(smiles_form="canonical"), leakage=False
-    )
+    command = merged_command("--model_name_or_path", start, "--config_name", tiny_checkpoint)
     assert f"--model_name_or_path {start} --config_name {tiny_checkpoint} " in command
     assert "--ignore_split_mismatch" not in command
 
@@ -598,16 +601,21 @@ def test_the_test_set_as_target_is_called_leakage(scoring, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("named", "printed"), [(["all"], "all"), (["TPSA", "MolLogP"], "TPSA MolLogP")])
-def test_the_command_for_elsewhere_names_the_descriptors(named, printed, tmp_path):
-    arguments = ModelArguments(head_descriptors=named), DataTrainingArguments(smiles_form="canonical")
-    command = run_influence.merged_command(tmp_path, {"train": None}, *arguments, leakage=False)
+def test_the_command_for_elsewhere_names_the_descriptors(named, printed):
+    command = merged_command("--head_descriptors", *named)
     assert f"--head_descriptors {printed} --train_file" in command and "--protocol" not in command
 
 
-def test_the_command_for_elsewhere_repeats_protocol_and_length(tmp_path):
-    arguments = ModelArguments(), DataTrainingArguments(smiles_form="canonical", protocol="paper", max_length=300)
-    command = run_influence.merged_command(tmp_path, {"train": None}, *arguments, leakage=True)
-    assert "--protocol paper --max_length 300 --output_dir" in command
+def test_the_command_for_elsewhere_trains_as_this_run_did():
+    flags = ("--protocol", "paper", "--max_length", "300", "--num_train_epochs", "3", "--lr_scheduler_type", "cosine")
+    command = merged_command(*flags, "--augment_smiles", "2", "--logging_steps", "7", "--label_name", "pKa, half",
+                             leakage=True)  # fmt: skip
+    assert "chosen by the test molecules" in command
+    words = shlex.split(command.split(": ", 1)[1])
+    _, data, _, training = parse_arguments(*run_regression.ARGUMENTS, args=words[2:])
+    assert (data.protocol, data.max_length, data.augment_smiles, data.label_name) == ("paper", 300, 2, "pKa, half")
+    assert (training.num_train_epochs, training.lr_scheduler_type) == (3, "cosine")
+    assert training.given.isdisjoint({"logging_steps", "learning_rate", "seed"})
 
 
 def test_external_columns_are_those_of_the_training_file_where_they_are_there(tmp_path):

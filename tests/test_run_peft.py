@@ -669,6 +669,8 @@ def test_an_adapter_is_merged_without_data(finished_run, small_table, tmp_path):
     assert again["model_name_or_path"] == find_base(str(finished_run), ModelArguments())["base"]
     call_main(*merge, "--output_dir", tmp_path / "plain", "--resume_from_checkpoint", "true")  # as to push it later
     assert 'from_pretrained("later/merged", trust' in (tmp_path / "later" / "README.md").read_text()
+    card = (tmp_path / "later" / "merged" / "README.md").read_text()  # of the plain model, for who takes it alone
+    assert 'from_pretrained("merged", trust_remote_code=True)' in card and "adapter_config" not in card
     call_main(*given(finished_run, small_table), "--do_predict", "--output_dir", tmp_path / "only")
     assert "An evaluation of `" in (tmp_path / "only" / "README.md").read_text()
     shutil.copytree(finished_run, tmp_path / "bare")  # as somebody else's adapter

@@ -211,6 +211,15 @@ def test_main_writes_its_result_files(finished_run):
         assert len(colors) > 10, f"{name} is blank"
 
 
+def test_a_label_that_is_found_by_itself_keeps_its_name(tiny_checkpoint, small_table, tmp_path):
+    """In card, configuration and so in plots; a column called label is called the label (the test below)."""
+    path, run = tmp_path / "table.csv", tmp_path / "run"
+    pd.read_csv(small_table).rename(columns={"label": "logD"}).to_csv(path, index=False)
+    call_main("--model_name_or_path", tiny_checkpoint, "--train_file", path, "--output_dir", run, *QUICK)
+    assert MolformerForRegression.from_pretrained(run).config.id2label == {0: "logD"}
+    assert "predicts logD from SMILES" in (run / "README.md").read_text()
+
+
 def test_a_pipeline_answers_in_label_units(finished_run):
     """Without a problem type it would answer the sigmoid of the label."""
     model, tokenizer = MolformerForRegression.from_pretrained(finished_run).eval(), build_tokenizer()
@@ -302,6 +311,8 @@ def test_checkpoint_of_another_split_is_refused(finished_run, small_table, tmp_p
     assert not (tmp_path / "x").exists()
     call_main(*flags, "--split_seed", 3, "--ignore_split_mismatch")
     assert (tmp_path / "x" / "all_results.json").exists()
+    with pytest.raises(InputError, match="No file was named, so the data are .* predict with --do_predict --test_f"):
+        call_main("--model_name_or_path", finished_run, "--do_predict", "--output_dir", tmp_path / "y")
 
 
 def test_paper_protocol_has_no_validation_part_and_says_so(tiny_checkpoint, small_table, tmp_path, capsys):

@@ -63,6 +63,7 @@ from utils_molecules import (
     split_groups,
     split_hash,
     to_text,
+    warn_of_few,
     write_csv,
     write_json,
     write_text,
@@ -658,6 +659,16 @@ def test_no_scaffold_is_on_two_sides_of_a_scaffold_split(prepared):
 def test_a_scaffold_has_no_side_chains_and_no_stereo():
     assert scaffold_of("CC[C@H](N)c1ccccc1") == "c1ccccc1"
     assert scaffold_of("CCO") == ""
+
+
+@pytest.mark.parametrize("count, told", [(49, True), (50, False), (0, False)])
+def test_a_test_set_that_tells_little_is_named(count, told, caplog):
+    """Reference: mean squares of that many normal errors, whose standard deviation is the share in the text."""
+    warn_of_few(pd.DataFrame({"split": ["train"] * 9 + ["test"] * count}))
+    assert bool(caplog.text) == told
+    if told:
+        errors = np.random.default_rng(0).normal(size=(20000, count))
+        assert f"off by some {100 * (errors**2).mean(axis=1).std():.0f} %" in caplog.text
 
 
 @pytest.mark.parametrize("split, leaks", [("random", True), ("scaffold", False)])
