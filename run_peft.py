@@ -428,17 +428,16 @@ def measure(trainer):
     }
 
 
-def main(model_args, data_args, peft_args, training_args):
-    if data_args.only_test_file and not (training_args.do_train or training_args.do_eval):
-        raise InputError("New molecules are predicted by run_regression.py --do_predict, which takes adapters too.")
-    from utils_checkpoints import find_base, find_members, weights_digest
+def begin_peft(model_args, data_args, peft_args, training_args):
+    """Starts a run when its base is checked; returns the checkpoint to resume from, and a hash of the base's weights.
 
-    named = getattr(training_args, "run_values", None) or {}  # --do_train said so: then an adapter is refused as base
-    if peft_args.merge_adapter and training_args.do_train and not named.get("do_train"):
-        if find_base(model_args.model_name_or_path, model_args) is not None:
-            return merge_alone(model_args, data_args, training_args)
+    Raises:
+        InputError: as `setup_run`, `check_base`, `check_base_name` and `check_resumed` do; if the base is an ensemble.
+    """
+    from utils_checkpoints import find_members, weights_digest
+
     settled = {"peft_rank": peft_args.peft_rank, "peft_alpha": peft_args.peft_alpha}
-    if named and training_args.do_train:  # the defaults of a method may change
+    if getattr(training_args, "run_values", None) and training_args.do_train:  # the defaults of a method may change
         training_args.run_values |= {name: value for name, value in settled.items() if value is not None}
     checkpoint = setup_run(training_args, data_args)
     if members := find_members(model_args):
@@ -454,6 +453,25 @@ def main(model_args, data_args, peft_args, training_args):
         check_base(model_args)
         check_base_name(model_args, peft_args, training_args, base_weights)
         model_args.redraw_features = False
+    return checkpoint, base_weights
+
+
+def is_merge_alone(model_args, peft_args, training_args):
+    """Returns whether an adapter is only to be merged: `--merge_adapter` with one, and no `--do_train` by the user."""
+    from utils_checkpoints import find_base
+
+    named = getattr(training_args, "run_values", None) or {}  # --do_train said so: then an adapter is refused as base
+    if not (peft_args.merge_adapter and training_args.do_train) or named.get("do_train"):
+        return False
+    return find_base(model_args.model_name_or_path, model_args) is not None
+
+
+def main(model_args, data_args, peft_args, training_args):
+    if data_args.only_test_file and not (training_args.do_train or training_args.do_eval):
+        raise InputError("New molecules are predicted by run_regression.py --do_predict, which takes adapters too.")
+    if is_merge_alone(model_args, peft_args, training_args):
+        return merge_alone(model_args, data_args, training_args)
+    checkpoint, base_weights = begin_peft(model_args, data_args, peft_args, training_args)
 
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import (
