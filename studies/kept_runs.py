@@ -25,7 +25,7 @@ RESULTS = "all_results.json"
 
 def finished_runs(root):
     """Yields a record of every run that a study has finished below `root`."""
-    for note in sorted(path for name in FOLDERS for path in (root / name).glob("*/*.command")):
+    for note in sorted(path for name in FOLDERS for path in (root / name).rglob("*.command")):
         folder = note.with_suffix("")
         members = sorted(folder.glob("member-*"))
         record = {"folder": str(folder.relative_to(root)), "command": note.read_text().splitlines()}

@@ -414,7 +414,7 @@ def test_the_weights_of_whatever_a_run_starts_from_are_told_apart(tmp_path, name
 def test_a_study_goes_on_elsewhere_with_the_runs_that_were_kept(tmp_path):
     """Finished runs alone are kept, members included; what is already in the other place is left as it is."""
     here, there, path = tmp_path / "here", tmp_path / "there", tmp_path / "runs.jsonl"
-    for name, files in {"a-0": ["", "member-0", "member-1"], "b-0": [""], "c-0": [""]}.items():
+    for name, files in {"a-0": ["", "member-0", "member-1"], "b-0": [""], "c-0": [""], "trial/d-0": [""]}.items():
         for place in files:
             (here / "work" / "study" / name / place).mkdir(parents=True)
             (here / "work" / "study" / name / place / "all_results.json").write_text(
@@ -423,12 +423,13 @@ def test_a_study_goes_on_elsewhere_with_the_runs_that_were_kept(tmp_path):
         note, text = run_once.note_of(here / "work" / "study" / name, ["x.py", "--seed", "0"])
         note.write_text(text)
     (here / "work" / "study" / "c-0" / "unfinished").touch()
-    assert kept_runs.keep(here, path) == kept_runs.keep(here, path) == 2
+    assert kept_runs.keep(here, path) == kept_runs.keep(here, path) == 3
     (there / "work" / "study" / "b-0").mkdir(parents=True)
-    assert kept_runs.restore(there, path) == ["work/study/a-0"] and kept_runs.restore(there, path) == []
+    assert kept_runs.restore(there, path) == ["work/study/a-0", "work/study/trial/d-0"]
+    assert kept_runs.restore(there, path) == []
     assert (there / "work" / "study" / "a-0.command").stat().st_mtime == 0  # older than any run that is made there
     assert run_once.is_finished(there / "work" / "study" / "a-0" / "member-1")
-    assert kept_runs.keep(there, path) == 2
+    assert kept_runs.keep(there, path) == 3
     restored = json.loads((there / "work" / "study" / "a-0" / "all_results.json").read_text())
     assert restored == {"test_mse": "a-0"}
 
