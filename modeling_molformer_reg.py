@@ -905,10 +905,14 @@ class MolformerForRegression(MolformerPreTrainedModel):
         standardized = self.classifier(pooled)
         return standardized.to(torch.promote_types(standardized.dtype, torch.float32))
 
-    def predict_with_states(self, input_ids, attention_mask=None, descriptors=None):
+    def predict_with_states(self, input_ids=None, attention_mask=None, descriptors=None, inputs_embeds=None):
         """Returns predictions (B, K) in label units and what the head reads, see `pooled_state`."""
         outputs = self.molformer(
-            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, first=self.tokens_read
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            first=self.tokens_read,
         )
         pooled = self.pooled_state(outputs, descriptors)
         standardized = self.standardized_predictions(pooled)

@@ -353,6 +353,7 @@ def detection(table):
     if "corrupted" not in table or table["corrupted"].nunique() < 2:
         return {}
     suspicion = {"influence": -table["score"], "gradient_dot": -table["gradient_dot"], "loss": table["loss"]}
+    suspicion["influence_size"] = table["score"].abs()  # a wrong label pulls harder, to either side
     suspicion["random"] = np.random.default_rng(0).random(len(table))  # what chance alone gives
     return {f"auc_{name}": float(roc_auc_score(table["corrupted"], values)) for name, values in suspicion.items()}
 
@@ -545,7 +546,8 @@ class Comparison:
     """Fine-tunes with external molecules added to the training part, each choice in a folder of its own.
 
     Attributes:
-        results (`dict[str, dict]`): by name the molecules added and the metrics of validation and test.
+        results (`dict[str, dict]`): by name the molecules added, how many of them have wrong labels where that is
+            known, and the metrics of validation and test.
     """
 
     def __init__(self, model_args, data_args, training_args, tokenizer, parts, digest):
@@ -566,7 +568,8 @@ class Comparison:
             parts, digest = merge(self.parts, added) if len(added) else (self.parts, self.digest)
             logger.info("Fine-tuning with %d of the external molecules: %s", len(added), name)
             arguments = (self.model_args, self.data_args, self.training_args, self.tokenizer, parts, digest)
-            self.results[name] = {"added": len(added), **fine_tune(folder, *arguments)}
+            wrong = {"added_wrong": int(added["corrupted"].sum())} if "corrupted" in added else {}
+            self.results[name] = {"added": len(added), **wrong, **fine_tune(folder, *arguments)}
             release_memory()
         return folder
 

@@ -272,11 +272,9 @@ class MoleculeProblem:
         curvature (`str`): `"ggn"` or `"hessian"`.
 
     Attributes:
-        keeps_states (`bool`): whether the states below a loss of the head alone are computed once and kept.
         show_progress (`bool`): whether solutions, and passes that take five seconds, have a progress bar.
     """
 
-    keeps_states = True
     show_progress = False
 
     def __init__(self, model, tokenizer, names, chunk_size, curvature):
@@ -284,7 +282,7 @@ class MoleculeProblem:
         self.params = {name: tensor.detach() for name, tensor in model.named_parameters() if name in set(names)}
         # below a loss that is a function of the head alone, the states are constants, and need computing once
         head_only = all(name.startswith("classifier.") for name in self.params)
-        self.states = {} if head_only and self.keeps_states else None
+        self.states = {} if head_only else None
         self.collator = DataCollatorWithPadding(tokenizer)
         self.chunk_size = chunk_size
         self.curvature_product = PRODUCTS[curvature]

@@ -24,8 +24,8 @@ from run_once import checksums, is_done
 
 
 START = "models/molformer-mini"
-CONTROLS = ("none", "all", "random")
-MORE_CONTROLS = ("bottom", "smallest_loss", "gradient_dot")
+CONTROLS = ("none", "all", "random", "bottom")
+MORE_CONTROLS = ("smallest_loss", "gradient_dot")
 SEEDS_OF_MORE = (0, 1, 2)  # that have these too, and the variant that leaks
 NAMES = {
     "selected": "top-k by influence",
@@ -36,6 +36,13 @@ NAMES = {
     "smallest_loss": "smallest-loss-k",
     "gradient_dot": "gradient-dot-k",
     "leakage": "positive on the test set (leaks)",
+}
+SCORES = {
+    "influence": "influence, low",
+    "influence_size": "influence, far from zero",
+    "gradient_dot": "gradient-dot, low",
+    "loss": "loss, high",
+    "random": "random",
 }
 
 
@@ -93,18 +100,21 @@ def summarize(runs):
     rows = []
     for pool, split in sorted({(r["pool"], r["split"]) for r in runs}):
         here = [r for r in runs if (r["pool"], r["split"]) == (pool, split)]
-        errors = {name: {} for name in NAMES}
+        errors, added = {name: {} for name in NAMES}, {name: [] for name in NAMES}
         for result in here:
             for name, values in result["results"].items():
-                if result["leakage"] and name == "selected":
-                    errors["leakage"][result["seed"]] = values["test_mse"]
-                elif not result["leakage"]:
-                    errors[name][result["seed"]] = values["test_mse"]
+                if result["leakage"]:
+                    if name != "selected":
+                        continue
+                    name = "leakage"
+                errors[name][result["seed"]] = values["test_mse"]
+                added[name].append({key: values[key] for key in ("added", "added_wrong") if key in values})
         for name, by_seed in errors.items():
             if not by_seed:
                 continue
             mean, half = interval(list(by_seed.values()))
             row = {"pool": pool, "split": split, "name": name, "test_mse": by_seed, "mean": mean, "half_width": half}
+            row |= {key: float(np.mean([counts[key] for counts in added[name]])) for key in added[name][0]}
             common = sorted(by_seed.keys() & errors["selected"].keys())
             if name != "selected" and common:
                 row["selected_minus_this"] = interval([errors["selected"][s] - by_seed[s] for s in common])
@@ -117,7 +127,7 @@ def detection_rows(runs):
     rows = []
     for split in sorted({r["split"] for r in runs}):
         here = [r for r in runs if r["split"] == split and r["pool"] == "corrupted" and not r["leakage"]]
-        for score in ("influence", "gradient_dot", "loss", "random"):
+        for score in SCORES:
             key = f"auc_{score}"  # there is none where no label is wrong
             values = {r["seed"]: r["influence"][key] for r in here if key in r["influence"]}
             if values:
@@ -126,19 +136,27 @@ def detection_rows(runs):
     return rows
 
 
-def to_markdown(rows, detected, exact=None):
-    """Returns both tables as Markdown, and a line on how near the scores are to exact ones."""
-    lines = ["| pool | split | added | n | test MSE | top-k minus this, of the same seeds |"]
-    lines += ["| --- | --- | --- | ---: | ---: | ---: |"]
+def to_markdown(rows, detected, runs, exact=None):
+    """Returns both tables as Markdown, and a line on how near the scores are to converged and to exact ones."""
+    lines = ["| pool | split | added | molecules (wrong) | n | test MSE | top-k minus this, of the same seeds |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: |"]
     for row in rows:
         paired = with_interval(row["selected_minus_this"], signed=True) if "selected_minus_this" in row else ""
         error = with_interval((row["mean"], row["half_width"]))
-        cells = (row["pool"], row["split"], NAMES[row["name"]], str(len(row["test_mse"])), error, paired)
+        count = f"{row['added']:.0f}" + (f" ({row['added_wrong']:.0f})" if row.get("added_wrong") else "")
+        cells = (row["pool"], row["split"], NAMES[row["name"]], count, str(len(row["test_mse"])), error, paired)
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| split | score | n | area under the ROC curve |", "| --- | --- | ---: | ---: |"]
     for row in detected:
-        cells = (row["split"], row["score"], str(len(row["auc"])), with_interval((row["mean"], row["half_width"])))
-        lines.append("| " + " | ".join(cells) + " |")
+        name, area = SCORES[row["score"]], with_interval((row["mean"], row["half_width"]))
+        lines.append("| " + " | ".join((row["split"], name, str(len(row["auc"])), area)) + " |")
+    solved = [run["influence"] for run in runs]
+    residuals = [report["residual"] for report in solved]
+    lines += [
+        "",
+        f"{sum(report['converged'] for report in solved)} of {len(solved)} scorings converged; residuals "
+        f"{min(residuals):.2f} to {max(residuals):.2f}.",
+    ]
     if exact is not None:
         lines += [
             "",
@@ -193,7 +211,7 @@ def main():
 
     def write():
         write_report(output, values, args.jobs)
-        output.with_suffix(".md").write_text(to_markdown(rows, detected, values["exact"]))
+        output.with_suffix(".md").write_text(to_markdown(rows, detected, runs, values["exact"]))
         plot(rows, output.with_suffix(".png"))
 
     write()
@@ -202,7 +220,7 @@ def main():
     if scored and is_done(*command_of(first, args)) and not args.finished:
         values["exact"] = next(iter(run_all(lambda cell, threads: compare_with_exact(cell, args), [first], 1)), None)
         write()
-    print(to_markdown(rows, detected, values["exact"]))
+    print(to_markdown(rows, detected, runs, values["exact"]))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ Trains the last layer and the head of the embedded checkpoint (the states below 
 on random halves of the training molecules, and correlates their validation and test losses with the sums of the scores
 of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186). The scores are of
 run_influence.py for the model that was trained on all: by LiSSA, by conjugate gradients and without the inverse
-curvature; once with all of these parameters, and once with those of the head alone. Writes results/influence_lds.json
-and .md: rank correlations with bootstrap intervals over the halves, and their means over the seeds. Seeds that stand
-there are not repeated.
+curvature; once with all of these parameters, and once with those of the head alone. Every half is trained twice: how
+well one training foretells the other is what no score can be far above. Writes results/influence_lds.json and .md:
+rank correlations, means over the seeds, with bootstrap intervals over the halves. Seeds that stand there are not
+repeated; two processes may compute different ones.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, interval, with_interval, write_report
+from common import ROOT, write_report
 from run_once import checksums
 from scipy import stats
 
@@ -41,6 +42,7 @@ from utils_molecules import load_molecules, read_json  # noqa: E402
 
 
 BATCH, EPOCHS, RATE = 32, 7, 6e-4
+AGAIN = "another training of the same halves"
 SOLVERS = {
     "lissa": {"ihvp": "lissa"},
     "cg": {"ihvp": "cg", "recursion_depth": 60, "tolerance": 1e-2},
@@ -58,8 +60,6 @@ def pad_states(molecules):
 
 class UpperProblem(MoleculeProblem):
     """The last layer and the head on states that were computed before."""
-
-    keeps_states = False
 
     def batch(self, molecules):
         return pad_states(molecules)
@@ -108,24 +108,46 @@ def train(start, molecules, seed):
     return model.eval()
 
 
-def correlation(foretold, measured, draws=2000):
-    """Returns Spearman's rank correlation and its 95 % bootstrap interval."""
-    foretold, measured = np.asarray(foretold), np.asarray(measured)
-    generator = np.random.default_rng(0)
-    samples = [generator.integers(len(measured), size=len(measured)) for _ in range(draws)]
-    values = [stats.spearmanr(foretold[rows], measured[rows]).statistic for rows in samples]
+def rank_correlation(foretold, measured):
+    """Returns Spearman's rank correlation along the last axis."""
+    first, second = (stats.rankdata(values, axis=-1) for values in (foretold, measured))
+    first, second = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (first, second))
+    norms = np.sqrt((first**2).sum(axis=-1) * (second**2).sum(axis=-1))
+    return (first * second).sum(axis=-1) / norms
+
+
+def correlation(pairs, draws=2000):
+    """Returns the mean over seeds of the rank correlation, and those of bootstrap samples of the halves of each.
+
+    The samples are the same for everything that is foretold of the same losses, so that differences are paired.
+
+    Args:
+        pairs (`list[tuple]`): of each seed what was foretold and what was measured of its halves.
+    Returns:
+        `float`, and `np.ndarray` of shape (draws,).
+    """
+    generator, means, samples = np.random.default_rng(0), [], []
+    for foretold, measured in pairs:
+        rows = generator.integers(len(measured), size=(draws, len(measured)))
+        means.append(rank_correlation(np.asarray(foretold), np.asarray(measured)))
+        samples.append(rank_correlation(np.asarray(foretold)[rows], np.asarray(measured)[rows]))
+    return float(np.mean(means)), np.mean(samples, axis=0)
+
+
+def within(values):
+    """Returns the 95 % interval of bootstrap samples as low and high."""
     low, high = np.nanpercentile(values, (2.5, 97.5))
-    return {"lds": float(stats.spearmanr(foretold, measured).statistic), "low": float(low), "high": float(high)}
+    return {"low": float(low), "high": float(high)}
 
 
 def foretell(scores, halves):
     """Returns a number for each half of the molecules that orders the losses after learning it alone: the lower the
     more helpful molecules it has, whose scores are positive."""
-    return [-scores[half].sum() for half in halves]
+    return [-float(scores[half].sum()) for half in halves]
 
 
 def study_seed(seed, args):
-    """Returns for each solver, target and part of the model the linear datamodeling score of one seed."""
+    """Returns what each solver foretells of the halves of a seed, and their losses by target, (halves, trainings)."""
     model_args, data_args = ModelArguments(model_name_or_path=args.model), DataTrainingArguments(split="random")
     training_args = TrainingArguments(output_dir=str(ROOT / "work" / "lds"), seed=seed)
     tokenizer = load_tokenizer(model_args)
@@ -159,35 +181,55 @@ def study_seed(seed, args):
     halves = [np.sort(generator.permutation(len(pool))[: len(pool) // 2]) for _ in range(args.subsets)]
     measured = {"validation": [], "test": []}
     for number, rows in enumerate(halves):
-        losses = []
-        for repeat in range(args.trainings):  # the mean of several trainings has less noise of its own
+        losses = []  # of each training
+        for repeat in range(args.trainings):
             trained = train(start, pool.iloc[rows], 1000 * (number + 1) + repeat)
             problem = UpperProblem(trained, tokenizer, ["classifier.out_proj.bias"], 128, "ggn")
             losses.append([float(problem.each(molecule_losses, parts[target]).mean()) for target in measured])
-        for target, value in zip(measured, np.mean(losses, axis=0), strict=True):
-            measured[target].append(float(value))
-        print(seed, number, {target: round(values[-1], 4) for target, values in measured.items()}, flush=True)
+        for target, values in zip(measured, zip(*losses, strict=True), strict=True):
+            measured[target].append(list(values))
+        print(seed, number, {target: np.round(values[-1], 4) for target, values in measured.items()}, flush=True)
+    return [row | {"foretold": foretell(scores, halves)} for row, scores in scored], measured
 
-    rows = [row | correlation(foretell(scores, halves), measured[row["target"]]) for row, scores in scored]
-    return rows, measured
+
+def summarize(report):
+    """Returns for each part of the model, target and solver the score, and how far it is above that without curvature.
+
+    And for each target how well one training of the halves foretells another one.
+    """
+    names, losses = ("params", "target", "solver"), report["losses"]
+    keys = dict.fromkeys(tuple(row[name] for name in names) for row in report["seeds"])
+    found = {}
+    for key in keys:
+        rows = [row for row in report["seeds"] if tuple(row[name] for name in names) == key]
+        # the mean of several trainings has less noise of its own
+        found[key] = correlation(
+            [(row["foretold"], np.mean(losses[str(row["seed"])][key[1]], axis=1)) for row in rows]
+        )
+    for target in dict.fromkeys(key[1] for key in keys):
+        both = [np.transpose(values[target]) for values in losses.values()]
+        if all(len(trainings) > 1 for trainings in both):
+            found["", target, AGAIN] = correlation([trainings[:2] for trainings in both])
+    summary = []
+    for (params, target, solver), (lds, samples) in found.items():
+        row = {"params": params, "target": target, "solver": solver, "lds": lds, **within(samples)}
+        if solver not in ("identity", AGAIN) and (params, target, "identity") in found:
+            plain, plain_samples = found[params, target, "identity"]
+            row["minus_identity"] = {"mean": lds - plain, **within(samples - plain_samples)}
+        summary.append(row)
+    return summary
 
 
 def to_markdown(summary):
     """Returns the table of the README."""
-    lines = ["| parameters | loss of | solver | linear datamodeling score |", "| --- | --- | --- | ---: |"]
+    lines = ["| parameters | loss of | foretold by | linear datamodeling score | minus that of identity |"]
+    lines += ["| --- | --- | --- | ---: | ---: |"]
     for row in summary:
-        score = with_interval((row["lds"], row["half_width"]))
-        lines.append(f"| {row['params']} | {row['target']} | {row['solver']} | {score} |")
+        cells = [f"{row['lds']:.3f}, {row['low']:.3f} to {row['high']:.3f}", ""]
+        if (minus := row.get("minus_identity")) is not None:
+            cells[1] = f"{minus['mean']:+.3f}, {minus['low']:+.3f} to {minus['high']:+.3f}"
+        lines.append(f"| {' | '.join([row['params'], row['target'], row['solver'], *cells])} |")
     return "\n".join(lines) + "\n"
-
-
-def summarize(rows):
-    """Returns means over the seeds with their intervals, for each part of the model, target and solver."""
-    summary, names = [], ("params", "target", "solver")
-    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
-        mean, half = interval([row["lds"] for row in rows if tuple(row[name] for name in names) == key])
-        summary.append({**dict(zip(names, key, strict=True)), "lds": mean, "half_width": half})
-    return summary
 
 
 def main():
@@ -202,20 +244,19 @@ def main():
     settings = {"weights": checksums([args.model]), "batch": BATCH, "epochs": EPOCHS, "rate": RATE, "solvers": SOLVERS}
     settings |= {name: getattr(args, name) for name in ("subsets", "trainings", "molecules")}
     before = read_json(args.output)
-    report = {"settings": settings, "summary": [], "seeds": [], "losses": {}}
-    if before.get("settings") == settings:  # not of other weights at the same path
-        report |= {name: before[name] for name in report}
-    elif before:
+    if before and before.get("settings") != settings:  # of other weights at the same path, too
         raise SystemExit(f"{args.output} is of other settings or weights. Give another --output, or remove it.")
     for seed in args.seeds:
-        if str(seed) in report["losses"]:
+        if str(seed) in before.get("losses", {}):
             continue
-        rows, report["losses"][str(seed)] = study_seed(seed, args)
-        report["seeds"] += rows
-        report["summary"] = summarize(report["seeds"])
-        write_report(args.output, report, unit="rank correlation")
-        args.output.with_suffix(".md").write_text(to_markdown(report["summary"]))
-    print(to_markdown(report["summary"]))
+        rows, losses = study_seed(seed, args)
+        before = read_json(args.output)  # another process may have added a seed meanwhile
+        report = {"settings": settings, "seeds": [*before.get("seeds", []), *rows]}
+        report["losses"] = {**before.get("losses", {}), str(seed): losses}
+        before = {"summary": summarize(report), **report}
+        write_report(args.output, before, unit="rank correlation")
+        args.output.with_suffix(".md").write_text(to_markdown(before["summary"]))
+    print(to_markdown(before["summary"]))
 
 
 if __name__ == "__main__":

@@ -103,6 +103,8 @@ def test_wrong_labels_are_found_by_low_scores_and_high_losses(table):
     assert detection(table) == {}
     table["corrupted"] = table["score"] < 0
     assert detection(table)["auc_influence"] == 1.0
+    table["corrupted"] = table["score"].abs() > 1
+    assert detection(table)["auc_influence_size"] == 1.0
     table["corrupted"] = table["loss"] > 3
     assert detection(table)["auc_loss"] == 1.0
     table["corrupted"] = table["gradient_dot"] > 2.5

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from conftest import ROOT
 from safetensors.torch import save_file
@@ -488,10 +489,12 @@ def test_the_quick_form_of_the_paper_ends_in_its_tables(tmp_path):
 
 def influence_run(seed, errors, split="random", pool="corrupted", leakage=False):
     aucs = {"auc_influence": 0.8, "auc_gradient_dot": 0.6, "auc_loss": 0.9, "auc_random": 0.45}
-    results = {name: {"test_mse": error} for name, error in errors.items()}
+    wrong = {"added_wrong": 40 + seed} if pool == "corrupted" else {}
+    results = {name: {"test_mse": error, "added": 150, **wrong} for name, error in errors.items()}
+    report = {"residual": 0.1 + seed / 100, "converged": seed < 3}
     return {
         "pool": pool, "split": split, "seed": seed, "leakage": leakage,
-        "results": results, "influence": aucs if pool == "corrupted" else {},
+        "results": results, "influence": report | (aucs if pool == "corrupted" else {}),
     }  # fmt: skip
 
 
@@ -510,8 +513,10 @@ def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
     detected = influence.detection_rows([*runs, nothing_wrong])
     means = {row["score"]: row["mean"] for row in detected}
     assert means == pytest.approx({"influence": 0.8, "gradient_dot": 0.6, "loss": 0.9, "random": 0.45})
-    text = influence.to_markdown(list(rows.values()), detected)
-    assert "| corrupted | random | random-k | 3 | 0.520 ± 0.066 | -0.110 ± 0.033 |" in text
+    text = influence.to_markdown(list(rows.values()), detected, runs)
+    assert "| corrupted | random | random-k | 150 (41) | 3 | 0.520 ± 0.066 | -0.110 ± 0.033 |" in text
+    assert "| external | scaffold | top-k by influence | 150 | 1 |" in text
+    assert "5 of 6 scorings converged; residuals 0.10 to 0.13." in text
     influence.plot(list(rows.values()), tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
@@ -544,15 +549,28 @@ def test_the_commands_of_the_influence_study_are_taken_by_the_script(tmp_path):
         assert (data_args.split, training_args.seed, training_args.num_train_epochs) == (*cell[1:3], 1)
         assert (influence_args.external_file is None) == (cell[0] == "corrupted")
         assert influence_args.score_split == ("test" if cell[3] else "validation")
-        assert len(influence_args.controls) == (1 if cell[3] else 6 if cell[2] < 3 else 3)
+        assert len(influence_args.controls) == (1 if cell[3] else 6 if cell[2] < 3 else 4)
     assert len(folders) == 3
 
 
 def test_the_datamodeling_score_is_a_rank_correlation_with_its_interval():
-    measured = np.random.default_rng(0).normal(size=60)
-    assert influence_lds.correlation(measured**3, measured)["lds"] == pytest.approx(1.0)
-    noisy = influence_lds.correlation(measured + np.random.default_rng(1).normal(size=60), measured)
-    assert noisy["low"] < noisy["lds"] < noisy["high"] < 1
+    """References: scipy, and how much the score of 60 halves differs from one draw of them to the next."""
+    generator = np.random.default_rng(0)
+
+    def draw():
+        measured = generator.normal(size=60)
+        return measured + generator.normal(size=60), measured
+
+    foretold, measured = draw()
+    assert influence_lds.correlation([(measured**3, measured)])[0] == pytest.approx(1.0)
+    lds, samples = influence_lds.correlation([(foretold, measured)])
+    assert lds == pytest.approx(scipy.stats.spearmanr(foretold, measured).statistic)
+    rows = np.random.default_rng(0).integers(60, size=(2000, 60))[7]
+    assert samples[7] == pytest.approx(scipy.stats.spearmanr(foretold[rows], measured[rows]).statistic)
+    others = [influence_lds.correlation([draw()], draws=1)[0] for _ in range(300)]
+    assert np.std(samples) == pytest.approx(np.std(others), rel=0.4)
+    two, more = influence_lds.correlation([(foretold, measured), draw()])
+    assert 0 < two < 1 and np.std(more) < np.std(samples)  # of two seeds
 
 
 def test_a_half_with_helpful_molecules_is_foretold_the_lower_loss():
@@ -562,25 +580,53 @@ def test_a_half_with_helpful_molecules_is_foretold_the_lower_loss():
 
 
 def test_the_datamodeling_study_goes_on_with_the_seeds_that_it_has(tmp_path, monkeypatch):
-    """A study of a seed that answers at once stands in for one that trains."""
+    """A study of a seed that answers at once stands in for one that trains; another process adds a seed meanwhile."""
     asked, output = [], tmp_path / "lds.json"
+    measured = np.random.default_rng(0).normal(size=(9, 2)).tolist()
+    mean = np.mean(measured, axis=1)
 
     def study_seed(seed, args):
         asked.append(seed)
-        row = {"seed": seed, "params": "head", "target": "test", "solver": "cg", "lds": 0.2 + seed / 10}
-        return [row], {"test": [0.1]}
+        if seed == 0:
+            monkeypatch.setattr(sys, "argv", ["influence_lds.py", "--output", str(output), "--seeds", "2"])
+            influence_lds.main()
+        row = {"seed": seed, "params": "head", "target": "test"}
+        rows = [row | {"solver": "cg", "foretold": mean.tolist()}]
+        return [*rows, row | {"solver": "identity", "foretold": (-mean).tolist()}], {"test": measured}
 
     monkeypatch.setattr(influence_lds, "study_seed", study_seed)
     for flags in (["1"], ["0", "1"], ["0"]):
         monkeypatch.setattr(sys, "argv", ["influence_lds.py", "--output", str(output), "--seeds", *flags])
         influence_lds.main()
-    assert asked == [1, 0]  # once each
+    assert asked == [1, 0, 2]  # once each
     monkeypatch.setattr(sys, "argv", ["influence_lds.py", "--output", str(output), "--seeds", "0", "--subsets", "5"])
     with pytest.raises(SystemExit, match="is of other settings or weights. Give another --output"):  # a trial
         influence_lds.main()
     report = json.loads(output.read_text())
-    assert [row["seed"] for row in report["seeds"]] == [1, 0] and report["summary"][0]["lds"] == pytest.approx(0.25)
-    assert "| head | test | cg | 0.250 ±" in output.with_suffix(".md").read_text()
+    assert [row["seed"] for row in report["seeds"]] == [1, 1, 2, 2, 0, 0] and set(report["losses"]) == {"0", "1", "2"}
+    foretold, plain, again = report["summary"]
+    assert (foretold["lds"], plain["lds"]) == (pytest.approx(1), pytest.approx(-1))
+    assert foretold["minus_identity"] == pytest.approx({"mean": 2, "low": 2, "high": 2})
+    assert again["lds"] == pytest.approx(scipy.stats.spearmanr(*np.transpose(measured)).statistic)
+    assert "| head | test | cg | 1.000, 1.000 to 1.000 | +2.000, +2" in output.with_suffix(".md").read_text()
+
+
+def test_states_below_the_head_alone_are_computed_once(tiny_checkpoint):
+    """Reference: the losses by the whole last layer."""
+    tokenizer = build_tokenizer()
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint).eval()
+    molecules = pd.DataFrame(
+        {"input_ids": tokenizer(["CCO", "c1ccccc1N", "C"])["input_ids"], "label": [1.0, 2.0, 3.0]}
+    )
+    molecules["length"] = molecules["input_ids"].map(len)
+    molecules = influence_lds.add_states(model, tokenizer, molecules)
+    upper = influence_lds.upper_part(model)
+    losses = []
+    for names in (["classifier.out_proj.bias"], [name for name, _ in upper.named_parameters()]):
+        problem = influence_lds.UpperProblem(upper, tokenizer, names, 2, "ggn")
+        losses.append(problem.each(influence_lds.molecule_losses, molecules))
+        assert (problem.states is not None) == (len(names) == 1)
+    assert torch.allclose(*losses, rtol=1e-5)
 
 
 def test_a_cell_that_fails_is_left_out_of_a_study(capsys, monkeypatch, tmp_path):
