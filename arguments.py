@@ -41,6 +41,9 @@ RUN_FILES = """
     influence_scores.csv influence.json merged_train.csv validation.csv test.csv
     influence_scores.png influence_convergence.png influence_selection.png
 """.split()
+MERGED_FILES = ("merged_train.csv", "validation.csv", "test.csv")  # of run_influence.py
+CARD_FILE = "README.md"
+STAGED = "to_push"  # a folder with what a push that failed was to send
 INPUT_FILES = ("train_file", "validation_file", "test_file", "external_file")
 RUN_PIECES = r"member-\d+|finetune-\w+|influence_state\.safetensors(\.part)?"  # of runs that train several models
 SETTINGS_KEY = "settings_key"  # a file in every folder finetune-…
@@ -649,9 +652,16 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
     for path in (output_dir, *output_dir.parents):
         if path.is_file():
             raise InputError(f"The output folder {output_dir} cannot be: {path} is a file. Give another --output_dir.")
-    if not output_dir.is_dir() or data_args.overwrite_output_dir:
+    if not output_dir.is_dir() or all(path.name == LOCK_FILE for path in output_dir.iterdir()):
         return None
-    if all(path.name == LOCK_FILE for path in output_dir.iterdir()):
+    own = holds_run(output_dir) or (not training_args.do_train and (output_dir / "config.json").exists())
+    if data_args.overwrite_output_dir:
+        found = [] if own else [name for name in RUN_FILES if (output_dir / name).exists()]
+        if found:
+            raise InputError(
+                f"The output folder {output_dir} holds no run of these scripts, but {', '.join(found)}, which one "
+                "would replace. Give another --output_dir."
+            )
         return None
     begun = last_complete_checkpoint(output_dir) is not None or run_pieces(output_dir)
     if begun and (output_dir / UNFINISHED).exists():
@@ -659,10 +669,18 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
             f"The output folder {output_dir} holds an interrupted run. Continue it with --resume_from_checkpoint "
             "true, replace it with --overwrite_output_dir, or give another --output_dir."
         )
+    what = "Replace the run in it" if training_args.do_train and own else "Write beside what is in it"
     raise InputError(
-        f"The output folder {output_dir} is not empty. Replace the run in it with --overwrite_output_dir, or give "
-        "another --output_dir."
+        f"The output folder {output_dir} is not empty. {what} with --overwrite_output_dir, or give another "
+        "--output_dir."
     )
+
+
+def holds_run(output_dir):
+    """Returns whether a folder has what only a run of these scripts leaves in it."""
+    marks = (ARGUMENTS_FILE, f"predict_{ARGUMENTS_FILE}", "all_results.json", UNFINISHED, SETTINGS_KEY)
+    begun = any(re.fullmatch(r"checkpoint-\d+", path.name) for path in output_dir.glob("checkpoint-*"))
+    return begun or bool(run_pieces(output_dir)) or any((output_dir / name).exists() for name in marks)
 
 
 def run_pieces(output_dir):
@@ -719,14 +737,21 @@ def clear_run(output_dir):
     """Removes what an earlier run left in `output_dir`, and nothing else. Called when all input was checked."""
     output_dir = Path(output_dir)
     remove_checkpoints(output_dir)
-    copies = [output_dir / "merged", output_dir / "to_push"]
-    for path in [*run_pieces(output_dir), *(path for path in copies if (path / "config.json").exists())]:
+    copies = [output_dir / "merged"] if (output_dir / "merged" / "config.json").exists() else []
+    for path in [*run_pieces(output_dir), *copies, output_dir / STAGED]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for name in RUN_FILES:
-        (output_dir / name).unlink(missing_ok=True)
+    names = RUN_FILES if (output_dir / "influence.json").exists() else set(RUN_FILES) - set(MERGED_FILES)
+    for path in (output_dir / name for name in names):
+        if path.name != CARD_FILE or is_card(path):
+            path.unlink(missing_ok=True)
+
+
+def is_card(path):
+    """Returns whether a README.md is a model card, and no text of the user's."""
+    return path.exists() and path.read_bytes().startswith(b"---\n")
 
 
 def belongs_to_run(output_dir, path):
@@ -735,7 +760,7 @@ def belongs_to_run(output_dir, path):
     if Path(output_dir).resolve() not in inside.parents:
         return False
     first = inside.relative_to(Path(output_dir).resolve()).parts[0]
-    known = first in (*RUN_FILES, "merged", "to_push") or re.fullmatch(r"checkpoint-\d+", first)
+    known = first in (*RUN_FILES, "merged", STAGED) or re.fullmatch(r"checkpoint-\d+", first)
     return bool(known) or is_piece(Path(output_dir).resolve() / first)
 
 

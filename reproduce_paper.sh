@@ -2,7 +2,7 @@
 # The whole paper as one chain: regression; masked language modeling, then regression; influence scores, selection and
 # regression on the union; BitFit, (IA)³ and LoRA. Every step that is finished is skipped, an interrupted one continues.
 # Ends in paper_tables.md and paper_tables.json, the paper's three tables with ours beside them: in results/ for the
-# embedded checkpoint, beside the runs for any other model and for the quick form.
+# embedded checkpoint, beside the runs for any other model, for external molecules and for the quick form.
 #
 #   ./reproduce_paper.sh                                  # the embedded checkpoint, three seeds; hours on two cores
 #   ./reproduce_paper.sh --quick                          # a look at the chain in minutes; its numbers mean little
@@ -11,7 +11,11 @@
 #   SEEDS="0 1 2 3 4" OUT=outputs/five ./reproduce_paper.sh
 #   EXTRA="--split scaffold" OUT=outputs/scaffold RESULTS=outputs/scaffold ./reproduce_paper.sh     # flags of all steps
 set -eu
+if [ "${EXTERNAL_FILE:-}" ] && [ ! -f "$EXTERNAL_FILE" ]; then
+    echo "There is no file $EXTERNAL_FILE. Correct EXTERNAL_FILE." >&2 && exit 2
+fi
 EXTERNAL_FILE=${EXTERNAL_FILE:+$(realpath "$EXTERNAL_FILE")}
+HERE=$PWD
 cd "$(dirname "$0")"
 
 EMBEDDED=models/molformer-mini
@@ -24,8 +28,9 @@ for argument in "$@"; do
     *) MODEL=$argument ;;
     esac
 done
-name=paper${QUICK:+-quick}
+name=paper${QUICK:+-quick}${EXTERNAL_FILE:+-external}
 [ "$MODEL" = $EMBEDDED ] || name=$name-$(basename "$MODEL")
+if [ "$MODEL" != $EMBEDDED ] && [ -d "$HERE/$MODEL" ]; then MODEL=$(realpath "$HERE/$MODEL"); fi # as seen by the caller
 OUT=${OUT:-outputs/$name}
 [ "$name" = paper ] && RESULTS=${RESULTS:-results} || RESULTS=${RESULTS:-$OUT}
 [ "$QUICK" ] && SEEDS=${SEEDS:-0} || SEEDS=${SEEDS:-0 1 2}

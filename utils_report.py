@@ -31,11 +31,21 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from rdkit import rdBase
 
-from arguments import ARGUMENTS_FILE, EMBEDDED_DATA, ROOT, InputError, as_flags, end_writing, member_folders
+from arguments import (
+    ARGUMENTS_FILE,
+    CARD_FILE,
+    EMBEDDED_DATA,
+    ROOT,
+    STAGED,
+    InputError,
+    as_flags,
+    end_writing,
+    is_card,
+    member_folders,
+)
 from utils_molecules import parse_smiles, read_json, regression_metrics, shorten, write_bytes, write_text
 
 
-CARD_FILE = "README.md"
 MODELING_FILE = "modeling_molformer_reg.py"
 METRICS = {"mse": "MSE", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
 FIGURES = {
@@ -659,7 +669,8 @@ def push_run(training_args, kind, folders, replaced=None):
     except Exception as error:  # the client's own, and those of the library it speaks HTTP with, which changes
         token = training_args.hub_token or get_token()
         lines = str(error).replace(token, "…").strip().splitlines() if token else str(error).splitlines()
-        staged = stage(contents, Path(training_args.output_dir) / "to_push")
+        reason = lines[0].rstrip(".") + ". " if lines else ""
+        staged = stage(contents, Path(training_args.output_dir) / STAGED)
         command = ["hf", "upload", name, str(staged), "."]
         for pattern in OTHER_MODELS:  # what an earlier push left would be taken for a part of this model
             command += ["--delete", pattern]
@@ -667,7 +678,7 @@ def push_run(training_args, kind, folders, replaced=None):
         command += ["--revision", training_args.hub_revision] if training_args.hub_revision else []
         login = "" if get_token() else " (log in with `hf auth login` first)"
         raise InputError(
-            f"The push to {name} failed: {type(error).__name__}: {lines[0] if lines else ''} The run in "
+            f"The push to {name} failed: {type(error).__name__}: {reason}The run in "
             f"{training_args.output_dir} is whole. Push it again with: {shlex.join(command)}{login}"
         ) from error
     logger.info("Pushed %d files to %s", len(contents), commit.repo_url)
@@ -675,7 +686,8 @@ def push_run(training_args, kind, folders, replaced=None):
 
 
 def stage(contents, folder):
-    """Writes what is to be pushed into a folder of its own, and returns the folder."""
+    """Writes what is to be pushed into a folder of its own, in place of an earlier one's, and returns the folder."""
+    shutil.rmtree(folder, ignore_errors=True)
     for name, content in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -687,8 +699,10 @@ def stage(contents, folder):
 
 
 def write_card(folder, kind, model_folder=None):
-    """Writes the card of a run into its folder."""
-    write_text(str(model_card(Run(folder, kind, model_folder=model_folder))), Path(folder) / CARD_FILE)
+    """Writes the card of a run into its folder, beside a README.md of the user's."""
+    path = Path(folder) / CARD_FILE
+    path = path if not path.exists() or is_card(path) else path.with_name("MODEL_CARD.md")
+    write_text(str(model_card(Run(folder, kind, model_folder=model_folder))), path)
 
 
 def finish_run(training_args, kind, folders=None, replaced=None):

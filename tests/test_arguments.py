@@ -38,6 +38,7 @@ from arguments import (
     run_script,
     setup_run,
 )
+from utils_report import write_card
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -754,9 +755,9 @@ def test_clearing_a_run_removes_its_own_files_and_no_other(tmp_path):
     for name in ("best", "10-copy", "x1"):
         checkpoint(tmp_path, name)
     pieces = ["member-0/config.json", "finetune-none/settings_key", "influence_state.safetensors"]
-    for name in [*RUN_FILES, *USER_FILES, *pieces]:
+    for name in [*RUN_FILES, *USER_FILES, *pieces, "to_push/config.json"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text("---\n" if name == "README.md" else "{}")
     clear_run(tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     kept = {
@@ -766,6 +767,50 @@ def test_clearing_a_run_removes_its_own_files_and_no_other(tmp_path):
     }
     assert left == {*USER_FILES, *kept}
     assert not (tmp_path / "checkpoint-5").exists()
+
+
+def test_files_of_the_users_that_are_called_like_those_of_a_run_stay(tmp_path):
+    """Molecules beside no influence scores, and a README that is no card, which the new card then lies beside."""
+    mine = {"test.csv": "mine", "validation.csv": "mine", "README.md": "# my notes"}
+    for name, text in {**mine, "arguments.json": "{}", "all_results.json": "{}"}.items():
+        (tmp_path / name).write_text(text)
+    clear_run(tmp_path)
+    write_card(tmp_path, "regression")
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, "MODEL_CARD.md"}
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "message"),
+    [
+        (
+            ["test.csv", "config.json"],
+            ["--overwrite_output_dir"],
+            "no run of these scripts, but config.json, test.csv",
+        ),
+        (["test.csv"], ["--overwrite_output_dir", "--do_predict"], "no run of these scripts, but test.csv, which"),
+        (["arguments.json"], [], "Replace the run in it with --overwrite_output_dir"),
+        (["notes.txt"], [], "Write beside what is in it with --overwrite_output_dir"),
+        (["notes.txt"], ["--overwrite_output_dir"], None),
+        (["config.json"], ["--do_predict"], "Write beside what is in it with --overwrite_output_dir"),
+        (["arguments.json"], ["--overwrite_output_dir"], None),
+        (["checkpoint-7/x"], ["--overwrite_output_dir"], None),
+        (["unfinished", ".lock"], ["--overwrite_output_dir"], None),
+        (["config.json"], ["--do_predict", "--overwrite_output_dir"], None),
+        ([".lock"], [], None),
+    ],
+)
+def test_only_a_folder_that_holds_a_run_is_replaced(files, flags, message, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    args = [*flags, "--output_dir", str(tmp_path)]
+    data_args, training_args = parse_arguments(DataTrainingArguments, TrainingArguments, args=args)
+    if message is None:
+        assert find_checkpoint(training_args, data_args) is None
+    else:
+        with pytest.raises(InputError, match=message):
+            find_checkpoint(training_args, data_args)
 
 
 def test_clearing_a_folder_that_does_not_exist_does_nothing(tmp_path):
@@ -784,6 +829,7 @@ def test_a_run_keeps_the_list_of_the_molecules_that_it_dropped(tmp_path, log_lev
     folder.mkdir()
     if stale:
         (folder / "dropped_molecules.csv").write_text("row,smiles,reason\n99,X,of an older run\n")
+        (folder / "arguments.json").write_text("{}")
     flags = {"config_name": tmp_path / "config.json", "train_file": tmp_path / "t.csv", "output_dir": folder}
     flags |= {
         "invalid_smiles": "drop",

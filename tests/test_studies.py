@@ -226,6 +226,20 @@ def test_the_chain_of_the_paper_hands_an_external_file_on(tmp_path):
     ]
     assert f"--external_file {tmp_path / 'more.csv'}" in lines[3] and "--pool_size" not in lines[3]
     assert "--train_file out/influence-3/merged_train.csv" in lines[4] and "paper_tables.py" in lines[-1]
+    # a folder of the caller's; neither the runs nor the tables of the pool are replaced
+    (tmp_path / "mine").mkdir()
+    environment = {name: value for name, value in environment.items() if name not in ("OUT", "RESULTS")}
+    done = subprocess.run(
+        [str(ROOT / "reproduce_paper.sh"), "mine"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    first, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
+    assert f"outputs/paper-external-mine/regression-3 run_regression.py --model_name_or_path {tmp_path}/mine " in first
+    assert last.endswith("--output outputs/paper-external-mine/paper_tables.json")
+    environment["EXTERNAL_FILE"] = "mor.csv"
+    done = subprocess.run(
+        [str(ROOT / "reproduce_paper.sh")], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout and "There is no file mor.csv" in done.stderr
 
 
 @pytest.mark.slow
