@@ -350,6 +350,8 @@ def _load_adapted(model_class, source, found, hub, values, merge):
         if misfit := sorted(unknown or wanted - {*weights}):
             raise ValueError(f"it {'has' if unknown else 'lacks'} {', '.join(misfit[:3])}")
     except UNLOADABLE as error:
+        if isinstance(error, pickle.UnpicklingError):
+            raise InputError(_not_loaded("adapter", source, error)) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"The adapter {source} does not fit its base {base}: {reason.rstrip(' :.')}. It is damaged, has other "
@@ -549,8 +551,15 @@ def _not_loaded(what, source, error):
     # of a tokenizer that is not there the library says that it has no files to make it from
     absent = isinstance(error, (OSError, ValueError) if what == "tokenizer" else OSError)
     if what == "tokenizer" and Path(source).is_dir() and not (Path(source) / "tokenizer.json").exists():
+        if (inside := Path(source) / "finetune-selected" / "tokenizer.json").exists():  # a run of run_influence.py
+            return f"{source} holds no model itself. Pass {inside.parent}, or another of its models."
         return f"There is no tokenizer.json in {source}. Pass --tokenizer_name with the checkpoint that has it."
     if Path(source).exists() or not absent:
+        if isinstance(error, pickle.UnpicklingError):  # torch's text says how to run it
+            return (
+                f"The {what} in {source} cannot be loaded: its weights are a pickle that holds more than tensors, and "
+                "loading it could run code. Pass a checkpoint in safetensors."
+            )
         reason = (str(error).strip().splitlines() or [""])[0]  # some libraries write an essay
         kind = "" if reason and not isinstance(error, KeyError) else f"{type(error).__name__} "
         return f"The {what} in {source} cannot be loaded: {kind}{reason}".strip()

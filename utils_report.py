@@ -34,6 +34,7 @@ from rdkit import rdBase
 from arguments import (
     ARGUMENTS_FILE,
     CARD_FILE,
+    EMBEDDED_CHECKPOINT,
     EMBEDDED_DATA,
     ROOT,
     STAGED,
@@ -78,6 +79,7 @@ PAPERS = {
     "influence": "Koh and Liang, Understanding black-box predictions via influence functions, ICML 2017, "
     "https://arxiv.org/abs/1703.04730",
 }
+TASKS = ("text-classification", "fill-mask")
 LICENSES = {"ibm/MoLFormer-XL-both-10pct": "apache-2.0"}
 
 logger = logging.getLogger("molformer.hub")
@@ -211,6 +213,13 @@ def save_figure(figure, path):
 # ---------------------------------------------------------------------------------------------------------------- card
 
 
+def shown_path(folder):
+    """Returns a folder as a command in this project's folder takes it: relative if inside it, else as it was given."""
+    path = Path(folder)
+    inside = path.is_absolute() and ROOT in path.resolve().parents
+    return path.resolve().relative_to(ROOT).as_posix() if inside else str(folder)
+
+
 class Run:
     """A finished run as its files tell it.
 
@@ -221,15 +230,32 @@ class Run:
 
     def __init__(self, folder, kind, name=None, model_folder=None):
         self.folder, self.kind, self.pushed = Path(folder), kind, name is not None
-        self.name = name or (self.folder.name if self.folder.is_absolute() else str(folder))
+        self.name = name or shown_path(folder)
         self.values, self.results = (read_json(self.folder / file) for file in (ARGUMENTS_FILE, "all_results.json"))
         self.split = read_json(self.folder / "splits.json")
         found = [self.folder, Path(model_folder or self.folder), *member_folders(self.folder)]
         self.model_folder = next((path for path in found if (path / "config.json").exists()), None)
         config = read_json(self.model_folder / "config.json") if self.model_folder is not None else {}
-        self.label_names = config.get("label_names") or []
+        columns = self.values.get("label_column") or []
+        self.label_names = config.get("label_names") or (columns if len(columns) > 1 else [])
         self.head_descriptors = config.get("head_descriptors") or []
+        self.smiles_form = config.get("smiles_form")
         self.shown_labels = list((config.get("id2label") or {}).values())
+
+    @property
+    def member(self):
+        """The folder's name of the ensemble's member that stands for it; `None` if there is no ensemble."""
+        name = self.model_folder.name if self.model_folder is not None else ""
+        return name if name.startswith("member-") else None
+
+    @property
+    def history(self):
+        """What the trainer has logged, of an ensemble that of its first member."""
+        for folder in filter(None, (self.folder, self.model_folder)):
+            state = read_json(folder / "trainer_state.json")
+            if state:
+                return state["log_history"]
+        return []
 
     def exists(self, name):
         return self.model_folder is not None and (self.model_folder / name).exists()
@@ -288,20 +314,22 @@ class Run:
         return self.values.get("label_name") or ("logD7.4" if self.embedded_data else " and ".join(columns))
 
     @property
-    def base(self):
-        """What the run started from: a Hub name, a path in this project, a folder's name; `None` if from scratch."""
+    def start(self):
+        """What the run started from, as it was named; `None` if from scratch."""
         source = self.values.get("model_name_or_path")
         if self.kind == "influence":  # what its models were fine-tuned from
             source = self.results.get("influence", {}).get("fine_tuned_from") or source
         if self.holds_adapter:
             source = self.values.get("base_hub_name") or source
-        if source is None:
-            return None if self.values.get("config_name") else "models/molformer-mini"
-        path = Path(source)
-        if not path.exists():
-            return source
-        inside = ROOT in path.resolve().parents
-        return path.resolve().relative_to(ROOT).as_posix() if inside else path.name
+        return source if source is not None or self.values.get("config_name") else EMBEDDED_CHECKPOINT
+
+    @property
+    def base(self):
+        """The same as a card may name it: a Hub name, a path in this project, a folder's name."""
+        if self.start is None or not Path(self.start).exists():
+            return self.start
+        path = Path(self.start).resolve()
+        return path.relative_to(ROOT).as_posix() if ROOT in path.parents else path.name
 
     @property
     def base_is_on_hub(self):
@@ -326,21 +354,32 @@ def model_card(run):
         f"# {run.name.rstrip('/').split('/')[-1]}",
         introduction(run),
         results_section(run),
-        *(f"{text}\n\n![{name}]({run.link(name)})" for name, text in FIGURES.items() if run.link(name)),
+        *(f"{caption(run, name)}\n\n![{name}]({run.link(name)})" for name in FIGURES if run.link(name)),
         usage_section(run),
         protocol_section(run),
         training_section(run),
-        LIMITS if run.kind != "mlm" else LIMITS_OF_PRETRAINING,
+        limits_section(run),
         "## Citation\n\n" + "\n".join(f"- {paper}" for paper in papers),
     ]
     text = "\n\n".join(part for part in parts if part)
     return ModelCard(f"---\n{card_data(run).to_yaml()}\n---\n\n{text}\n")
 
 
+def caption(run, name):
+    """Returns what is to be seen in a figure."""
+    if name == "loss_curves.png" and not any("eval_loss" in entry for entry in run.history):
+        return "Training losses by epoch."
+    return FIGURES[name]
+
+
+def license_of_base(run):
+    """Returns the licence that the card of the checkpoint names from which a run started; `None` if none is known."""
+    card = Path(run.start or "") / CARD_FILE
+    return ModelCard.load(card).data.license if run.start and is_card(card) else LICENSES.get(run.start)
+
+
 def card_data(run):
     """Returns the metadata of a card: licence, base, tags, and results as `model-index`."""
-    card = ROOT / run.base / CARD_FILE if run.base else None
-    known = ModelCard.load(card).data.license if card is not None and card.exists() else LICENSES.get(run.base)
     hub_data = run.values.get("dataset_name")
     evaluations = [
         EvalResult(
@@ -360,9 +399,9 @@ def card_data(run):
         if f"{part}_{key}{end}" in run.metrics
     ]
     return ModelCardData(
-        license=known,
+        license=license_of_base(run),
         library_name="peft" if run.exists("adapter_config.json") else "transformers",
-        pipeline_tag="fill-mask" if run.kind == "mlm" else "text-classification",
+        pipeline_tag=TASKS[run.kind == "mlm"] if run.model_folder is not None else None,
         base_model=run.base if run.base_is_on_hub else None,
         datasets=[hub_data] if hub_data else None,
         metrics=None if run.kind == "mlm" else ["mse", "mae", "r_squared"],
@@ -379,7 +418,16 @@ def introduction(run):
         return f"A MoLFormer that learned SMILES ({run.values.get('objective', 'mlm')}), {start}, on {run.data}."
     if run.model_folder is None and run.kind in ("regression", "peft"):
         return f"An evaluation of `{run.base}`, which predicts {run.label} from SMILES, in the unit of the label."
+    scores = run.results.get("influence", {})
+    if run.model_folder is None:
+        return (
+            f"Influence scores of {scores.get('molecules')} molecules, in `influence_scores.csv`: what learning each "
+            f"of them would do to the loss of the {scores.get('score_split')} molecules, as foretold for "
+            f"`{Path(scores.get('model', '')).name}`, which predicts {run.label}. There is no model here."
+        )
     method = f" with {run.results['peft_method']}" if "peft_method" in run.results else ""
+    if run.member is not None:
+        start = f"an ensemble of {run.results.get('members')} models whose mean is the prediction, {start}"
     text = f"MoLFormer, {start}{method}, predicts {run.label} from SMILES, in the unit of the label."
     if run.holds_adapter and run.base and not run.base_is_on_hub:
         text += f" Its base, `{run.base}`, is a local folder."
@@ -397,6 +445,8 @@ def results_section(run):
         lines += [f"| {key.removeprefix('eval_').replace('_', ' ')} | {results[key]:.4g} |" for key in keys]
         return "\n".join(lines) if keys else ""
     if run.kind == "influence":
+        if not results.get("results"):
+            return ""
         keys = ["validation_mse", *(f"test_{key}" for key in METRICS)]
         lines += ["| molecules added | how many | validation MSE | test MSE | RMSE | MAE | R² |"]
         lines += ["| --- " + "| ---: " * 6 + "|"]
@@ -409,7 +459,11 @@ def results_section(run):
             lines += ["", f"The scores are {results['influence']['verdict']} (see `influence.json`)."]
         losses = results.get("evaluation_losses", {})
         if "selected" in losses:
-            beside = ", and the source paper's, one an epoch" if "paper" in losses else ""
+            beside = (
+                ", and the source paper's, one an epoch and of molecules that it had learned"
+                if "paper" in losses
+                else ""
+            )
             lines += ["", f"Evaluation losses after the selection (standardized labels){beside}:"]
             epochs = range(1, max(map(len, losses.values())) + 1)
             lines += ["", f"| evaluation | {' | '.join(map(str, epochs))} |", "| --- |" + " ---: |" * len(epochs)]
@@ -454,29 +508,50 @@ def usage_section(run):
         )
         if run.exists("adapter_config.json"):
             text += USE_OF_ADAPTER.format(name=run.name, imports=imports, answer=answer)
-        return text
+        return f"{text}\n\n{smiles_to_give(run)}"
     auto = "AutoModelForMaskedLM" if run.kind == "mlm" else "AutoModelForSequenceClassification"
-    member = run.model_folder.name if run.model_folder.name.startswith("member-") else None
-    where = f'"{run.address}"' + (f', subfolder="{member}"' if member else "")
+    where = f'"{run.address}"'
+    if run.member is not None:  # a subfolder's code is looked for at the root, where a pushed ensemble has it
+        where = f'"{run.address}", subfolder="{run.member}"' if run.pushed else f'"{run.address}/{run.member}"'
     code = [f"{imports}from transformers import {auto}, AutoTokenizer", ""]
     code += [f"model = {auto}.from_pretrained({where}, trust_remote_code=True).eval()"]
     code += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
     if run.kind != "mlm":
         code.append(answer)
     lines = "\n".join(code)
-    first = " This is the first of the models whose mean the scripts predict." if member else ""
+    first = " This is the first of the models whose mean the scripts predict." if run.member is not None else ""
     return (
         f"## Use\n\n```python\n{lines}\n```\n\n`trust_remote_code` runs the `modeling_molformer_reg.py` that lies "
         f"beside the weights; read it first.{first} Without remote code, with the MoLFormer fine-tuning scripts:\n\n"
-        f"{scripts}\n\nSMILES are to be canonical as RDKit writes them, without stereo (the scripts do so), unless "
-        "the model was trained on another form."
+        f"{scripts}\n\n{smiles_to_give(run)}"
     )
+
+
+def smiles_to_give(run):
+    """Returns which SMILES the model is to be given."""
+    if run.smiles_form == "raw":
+        return "SMILES are read as they are: give them written as those that it was trained on."
+    stereo = "with" if run.smiles_form == "isomeric" else "without"
+    return f"SMILES are to be canonical as RDKit writes them, {stereo} stereo (the scripts bring them into this form)."
+
+
+def limits_section(run):
+    """Returns what the model is for, and what not; nothing if there is no model."""
+    if run.kind == "mlm":
+        return LIMITS_OF_PRETRAINING
+    stereo = "; molecules that differ in stereo alone get one prediction" if run.smiles_form == "canonical" else ""
+    return LIMITS.format(stereo=stereo) if run.model_folder is not None else ""
 
 
 def protocol_section(run):
     """Returns data, split and command."""
     sizes = {name: len(rows) for name, rows in run.split.items() if isinstance(rows, list)}
+    pool, wrong = sizes.pop("pool", 0), sizes.pop("corrupted", 0)  # taken out of the training part
     lines = ["## Data and protocol", "", f"- Data: {run.data}"]
+    if run.kind == "mlm" and not sizes and "train_samples" in run.results:
+        lines.append(f"- Learned from {run.results['train_samples']} molecules")
+    if run.kind == "influence":
+        lines.append(f"- {scored_molecules(run, pool, wrong)}")
     if sizes:
         text = ", ".join(f"{count} {name}" for name, count in sizes.items())
         hashed = f"hash `{run.split.get('hash')}` (`splits.json` has the rows)"
@@ -484,7 +559,9 @@ def protocol_section(run):
         trained = "train_loss" in run.results or run.results.get("members")
         if trained and "validation" not in sizes and run.values.get("protocol") != "paper":
             lines.append("- No molecules were held out to choose the epoch: the model is that of the last one.")
-        if "test" not in sizes:
+        if run.kind == "mlm":
+            lines.append("- Of these molecules those of the training part alone were learned.")
+        elif "test" not in sizes:
             lines.append(f"- {no_test(sizes)}")
     flags = as_flags({name: value for name, value in without_folders(run.values).items() if name != "output_dir"})
     lines.append(
@@ -496,6 +573,16 @@ def protocol_section(run):
     return "\n".join(lines)
 
 
+def scored_molecules(run, pool, wrong):
+    """Returns which molecules were scored, and how many of them the model learned."""
+    scores, source = run.results.get("influence", {}), run.values.get("external_file")
+    text = f"Scored: {scores.get('molecules')} molecules of {Path(source).name}" if source else (
+        f"Scored: a pool of {pool} molecules, taken out of the training part, the labels of {wrong} permuted"
+    )  # fmt: skip
+    learned = ", and learned by the model here beside the training part" if run.model_folder is not None else ""
+    return f"{text}; {scores.get('selected')} of them are selected{learned}"
+
+
 def no_test(parts):
     """Returns what a run without a test set tells, and what it does not."""
     text = "No molecules were held out as a test set: "
@@ -505,20 +592,18 @@ def no_test(parts):
 
 
 def training_section(run):
-    """Returns the table of losses by epoch, about twenty lines at most."""
-    folders = [run.folder, *([run.model_folder] if run.model_folder else [])]
-    states = {folder: read_json(folder / "trainer_state.json") for folder in folders}
-    history, whose = next(((state["log_history"], where.name) for where, state in states.items() if state), ([], ""))
-    losses = {round(entry["epoch"], 2): entry["loss"] for entry in history if "loss" in entry}
-    held_out = {round(entry["epoch"], 2): entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    """Returns the table of losses by epoch, about twenty lines at most, with the best and the last one."""
+    losses = {round(entry["epoch"], 2): entry["loss"] for entry in run.history if "loss" in entry}
+    held_out = {round(entry["epoch"], 2): entry["eval_loss"] for entry in run.history if "eval_loss" in entry}
     epochs = sorted(held_out or losses)
     if not epochs:
         return ""
     lines = ["## Training", ""]
-    if whose.startswith("member-"):
+    if run.member is not None:
         lines += ["Of the first of the models, as are the loss curves.", ""]
     lines += ["| epoch | training loss | held-out loss |", "| ---: | ---: | ---: |"]
-    for epoch in epochs[:: -(-len(epochs) // 20)]:
+    shown = {*epochs[:: -(-len(epochs) // 20)], epochs[-1], *([min(held_out, key=held_out.get)] if held_out else [])}
+    for epoch in sorted(shown):
         cells = (f"{values[epoch]:.4f}" if epoch in values else "" for values in (losses, held_out))
         lines.append(f"| {epoch:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -551,8 +636,8 @@ print(model(**tokenizer("CCO", return_tensors="pt"), descriptors=descriptors).lo
 LIMITS = """## Intended use and limits
 
 For ranking and prioritizing molecules like those it was trained on, by people who can judge the answer. The error of a
-molecule unlike the training molecules can be far larger than that of the test set; stereo twins get one prediction
-unless the model was trained with stereo. Not for decisions on health or safety."""
+molecule unlike the training molecules can be far larger than that of the test set{stereo}. Not for decisions on health
+or safety."""
 LIMITS_OF_PRETRAINING = """## Intended use and limits
 
 A starting point for fine-tuning on molecules like those it has seen; it predicts no property by itself."""

@@ -1,10 +1,12 @@
 """utils_checkpoints.py: the tokenizer, and checkpoints that are refused with their reason."""
 
+import io
 import json
 import re
 import shutil
 
 import pandas as pd
+import peft
 import pytest
 import torch
 from huggingface_hub import constants
@@ -50,6 +52,12 @@ def test_checkpoint_that_lacks_encoder_weights_is_refused_with_the_key(tiny_chec
         load_model(MolformerForRegression, args, load_tokenizer(args))
 
 
+def saved_by_torch(values):
+    file = io.BytesIO()
+    torch.save(values, file)
+    return file.getvalue()
+
+
 def test_pickled_checkpoint_that_would_run_code_is_refused(tiny_checkpoint, tmp_path):
     """A .bin file loads with weights_only: the code in it does not run."""
     import os
@@ -60,11 +68,27 @@ def test_pickled_checkpoint_that_would_run_code_is_refused(tiny_checkpoint, tmp_
             return os.mkdir, (str(tmp_path / "ran"),)
 
     MolformerConfig.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Harmful()}))
     args = ModelArguments(model_name_or_path=str(tmp_path), tokenizer_name=tiny_checkpoint)
-    with pytest.raises(InputError, match="cannot be loaded"):
-        load_model(MolformerForRegression, args, load_tokenizer(args))
-    assert not (tmp_path / "ran").exists()
+    adapter = tmp_path / "adapter"
+    peft.get_peft_model(
+        MolformerForRegression.from_pretrained(tiny_checkpoint), peft.LoraConfig(target_modules=["query"])
+    ).save_pretrained(adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    MolformerConfig.from_pretrained(tiny_checkpoint).save_pretrained(adapter)
+    of_adapter = ModelArguments(model_name_or_path=str(adapter), tokenizer_name=tiny_checkpoint)
+    for arguments, path in ((args, tmp_path / "pytorch_model.bin"), (of_adapter, adapter / "adapter_model.bin")):
+        for content in (pickle.dumps({"x": Harmful()}), saved_by_torch({"x": Harmful()})):
+            path.write_bytes(content)
+            with pytest.raises(InputError, match="could run code. Pass a checkpoint in safetensors") as caught:
+                load_model(MolformerForRegression, arguments, load_tokenizer(arguments))
+            assert "weights_only" not in str(caught.value) and "\x1b" not in str(caught.value)
+            assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_of_influence_scores_says_which_model_is_in_it(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "finetune-selected")
+    with pytest.raises(InputError, match="holds no model itself. Pass .*finetune-selected, or another"):
+        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
 
 
 def test_weights_that_are_no_numbers_are_refused(tiny_checkpoint, tmp_path):
