@@ -94,7 +94,7 @@ def main(model_args, data_args, mlm_args, training_args):
     checkpoint = setup_run(training_args, data_args)
 
     from modeling_molformer_reg import MolformerForMaskedLM
-    from trainer_regression import MolformerTrainer, begin_run
+    from trainer_regression import MolformerTrainer, begin_run, write_splits
     from utils_checkpoints import check_split, load_config, load_model, load_tokenizer, settle_smiles_form
     from utils_mlm import (
         PretrainingCollator,
@@ -132,7 +132,8 @@ def main(model_args, data_args, mlm_args, training_args):
     check_heads(model, mlm_args.parts, training_args.do_train)
     model.config.head_descriptors = None  # of the regression head that a fine-tuned checkpoint had
     with training_args.main_process_first(desc="reading the corpus"):  # the others then find it in the cache
-        train, held_out, digest, dropped = load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads)
+        arguments = (model_args, data_args, mlm_args, training_args)
+        train, held_out, digest, split, dropped = load_data(tokenizer, *arguments, heads)
     check_split(model.config, digest, data_args, checkpoint)
     if digest is not None:
         model.config.split_hash = digest
@@ -168,6 +169,8 @@ def main(model_args, data_args, mlm_args, training_args):
         preprocess_logits_for_metrics=scorer.score,
     )
     begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
+    if split and training_args.should_save:
+        write_splits(training_args.output_dir, split, digest, data_args)
 
     # Train
     if training_args.do_train:

@@ -802,6 +802,7 @@ def measure_predictions(molecules, predictions, model_name):
     if len(molecules) > MOST_FOR_RIDGE:
         logger.info("No ridge regression beside the model: that is for up to %d molecules", MOST_FOR_RIDGE)
     elif {"train", "test"} <= set(molecules["split"]):
+        logger.info("Ridge regression on fingerprints of %d molecules, for comparison", len(molecules))
         features = morgan_counts(molecules["group"])
     for number, (column, label, end) in enumerate(label_ends(molecules)):
         one = molecules.assign(label=molecules[column], prediction=predictions[:, number])
@@ -850,11 +851,14 @@ def write_reports(output_dir, parts, members, digest, data_args):
         plot_residuals(panels, output_dir / "residuals.png")
         draw_worst_molecules(panels, output_dir / "worst_molecules.png")
     text = metrics_table(lines) + ("" if "test" in parts else f"\n{no_test(parts)}")
-    ours, ridge = (metrics.get(f"test_mse{end}", math.nan) for end in ("", "_fingerprint_ridge"))
-    if ridge < ours:
-        text += (
-            "\nRidge regression on fingerprints has the lower error: try configs/regression-best.yaml, or use that."
-        )
+    for label in tests:
+        end = f"_{label}" if label else ""
+        ours, ridge = (metrics.get(f"test_mse{which}{end}", math.nan) for which in ("", "_fingerprint_ridge"))
+        if ridge < ours:
+            text += (
+                f"\nRidge regression on fingerprints has the lower error{f' of {label}' if label else ''}: use that, "
+            )
+            text += "or try more epochs, an ensemble, configs/regression-best.yaml."
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."
     return metrics, text

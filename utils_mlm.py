@@ -111,14 +111,15 @@ def take_smiles(corpus, data_args, source):
 
 
 def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
-    """Returns training data, held-out data, the hash of the split (`None` for a corpus) and the dropped rows.
+    """Returns training data, held-out data, the hash of the split, its parts and the dropped rows.
 
+    The hash is `None` for a corpus, which has no parts (`dict[str, pandas.DataFrame]`).
     Molecules with labels are split as run_regression.py splits them, and its test molecules are not learned. A part of
     a corpus is held out, and of labeled molecules where `--protocol paper` gives no validation part. Both parts have
     the targets of `heads`; the training part has its random SMILES, with descriptors that are those of the molecule
     and atoms in the order of each SMILES.
     """
-    held_out = digest = None
+    held_out, digest, split = None, None, {}
     options = (tokenizer, mlm_args, heads)
 
     def encode(corpus, source, smiles_form=data_args.smiles_form, least=2):
@@ -136,11 +137,11 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         columns = [] if is_corpus(source) else read_header(source)[0]
     if find_labels(columns, data_args.label_column, "--label_column", source):
         molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
+        split = dict(list(molecules.groupby("split", sort=False)))
         parts = {}
         for name, least in (("train", 2), ("validation", 1)):
-            texts = molecules.loc[molecules["split"] == name, "text"].tolist()
-            if texts:  # canonical already
-                part = datasets.Dataset.from_dict({"smiles": texts})
+            if name in split:  # canonical already
+                part = datasets.Dataset.from_dict({"smiles": split[name]["text"].tolist()})
                 parts[name], _ = encode(part, source, smiles_form="raw", least=least)
         train, held_out = parts["train"], parts.get("validation")
         logger.info("%s has labels: learning the training molecules of its split alone", source)
@@ -180,7 +181,7 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         cache = {"load_from_cache_file": not mlm_args.overwrite_cache, "num_proc": mlm_args.workers(train)}
         train = augment(train, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length, **cache)
     train, held_out = (add_atoms(part, *options) for part in (train, held_out))
-    return train, held_out.sort("length", reverse=True), digest, dropped
+    return train, held_out.sort("length", reverse=True), digest, split, dropped
 
 
 def keys_of(corpus):

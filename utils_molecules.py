@@ -825,7 +825,8 @@ def baseline_predictions(features, labels, split):
         return predictions
     alphas = (1, 3, 10, 30, 100, 300)
     if validation.any():
-        models = [Ridge(alpha=alpha).fit(features[train], labels[train]) for alpha in alphas]
+        shown = with_progress(alphas, "Ridge regression", 0 if train.sum() > SECONDS_OF_WORK // 10 else math.inf)
+        models = [Ridge(alpha=alpha).fit(features[train], labels[train]) for alpha in shown]
         errors = [np.mean((m.predict(features[validation]) - labels[validation]) ** 2) for m in models]
         ridge = models[int(np.argmin(errors))]
     else:

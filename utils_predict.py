@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from arguments import InputError, begin_writing
 from trainer_regression import summarize_predictions
 from utils_molecules import (
+    MISSING,
     SMILES_COLUMNS,
     UNREADABLE,
     check_smiles,
@@ -379,10 +380,14 @@ def find_measured(columns, data_args, config, source):
 
 
 def measured_labels(piece, labels):
-    """Returns the labels of a piece as numbers, shape (N, K), NaN where there is none."""
-    missing = pd.Series(np.nan, index=piece.index)
+    """Returns the labels of a piece as numbers, shape (N, K), NaN where there is none, and those that are none."""
+    missing, texts = pd.Series(np.nan, index=piece.index), []
     numbers = [missing if name is None else pd.to_numeric(piece[name], errors="coerce") for name in labels]
-    return np.stack(numbers, axis=1).astype(float)
+    for name, values in zip(labels, numbers, strict=True):
+        if name is not None:
+            cells = piece[name][values.isna()].fillna("").astype(str).str.strip()
+            texts += cells[~cells.str.lower().isin(MISSING)].tolist()
+    return np.stack(numbers, axis=1).astype(float), texts
 
 
 def predict_file(models, tokenizer, data_args, regression_args, training_args, path):
@@ -418,7 +423,7 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     predictor = Predictor(models, tokenizer, training_args)
     embeddings = EmbeddingWriter(exported) if main and exported else None
     writer = Writer(path) if main else None
-    statuses, measured, total = {}, [], 0
+    statuses, measured, total, no_numbers, example = {}, [], 0, 0, None
     bar = tqdm(desc="Predicting", unit=" SMILES", disable=training_args.disable_tqdm or not training_args.should_log)
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine
     workers = max(1, regression_args.preprocessing_num_workers // beside)
@@ -432,7 +437,9 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
         members = values.transpose(2, 0, 1, 3)
         prediction, spreads = summarize_predictions(list(members))
         if any(labels):
-            measured.append(np.stack([prediction, measured_labels(piece, labels)[usable]]))
+            known, texts = measured_labels(piece, labels)
+            measured.append(np.stack([prediction, known[usable]]))
+            no_numbers, example = no_numbers + len(texts), example or next(iter(texts), None)
         for number, end in enumerate(ends):
             for name, numbers in {"prediction": prediction, **spreads}.items():
                 column = pd.Series(numbers[:, number], index=usable, dtype=float)
@@ -454,6 +461,8 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     report = {"predict_samples": total, "predict_seconds": seconds, "predict_samples_per_second": total / seconds}
     report |= {f"predict_{status.replace(' ', '_')}": count for status, count in statuses.items()}
     predictions, known = np.concatenate(measured, axis=1) if measured else np.empty((2, 0, len(ends)))
+    if no_numbers:
+        logger.warning("%d labels are no numbers, such as %r, and are not compared with", no_numbers, example)
     labeled = np.isfinite(known).any(axis=1)
     if labeled.any():
         found = label_metrics(predictions[labeled], known[labeled], names)

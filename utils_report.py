@@ -90,12 +90,13 @@ logger = logging.getLogger("molformer.hub")
 
 def metrics_table(rows):
     """Returns a text table of (model, split, n, metrics) rows, one line a row, in label units."""
-    lines = [f"{'model':<20} {'split':<11} {'n':>6} {'MSE':>10} {'RMSE':>10} {'MAE':>10} {'R²':>10}"]
+    width = max(20, *(len(model) for model, *_ in rows)) if rows else 20
+    lines = [f"{'model':<{width}} {'split':<11} {'n':>6} {'MSE':>10} {'RMSE':>10} {'MAE':>10} {'R²':>10}"]
     for model, split, count, values in rows:
         numbers = " ".join(
             f"{values[name]:10.4f}" if name in values else f"{'':10}" for name in ("mse", "rmse", "mae", "r2")
         )
-        lines.append(f"{model:<20} {split:<11} {count:>6} {numbers}")
+        lines.append(f"{model:<{width}} {split:<11} {count:>6} {numbers}")
     return "\n".join(lines)
 
 

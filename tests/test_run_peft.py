@@ -663,14 +663,14 @@ def test_an_adapter_is_merged_without_data(finished_run, small_table, tmp_path):
     assert results(tmp_path / "plain") == results(finished_run)
     card = (tmp_path / "plain" / "README.md").read_text()
     assert f"{results(finished_run)['test_mse']:.4f}" in card and "adapter_config" not in card
-    assert 'from_pretrained("plain", trust_remote_code=True)' in card and "with lora" in card
+    assert f'from_pretrained("{tmp_path / "plain"}", trust_remote_code=True)' in card and "with lora" in card
     again = json.loads((tmp_path / "plain" / "arguments.json").read_text())  # makes the adapter anew, and merges it
     assert (again["output_dir"], again["merge_adapter"]) == (str(tmp_path / "plain"), True)
     assert again["model_name_or_path"] == find_base(str(finished_run), ModelArguments())["base"]
     call_main(*merge, "--output_dir", tmp_path / "plain", "--resume_from_checkpoint", "true")  # as to push it later
-    assert 'from_pretrained("later/merged", trust' in (tmp_path / "later" / "README.md").read_text()
+    assert f'("{tmp_path / "later" / "merged"}", trust' in (tmp_path / "later" / "README.md").read_text()
     card = (tmp_path / "later" / "merged" / "README.md").read_text()  # of the plain model, for who takes it alone
-    assert 'from_pretrained("merged", trust_remote_code=True)' in card and "adapter_config" not in card
+    assert f'("{tmp_path / "later" / "merged"}", trust' in card and "adapter_config" not in card
     call_main(*given(finished_run, small_table), "--do_predict", "--output_dir", tmp_path / "only")
     assert "An evaluation of `" in (tmp_path / "only" / "README.md").read_text()
     shutil.copytree(finished_run, tmp_path / "bare")  # as somebody else's adapter

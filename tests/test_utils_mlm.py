@@ -50,7 +50,7 @@ def test_labeled_table_gives_the_training_molecules_of_the_regression_split_alon
         "--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x"
     )
     tokenizer = build_tokenizer()
-    train, held_out, digest, _ = load_data(*parsed)
+    train, held_out, digest, *_ = load_data(*parsed)
     molecules, expected_digest, _ = load_molecules(tokenizer, parsed[0], parsed[1], parsed[3])
     by_split = {name: sorted(map(tuple, rows["input_ids"])) for name, rows in molecules.groupby("split")}
     assert digest == expected_digest
@@ -80,7 +80,7 @@ def test_corpus_is_read_alike_in_every_form(form, corpus, tiny_checkpoint, tmp_p
         cache = tmp_path / f"cache-{file.name}"
         parsed = parse("--train_file", file, "--model_name_or_path", tiny_checkpoint, "--cache_dir", cache,
             "--output_dir", tmp_path / "x", "--preprocessing_num_workers", 1)  # fmt: skip
-        train, held_out, digest, _ = load_data(*parsed)
+        train, held_out, digest, *_ = load_data(*parsed)
         assert digest is None and train.cache_files  # memory-mapped, not in memory
         return [row["input_ids"] for row in train], [row["input_ids"] for row in held_out]
 
@@ -134,7 +134,7 @@ def test_unusable_lines_are_dropped_on_request(tiny_checkpoint, tmp_path, caplog
     (tmp_path / "c.txt").write_text("CCO\nC1CC\nCCC\nCCCC\n" * 3)
     parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--output_dir",
         tmp_path / "x", "--cache_dir", tmp_path / "cache", "--invalid_smiles", "drop")  # fmt: skip
-    train, held_out, _, dropped = load_data(*parsed)
+    train, held_out, *_, dropped = load_data(*parsed)
     assert len(train) + len(held_out) == 9
     assert "3 of 12 SMILES" in caplog.text
     assert dropped["row"].tolist() == [1, 5, 9] and set(dropped["reason"]) == {"do not parse as SMILES"}
@@ -151,7 +151,7 @@ def test_what_repeats_in_a_corpus_is_not_held_out_from_itself(tiny_checkpoint, t
     path = tmp_path / "c.txt"
     path.write_text("".join(f"{'C' * n}O\nO{'C' * n}\n" for n in range(1, 41)))  # each molecule in two ways
     with caplog.at_level("INFO"):
-        train, held_out, _, _ = load(path, tiny_checkpoint, tmp_path)
+        train, held_out, *_ = load(path, tiny_checkpoint, tmp_path)
     learned, kept = ({tuple(ids) for ids in part["input_ids"]} for part in (train, held_out))
     assert len(held_out) == 8 and len(train) == 72 and not learned & kept
     assert "40 of 80 rows" in caplog.text
@@ -217,7 +217,7 @@ def test_validation_file_of_a_corpus_is_held_out_whole(corpus, tiny_checkpoint, 
     parsed = parse("--train_file", corpus, "--validation_file", tmp_path / "v.txt", "--model_name_or_path",
         tiny_checkpoint, "--output_dir", tmp_path / "x", "--cache_dir", tmp_path / "cache", "--max_train_samples", 7,
         "--max_eval_samples", 2)  # fmt: skip
-    train, held_out, digest, _ = load_data(*parsed)
+    train, held_out, digest, *_ = load_data(*parsed)
     assert len(train) == 7 and digest is None
     assert [row["input_ids"] for row in held_out] == [build_tokenizer()(s)["input_ids"] for s in ("CCO", "CCC")]
 
@@ -227,7 +227,7 @@ def test_paper_protocol_holds_out_training_molecules_and_never_learns_test_molec
 ):
     parsed = parse("--train_file", small_table, "--protocol", "paper", "--model_name_or_path", tiny_checkpoint,
         "--output_dir", tmp_path / "x")  # fmt: skip
-    train, held_out, _, _ = load_data(*parsed)
+    train, held_out, *_ = load_data(*parsed)
     assert (len(train), len(held_out)) == (115, 13)  # of the 128 on the training side; 32 are the test set
 
 

@@ -135,17 +135,18 @@ def test_an_ensemble_and_random_smiles_give_their_spreads(tmp_path, table, fine_
     assert result.loc[4, "augment_sd"] > 0
 
 
-def test_labels_give_metrics_of_the_rows_that_have_them(tmp_path, fine_tuned):
+def test_labels_give_metrics_of_the_rows_that_have_them(tmp_path, fine_tuned, caplog):
     path = tmp_path / "labeled.tsv"
-    pd.DataFrame({"label": ["1.5", "", "n/a", "2", "7"], "SMILES": ["OCC", "CC", "CN", "CCC", "C1CC"]}).to_csv(
-        path, sep="\t", index=False
-    )
+    labels = ["1.5", "", "n/a", "2", "7", ">3", "1,5"]
+    smiles = ["OCC", "CC", "CN", "CCC", "C1CC", "CO", "CCN"]
+    pd.DataFrame({"label": labels, "SMILES": smiles}).to_csv(path, sep="\t", index=False)
     result = predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path)
     report = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert report["predict_labeled"] == 2
     errors = result["prediction"][[0, 3]].to_numpy() - [1.5, 2]
     assert report["predict_mse"] == pytest.approx(np.mean(errors**2), abs=1e-9)
-    assert result["label"].fillna("").tolist() == ["1.5", "", "n/a", "2", "7"]  # as they were written
+    assert result["label"].fillna("").tolist() == labels  # as they were written
+    assert "2 labels are no numbers, such as '>3', and are not compared with" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [".smi", ".txt", ".smi.gz"])

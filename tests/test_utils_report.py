@@ -26,9 +26,11 @@ from arguments import EMBEDDED_DATA, InputError, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
 from utils_checkpoints import build_tokenizer
 from utils_report import (
+    Run,
     draw_worst_molecules,
     files_to_push,
     metrics_table,
+    model_card,
     plot_losses,
     plot_parity,
     plot_residuals,
@@ -405,8 +407,10 @@ def test_an_ensemble_goes_to_the_hub_and_comes_back(connected, online, hub, trai
     files = hub.repositories["someone/ensemble"]
     assert {"README.md", "member-0/model.safetensors", "member-1/config.json"} <= set(files)
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
-    printed = run_card(files["README.md"].decode(), online, tmp_path)
-    assert np.isfinite(printed)
+    card, own = files["README.md"].decode(), (tmp_path / "run" / "README.md").read_text()  # of the folder here
+    assert "an ensemble of 2 models whose mean is the prediction" in card
+    printed = run_card(card, online, tmp_path)
+    assert np.isfinite(printed) and run_card(own, online, tmp_path) == printed
     flags = ["--do_predict", "--model_name_or_path", "someone/ensemble", "--test_file", small_table]
     again = online("run_regression.py", *flags, "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
@@ -447,6 +451,23 @@ def test_what_is_to_be_typed_after_a_failed_push_keeps_the_repository_private(co
     flags = ["--push_to_hub", "--hub_model_id", "a/b", "--hub_private_repo", "true", "--hub_revision", "next"]
     with pytest.raises(InputError, match=r"hf upload a/b \S+ \. --delete 'member-.* --private --revision next"):
         connected(run_regression, *training, *flags)
+
+
+def test_what_is_to_be_typed_after_a_second_failed_push_holds_the_second_model_alone(
+    connected, hub, training, tmp_path
+):
+    hub.failing = "/commit/"
+    flags = ["--push_to_hub", "--hub_model_id", "a/b", "--overwrite_output_dir"]
+    for more in (["--num_seeds", "2"], ["--resume_from_checkpoint", "true"], []):
+        if "--resume_from_checkpoint" in more:  # pushed again, after something else was left there
+            (tmp_path / "run" / "to_push" / "model.safetensors").write_text("old")
+            more = ["--num_seeds", "2", *more]
+        with pytest.raises(InputError, match=r"The run in .* is whole"):
+            connected(run_regression, *training, *flags, *more)
+        found = {path.relative_to(tmp_path / "run" / "to_push").as_posix()
+                 for path in (tmp_path / "run" / "to_push").rglob("*.safetensors")}  # fmt: skip
+        members = {"member-0/model.safetensors", "member-1/model.safetensors"}
+        assert found == (members if more else {"model.safetensors"})
 
 
 def test_a_repository_that_is_public_already_gets_nothing_that_is_to_be_private(connected, hub, training):
@@ -503,3 +524,91 @@ def test_a_run_that_was_moved_keeps_its_best_model(connected, hub, training, tmp
     shutil.rmtree(moved / f"checkpoint-{state['best_global_step']}")
     with pytest.raises(InputError, match="the best checkpoint of the run that is to be resumed, is not there"):
         connected(run_regression, *training, *worse, *again)
+
+
+# ------------------------------------------------------------------------------------------ cards of runs made by hand
+
+
+def card_of(folder, kind, arguments=None, results=None, config=None, log=(), split=None, model_folder=None):
+    """Returns the text of a card that these files give."""
+    folder.mkdir(exist_ok=True)
+    files = {"arguments.json": arguments or {}, "all_results.json": results or {}, "splits.json": split or {}}
+    files |= {"trainer_state.json": {"log_history": list(log)}} | ({"config.json": config} if config else {})
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values))
+    return str(model_card(Run(folder, kind, model_folder=model_folder)))
+
+
+SCORES = {"molecules": 40, "selected": 20, "score_split": "validation", "model": "outputs/x/finetune-none"}
+
+
+def test_the_card_of_scores_alone_tells_of_no_model(tmp_path):
+    arguments = {"model_name_or_path": "outputs/x/finetune-none", "external_file": "/my/more.csv"}
+    split = {"split": "random", "hash": "0", "train": [0] * 85, "validation": [1] * 9, "test": [2] * 20}
+    card = card_of(tmp_path, "influence", arguments, {"influence": SCORES}, split=split)
+    assert "Influence scores of 40 molecules" in card and "foretold for `finetune-none`" in card
+    assert "Scored: 40 molecules of more.csv; 20 of them are selected\n" in card
+    for absent in ("fine-tuned from", "| molecules added", "## Intended use", "pipeline_tag", "```python"):
+        assert absent not in card
+
+
+def test_the_card_of_a_selection_says_what_was_learned(tmp_path):
+    split = {"split": "random", "hash": "0", "train": [0] * 85, "pool": [3] * 40, "corrupted": [4] * 12}
+    (tmp_path / "finetune-selected").mkdir()
+    (tmp_path / "finetune-selected" / "config.json").write_text("{}")
+    results = {"influence": SCORES, "results": {"selected": {"added": 20, "test_mse": 0.5}}}
+    results["evaluation_losses"] = {"selected": [0.5], "paper": [0.4]}
+    card = card_of(tmp_path, "influence", {}, results, split=split, model_folder=tmp_path / "finetune-selected")
+    assert "a pool of 40 molecules, taken out of the training part, the labels of 12 permuted; 20 of them" in card
+    assert "are selected, and learned by the model here beside the training part" in card
+    assert "random, 85 train; hash" in card and "one an epoch and of molecules that it had learned" in card
+
+
+@pytest.mark.parametrize(
+    ("form", "told", "limit"),
+    [
+        ("canonical", "canonical as RDKit writes them, without stereo", True),
+        ("isomeric", "canonical as RDKit writes them, with stereo", False),
+        ("raw", "SMILES are read as they are", False),
+    ],
+)
+def test_a_card_says_how_smiles_are_to_be_written(tmp_path, form, told, limit):
+    card = card_of(tmp_path, "regression", results={"test_mse": 1.0}, config={"smiles_form": form})
+    assert told in card and ("molecules that differ in stereo alone get one prediction" in card) == limit
+
+
+def test_a_card_has_the_licence_of_the_card_beside_its_base(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-sa-3.0\n---\n\n# base\n")
+    arguments = {"model_name_or_path": str(tmp_path / "base")}
+    assert "license: cc-by-sa-3.0" in card_of(tmp_path / "run", "regression", arguments, config={"a": 1})
+    (tmp_path / "base" / "README.md").write_text("my notes")
+    assert "license" not in card_of(tmp_path / "run", "regression", arguments, config={"a": 1}).split("---")[1]
+
+
+def test_a_long_training_shows_its_best_and_its_last_epoch(tmp_path):
+    log = [{"epoch": float(epoch), "eval_loss": abs(epoch - 32) + 1.0} for epoch in range(1, 46)]
+    text = card_of(tmp_path, "regression", log=log, config={"a": 1})
+    shown = [int(line.split()[1]) for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert {1, 32, 45} <= set(shown) and len(shown) < 22 and shown == sorted(shown)
+
+
+@pytest.mark.parametrize(("log", "told"), [("eval_loss", "the dashed line is"), ("loss", "Training losses by epoch.")])
+def test_the_loss_curves_are_told_as_they_are(tmp_path, log, told):
+    (tmp_path / "loss_curves.png").touch()
+    assert told in card_of(tmp_path, "regression", log=[{"epoch": 1.0, log: 0.5}], config={"a": 1})
+
+
+def test_an_evaluation_of_several_labels_has_their_results(tmp_path):
+    arguments = {"model_name_or_path": "outputs/many", "label_column": ["logD", "pKa"], "train_file": "many.csv"}
+    results = {f"test_{key}_{label}": 0.5 for key in ("mse", "rmse", "mae", "r2") for label in ("logD", "pKa")}
+    card = card_of(tmp_path, "regression", arguments, results)
+    assert "| this model: pKa | test |" in card and "prediction of logD" in card
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_card_names_its_folder_as_a_command_takes_it(tmp_path, inside):
+    """In this project's folder from there, elsewhere whole."""
+    folder = ROOT / "outputs" / "some" / "run" if inside else tmp_path
+    assert Run(folder, "regression").name == ("outputs/some/run" if inside else str(tmp_path))
+    assert Run("outputs/my", "regression").name == "outputs/my"
