@@ -455,8 +455,11 @@ class RunsCode:
 
 def hostile(folder):
     """Gives checkpoints to run_regression.py that must be refused; returns one row for each."""
+    import peft
     import torch
     from safetensors.torch import load_file, save_file
+
+    from modeling_molformer_reg import MolformerForRegression
 
     source = ROOT / "models" / "molformer-mini"
     rows, trace = [], folder / "code_ran"
@@ -514,8 +517,22 @@ def hostile(folder):
         config = json.loads((target / "config.json").read_text())
         (target / "config.json").write_text(json.dumps(config | {"hidden_size": "320"}))
 
-    offer("pickle", pickled, "cannot be loaded")
-    offer("pickle-of-torch", pickled_by_torch, "cannot be loaded")
+    def pickled_adapter(target):
+        base = MolformerForRegression.from_pretrained(source)
+        peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"])).save_pretrained(target)
+        for name in ("model.safetensors", "adapter_model.safetensors"):
+            (target / name).unlink()
+        torch.save({"a": RunsCode(trace)}, target / "adapter_model.bin")
+
+    def base_outside(target):
+        (target / "model.safetensors").rename(target / "weights.safetensors")
+        values = {"method": "bitfit", "base": "../../nowhere", "parameters": ["classifier.out_proj.bias"]}
+        (target / "trained_parameters.json").write_text(json.dumps(values))
+
+    offer("pickle", pickled, "could run code")
+    offer("pickle-of-torch", pickled_by_torch, "could run code")
+    offer("pickle-of-an-adapter", pickled_adapter, "could run code")
+    offer("adapter-of-no-base", base_outside, "cannot be loaded")
     offer("truncated", truncated, "cannot be loaded")
     offer("not-a-number", lambda target: changed_weights(target, not_a_number), "no finite numbers")
     offer("other-weights", renamed, "weights")
@@ -549,6 +566,7 @@ def main():
     args = parser.parse_args()
     known = json.loads(args.output.read_text()) if args.output.exists() else {}
     report = {part: known[part] for part in parts if part in known}
+    commands = known.get("commands", {})  # of each part the one that ran it
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         works = {
@@ -563,7 +581,8 @@ def main():
             report[part] = json.loads(found.replace(f"{ROOT}/", "").replace(name, "FOLDER"))
             passed = sum(row["passed"] for row in report[part])
             print(f"{part}: {passed} of {len(report[part])} passed", flush=True)
-            write_report(args.output, report)
+            commands[part] = as_text(sys.argv)
+            write_report(args.output, {"commands": commands, **report})
     sys.exit(0 if all(row["passed"] for rows in report.values() for row in rows) else 1)
 
 

@@ -203,6 +203,22 @@ def finished_run(tiny_checkpoint, small_table, tmp_path_factory):
     return folder
 
 
+def test_the_arguments_that_a_run_wrote_repeat_it(finished_run, tmp_path):
+    call_main(finished_run / "arguments.json", "--output_dir", tmp_path / "again")
+    assert results(tmp_path / "again") == results(finished_run)
+
+
+def test_losses_and_metrics_are_logged_where_report_to_says(tiny_checkpoint, small_table, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "log"))
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "run")
+    call_main(*flags, *QUICK, "--report_to", "tensorboard")
+    found = EventAccumulator(str(tmp_path / "log")).Reload().Tags()["scalars"]
+    assert {"train/loss", "eval/loss", "eval/mse"} <= set(found)
+
+
 def test_main_writes_its_result_files(finished_run):
     for name in FILES:
         assert (finished_run / name).stat().st_size > 0, name
