@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -127,9 +128,26 @@ def load_config(model_args):
     source = named or source
     refuse_missing_folder(source)
     try:
-        return MolformerConfig.from_pretrained(source, **hub_options(model_args))
+        config = MolformerConfig.from_pretrained(source, **hub_options(model_args))
     except UNLOADABLE as error:
         raise InputError(_not_loaded("configuration", source, error)) from error
+    check_auto_map(source, getattr(config, "auto_map", None))
+    return config
+
+
+def check_auto_map(source, auto_map):
+    """Raises `InputError` if the code that a checkpoint names lies elsewhere than beside it or in a Hub repository.
+
+    None of it runs here; who writes such a name means to have something else run for readers who trust it.
+    """
+    values = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name is not None]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"([\w.-]*\w/[\w.-]*\w--)?\w+\.\w+", name):
+            raise InputError(
+                f"The configuration of {source} names {name!r} in auto_map, which is no class of a module beside it: "
+                "the checkpoint is damaged or hostile. Use another one."
+            )
 
 
 def settle_smiles_form(config, data_args):

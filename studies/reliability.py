@@ -30,7 +30,7 @@ from pathlib import Path
 
 import hypothesis
 import pandas as pd
-from common import ROOT, write_report
+from common import ROOT, as_text, write_report
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
@@ -502,9 +502,14 @@ def hostile(folder):
     def auto_map(target):
         (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\n")
         (target / "evil.py").write_text(f"open({str(trace)!r}, 'w')\n")
-        (target / "modeling_molformer_reg.py").write_text(f"open({str(trace)!r}, 'w')\n")
         config = json.loads((target / "config.json").read_text())
         config["auto_map"] = {"AutoConfig": "../evil.C", "AutoModelForSequenceClassification": "evil--../evil.M"}
+        (target / "config.json").write_text(json.dumps(config))
+
+    def other_code(target):
+        (target / "modeling_molformer_reg.py").write_text(f"open({str(trace)!r}, 'w')\n")
+        config = json.loads((target / "config.json").read_text())
+        config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_molformer_reg.MolformerForRegression"}
         (target / "config.json").write_text(json.dumps(config))
 
     def index_outside(target):
@@ -539,8 +544,8 @@ def hostile(folder):
     offer("no-json", lambda target: (target / "config.json").write_text("{"), "cannot be loaded")
     offer("index-outside", index_outside, "not in the folder")
     offer("other-types", other_types, "must be a whole number")
-    # an auto_map is left aside, whatever it names: the run succeeds and no code of the checkpoint runs
-    offer("auto-map", auto_map, "")
+    offer("auto-map", auto_map, "in auto_map")
+    offer("code-beside-it", other_code, "")  # is left aside: the run succeeds, and none of it runs
     rows[-1]["passed"] = not rows[-1]["ran_code"] and rows[-1]["code"] == 0
     return rows
 

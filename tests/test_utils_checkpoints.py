@@ -112,6 +112,10 @@ def test_weights_that_are_no_numbers_are_refused(tiny_checkpoint, tmp_path):
         ("config.json", {"num_labels": "a"}, "cannot be loaded"),
         ("config.json", {"id2label": 5}, "cannot be loaded"),
         ("config.json", {"dtype": "evil"}, "cannot be loaded"),
+        ("config.json", {"auto_map": {"AutoModel": "../evil.M"}}, "names '../evil.M' in auto_map"),
+        ("config.json", {"auto_map": {"AutoModel": ["evil--../evil.M", None]}}, "names 'evil--../evil.M' in auto_map"),
+        ("config.json", {"auto_map": {"AutoConfig": "/tmp/evil.C"}}, "is damaged or hostile"),
+        ("config.json", {"auto_map": {"AutoConfig": 5}}, "names 5 in auto_map"),
         ("config.json", {"smiles_form": "evil"}, "smiles_form='evil' is unknown"),
         ("tokenizer_config.json", [], "cannot be loaded"),
         ("tokenizer.json", [], "cannot be loaded"),
@@ -130,8 +134,18 @@ def test_a_checkpoint_whose_files_say_nonsense_ends_in_one_line(tiny_checkpoint,
         (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     args = ModelArguments(model_name_or_path=str(folder))
     with pytest.raises(InputError, match=named) as caught:
+        load_config(args)
         load_model(MolformerForRegression, args, load_tokenizer(args))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "ibm/MoLFormer-XL-both-10pct--"])
+def test_code_that_a_checkpoint_of_the_hub_names_is_left_aside(tiny_checkpoint, tmp_path, prefix):
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "config.json"
+    auto_map = {"AutoConfig": f"{prefix}configuration_molformer.MolformerConfig"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
+    assert load_config(ModelArguments(model_name_or_path=str(path.parent))).hidden_size > 0
 
 
 def test_run_of_a_model_of_another_shape_is_not_resumed(tiny_checkpoint):
