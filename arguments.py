@@ -35,14 +35,14 @@ UNFINISHED = "unfinished"  # an empty file that is there while a run is
 # what a run writes into its folder, beside checkpoints and the folders of RUN_PIECES
 RUN_FILES = """
     all_results.json train_results.json eval_results.json predict_results.json trainer_state.json
-    arguments.json predict_arguments.json README.md splits.json predictions.csv dropped_molecules.csv
+    arguments.json predict_arguments.json README.md MODEL_CARD.md splits.json predictions.csv dropped_molecules.csv
     residuals.png worst_molecules.png parity.png loss_curves.png
     config.json model.safetensors adapter_config.json adapter_model.safetensors trained_parameters.json
     influence_scores.csv influence.json merged_train.csv validation.csv test.csv
     influence_scores.png influence_convergence.png influence_selection.png
 """.split()
 MERGED_FILES = ("merged_train.csv", "validation.csv", "test.csv")  # of run_influence.py
-CARD_FILE = "README.md"
+CARD_FILE, OWN_CARD_FILE = "README.md", "MODEL_CARD.md"  # the second beside a README.md of the user's
 STAGED = "to_push"  # a folder with what a push that failed was to send
 INPUT_FILES = ("train_file", "validation_file", "test_file", "external_file")
 RUN_PIECES = r"member-\d+|finetune-\w+|influence_state\.safetensors(\.part)?"  # of runs that train several models
@@ -745,7 +745,7 @@ def clear_run(output_dir):
             path.unlink(missing_ok=True)
     names = RUN_FILES if (output_dir / "influence.json").exists() else set(RUN_FILES) - set(MERGED_FILES)
     for path in (output_dir / name for name in names):
-        if path.name != CARD_FILE or is_card(path):
+        if path.name not in (CARD_FILE, OWN_CARD_FILE) or is_card(path):
             path.unlink(missing_ok=True)
 
 

@@ -855,10 +855,11 @@ def write_reports(output_dir, parts, members, digest, data_args):
         end = f"_{label}" if label else ""
         ours, ridge = (metrics.get(f"test_mse{which}{end}", math.nan) for which in ("", "_fingerprint_ridge"))
         if ridge < ours:
+            of_which = f" of {label}" if label else ""
             text += (
-                f"\nRidge regression on fingerprints has the lower error{f' of {label}' if label else ''}: use that, "
+                f"\nRidge regression on fingerprints has the lower error{of_which}: use that, or try more epochs, an "
+                "ensemble, configs/regression-best.yaml."
             )
-            text += "or try more epochs, an ensemble, configs/regression-best.yaml."
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."
     return metrics, text

@@ -36,6 +36,7 @@ from arguments import (
     CARD_FILE,
     EMBEDDED_CHECKPOINT,
     EMBEDDED_DATA,
+    OWN_CARD_FILE,
     ROOT,
     STAGED,
     InputError,
@@ -787,7 +788,7 @@ def stage(contents, folder):
 def write_card(folder, kind, model_folder=None):
     """Writes the card of a run into its folder, beside a README.md of the user's."""
     path = Path(folder) / CARD_FILE
-    path = path if not path.exists() or is_card(path) else path.with_name("MODEL_CARD.md")
+    path = path if not path.exists() or is_card(path) else path.with_name(OWN_CARD_FILE)
     write_text(str(model_card(Run(folder, kind, model_folder=model_folder))), path)
 
 

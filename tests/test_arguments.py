@@ -757,7 +757,7 @@ def test_clearing_a_run_removes_its_own_files_and_no_other(tmp_path):
     pieces = ["member-0/config.json", "finetune-none/settings_key", "influence_state.safetensors"]
     for name in [*RUN_FILES, *USER_FILES, *pieces, "to_push/config.json"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("---\n" if name == "README.md" else "{}")
+        (tmp_path / name).write_text("---\n" if name in ("README.md", "MODEL_CARD.md") else "{}")
     clear_run(tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     kept = {
