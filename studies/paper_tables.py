@@ -3,9 +3,10 @@
     ./reproduce_paper.sh                                    # trains, then calls this
     python studies/paper_tables.py --folder outputs/paper   # the tables of the runs that are finished
 
-Writes results/paper_tables.json, and results/paper_tables.md: regression and masked language modeling (Table 1),
-evaluation loss by epoch after the selection (Table 2), parameter-efficient fine-tuning (appendix); means over seeds
-with 95 % intervals that allow for what the splits share, in logD units, and the command of every row.
+Writes results/paper_tables.json, and results/paper_tables.md: regression, masked language modeling first, and what
+influence chose with its controls (Table 1), evaluation loss by epoch after the selection (Table 2),
+parameter-efficient fine-tuning (appendix); means over seeds with 95 % intervals that allow for what the splits share,
+in logD units, and the command of every row.
 """
 
 import argparse
@@ -29,6 +30,10 @@ TABLE_1 = {  # test MSE, MAE, R² of the paper
     "regression": ("regression", table1.PAPER["regression"]),
     "mlm_regression": ("masked language modeling, then regression", table1.PAPER["mlm_regression"]),
     "selected": ("regression with the molecules that influence chose", None),
+}
+CONTROLS = {  # of the runs that select, with the same seeds: less to learn than the regression has
+    "none": "regression without the external molecules",
+    "random": "regression with as many of them, chosen at random",
 }
 STARTS = {"mlm_regression": "mlm", "selected": "influence"}  # rows that start from another row's run of the seed
 METRICS = ("test_mse", "test_mae", "test_r2")
@@ -88,6 +93,12 @@ def rows_of(runs):
         if name in runs:
             rows.append(row(runs[name], "1", title, METRICS, paper))
     if "influence" in runs:
+        for name, title in CONTROLS.items():
+            seeds = {seed: values["results"][name] for seed, values in runs["influence"]["seeds"].items()
+                     if "test_mse" in values["results"].get(name, {})}  # fmt: skip
+            if seeds:
+                found = {"seeds": seeds, "command": runs["influence"]["command"]}
+                rows.append(row(found, "1", title, METRICS, None))
         losses = {
             seed: values["results"]["selected"]["eval_losses"]
             for seed, values in runs["influence"]["seeds"].items()
@@ -145,7 +156,7 @@ def to_markdown(rows):
             count = len(next(iter(found["values"].values())))
             lines.append(f"| {' | '.join([found['name'], str(count), *ours, *paper])} |")
         lines.append("")
-    named = {}  # all epochs of a run have one command
+    named = {}  # all epochs of a run, and all its controls, have one command
     for row in rows:
         named.setdefault((row["table"], row["command"]), row["name"])
     lines += ["## Commands", "", "Of the first seed of each row:", ""]
