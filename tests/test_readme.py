@@ -257,3 +257,23 @@ def test_what_the_readme_says_of_reliability_is_what_came():
     assert f"at {len(parts['kills'])} moments" in text and f"{len(parts['hostile'])} hostile checkpoints" in text
     assert f"feeds {sum(row['inputs'] for row in parts['fuzz']):,} generated tables and SMILES" in text
     assert not re.search(r"/(work|home|tmp|root)/", json.dumps(report))  # no machine's folders
+
+
+def test_what_the_readme_says_of_the_papers_chain_is_what_came():
+    rows = json.loads((ROOT / "results" / "paper_tables.json").read_text())["rows"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    means = {row["name"]: next(iter(row["intervals"].values()))[0] for row in rows}
+    chosen, chance, none = (
+        means[f"regression {how}"]
+        for how in ("with the molecules that influence chose", "with as many of them, chosen at random",
+                    "without the external molecules")
+    )  # fmt: skip
+    assert f"has a test MSE of {chosen:.3f}, with as many molecules at random {chance:.3f}, without the" in text
+    assert f"without the pool {none:.3f}," in text and chosen > max(chance, none)  # did not help
+    first, last = means["epoch 1"], means["epoch 7"]
+    assert f"falls from {first:.3f} to {last:.3f} in seven epochs" in text
+    kept = [json.loads(line) for line in (ROOT / "results" / "runs.jsonl").read_text().splitlines()]
+    reports = [run["results"]["influence"] for run in kept if run["folder"].startswith("outputs/paper/influence-")]
+    spans = [f"{min(values):.2f} to {max(values):.2f}"
+             for values in ([report[f"auc_{name}"] for report in reports] for name in ("influence", "loss"))]  # fmt: skip
+    assert len(reports) == 3 and f"ROC curve {spans[0]}, of the loss alone {spans[1]})" in text
