@@ -274,6 +274,6 @@ def test_what_the_readme_says_of_the_papers_chain_is_what_came():
     assert f"falls from {first:.3f} to {last:.3f} in seven epochs" in text
     kept = [json.loads(line) for line in (ROOT / "results" / "runs.jsonl").read_text().splitlines()]
     reports = [run["results"]["influence"] for run in kept if run["folder"].startswith("outputs/paper/influence-")]
-    spans = [f"{min(values):.2f} to {max(values):.2f}"
-             for values in ([report[f"auc_{name}"] for report in reports] for name in ("influence", "loss"))]  # fmt: skip
+    aucs = ([report[f"auc_{name}"] for report in reports] for name in ("influence", "loss"))
+    spans = [f"{min(values):.2f} to {max(values):.2f}" for values in aucs]
     assert len(reports) == 3 and f"ROC curve {spans[0]}, of the loss alone {spans[1]})" in text
