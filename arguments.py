@@ -44,6 +44,14 @@ RUN_FILES = """
 MERGED_FILES = ("merged_train.csv", "validation.csv", "test.csv")  # of run_influence.py
 CARD_FILE, OWN_CARD_FILE = "README.md", "MODEL_CARD.md"  # the second beside a README.md of the user's
 STAGED = "to_push"  # a folder with what a push that failed was to send
+EVALUATION_FILES = """
+    predictions.csv splits.json eval_results.json predict_results.json dropped_molecules.csv
+    residuals.png worst_molecules.png parity.png
+""".split()  # of these an evaluation writes
+CHECKPOINT_FILES = """
+    config.json adapter_config.json model.safetensors adapter_model.safetensors trained_parameters.json
+    tokenizer.json tokenizer_config.json training_args.bin optimizer.pt scheduler.pt rng_state.pth trainer_state.json
+""".split()  # one of which the trainer writes first into checkpoint-N
 INPUT_FILES = ("train_file", "validation_file", "test_file", "external_file")
 RUN_PIECES = r"member-\d+|finetune-\w+|influence_state\.safetensors(\.part)?"  # of runs that train several models
 SETTINGS_KEY = "settings_key"  # a file in every folder finetune-…
@@ -474,7 +482,8 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
             flags = flags or [word for word in unknown if not word.startswith("hf_")] or ["A word"]
             raise ValueError(f"{', '.join(flags)} is no argument of this script. --help lists those that there are.")
         arguments[-1].run_values = _values_to_repeat(vars(parser.parse_args(args)))
-        arguments[-1].given = {word.removeprefix("--").split("=")[0] for word in args if word.startswith("--")}
+        flags = parser._option_string_actions
+        arguments[-1].given = {flags[word].dest for word in (word.split("=")[0] for word in args) if word in flags}
         return arguments
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {hide_tokens(str(error))}\n")
@@ -654,14 +663,15 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
             raise InputError(f"The output folder {output_dir} cannot be: {path} is a file. Give another --output_dir.")
     if not output_dir.is_dir() or all(path.name == LOCK_FILE for path in output_dir.iterdir()):
         return None
-    own = holds_run(output_dir) or (not training_args.do_train and (output_dir / "config.json").exists())
+    if output_dir.resolve() == Path(EMBEDDED_CHECKPOINT):
+        raise InputError(f"--output_dir {output_dir} is the embedded checkpoint. Give another --output_dir.")
+    found = [] if holds_run(output_dir) else users_files(output_dir, training_args.do_train, in_pieces)
+    if found:
+        raise InputError(
+            f"The output folder {output_dir} holds no run of these scripts, but {', '.join(found)}, which one would "
+            "replace. Give another --output_dir."
+        )
     if data_args.overwrite_output_dir:
-        found = [] if own else [name for name in RUN_FILES if (output_dir / name).exists()]
-        if found:
-            raise InputError(
-                f"The output folder {output_dir} holds no run of these scripts, but {', '.join(found)}, which one "
-                "would replace. Give another --output_dir."
-            )
         return None
     begun = last_complete_checkpoint(output_dir) is not None or run_pieces(output_dir)
     if begun and (output_dir / UNFINISHED).exists():
@@ -669,7 +679,8 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
             f"The output folder {output_dir} holds an interrupted run. Continue it with --resume_from_checkpoint "
             "true, replace it with --overwrite_output_dir, or give another --output_dir."
         )
-    what = "Replace the run in it" if training_args.do_train and own else "Write beside what is in it"
+    replaces = training_args.do_train and holds_run(output_dir)
+    what = "Replace the run in it" if replaces else "Write beside what is in it"
     raise InputError(
         f"The output folder {output_dir} is not empty. {what} with --overwrite_output_dir, or give another "
         "--output_dir."
@@ -679,8 +690,15 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
 def holds_run(output_dir):
     """Returns whether a folder has what only a run of these scripts leaves in it."""
     marks = (ARGUMENTS_FILE, f"predict_{ARGUMENTS_FILE}", "all_results.json", UNFINISHED, SETTINGS_KEY)
-    begun = any(re.fullmatch(r"checkpoint-\d+", path.name) for path in output_dir.glob("checkpoint-*"))
-    return begun or bool(run_pieces(output_dir)) or any((output_dir / name).exists() for name in marks)
+    pieces = [path for path in output_dir.glob("*") if is_checkpoint(path) or is_piece(path)]
+    return bool(pieces) or any((output_dir / name).exists() for name in marks)
+
+
+def users_files(output_dir, do_train, in_pieces):
+    """Returns the names of the files in a folder without a run that a run would replace."""
+    names = RUN_FILES if do_train else EVALUATION_FILES
+    spared = {CARD_FILE, OWN_CARD_FILE} | (set() if in_pieces else set(MERGED_FILES))
+    return [name for name in names if name not in spared and (output_dir / name).exists()]
 
 
 def run_pieces(output_dir):
@@ -690,8 +708,18 @@ def run_pieces(output_dir):
 
 def is_piece(path):
     """Returns whether a path is one that a run of several models has made, and not the user's of a like name."""
-    made = re.fullmatch(RUN_PIECES, path.name)
-    return bool(made) and (not path.name.startswith("finetune-") or (path / SETTINGS_KEY).exists())
+    if not re.fullmatch(RUN_PIECES, path.name):
+        return False
+    marks = {"finetune": (SETTINGS_KEY,), "member": (UNFINISHED, LOCK_FILE, "config.json", "all_results.json")}
+    return any((path / name).exists() for name in marks.get(path.name.split("-")[0], (".",)))
+
+
+def is_checkpoint(path):
+    """Returns whether a folder `checkpoint-N` is the trainer's, whole or not."""
+    if not re.fullmatch(r"checkpoint-\d+", path.name) or not path.is_dir():
+        return False
+    names = {file.name for file in path.iterdir()}
+    return not names or bool(names & set(CHECKPOINT_FILES))
 
 
 def member_folders(output_dir):
@@ -733,42 +761,49 @@ def _is_complete(folder):
     return (Path(folder) / "scheduler.pt").exists()
 
 
+def paths_of_run(output_dir):
+    """Returns what a run has left in its output folder: no files of the user's that are called like them."""
+    output_dir = Path(output_dir)
+    found = [path for path in output_dir.glob("*") if is_piece(path) or is_checkpoint(path)]
+    try:  # the plain model of an adapter
+        of_adapter = json.loads((output_dir / "merged" / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+        found += [output_dir / "merged"] if of_adapter.get("merge_adapter") else []
+    except (OSError, ValueError, AttributeError):
+        pass
+    found += [output_dir / STAGED] if is_card(output_dir / STAGED / CARD_FILE) else []
+    names = RUN_FILES if (output_dir / "influence.json").exists() else set(RUN_FILES) - set(MERGED_FILES)
+    files = [output_dir / name for name in names if (output_dir / name).exists()]
+    return found + [path for path in files if path.name not in (CARD_FILE, OWN_CARD_FILE) or is_card(path)]
+
+
 def clear_run(output_dir):
     """Removes what an earlier run left in `output_dir`, and nothing else. Called when all input was checked."""
-    output_dir = Path(output_dir)
-    remove_checkpoints(output_dir)
-    copies = [output_dir / "merged"] if (output_dir / "merged" / "config.json").exists() else []
-    for path in [*run_pieces(output_dir), *copies, output_dir / STAGED]:
+    for path in paths_of_run(output_dir):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    names = RUN_FILES if (output_dir / "influence.json").exists() else set(RUN_FILES) - set(MERGED_FILES)
-    for path in (output_dir / name for name in names):
-        if path.name not in (CARD_FILE, OWN_CARD_FILE) or is_card(path):
-            path.unlink(missing_ok=True)
 
 
 def is_card(path):
-    """Returns whether a README.md is a model card, and no text of the user's."""
-    return path.exists() and path.read_bytes().startswith(b"---\n")
+    """Returns whether a file is a model card of these scripts, and no README of the user's."""
+    head = path.read_bytes()[:10_000] if path.is_file() else b""
+    return head.startswith(b"---\n") and b"\n- molformer\n" in head
 
 
 def belongs_to_run(output_dir, path):
-    """Returns whether `clear_run` would remove a file."""
-    inside = Path(path).resolve()
-    if Path(output_dir).resolve() not in inside.parents:
+    """Returns whether a path lies where a run writes, or where `clear_run` removes."""
+    folder, inside = Path(output_dir).resolve(), Path(path).resolve()
+    if folder not in inside.parents:
         return False
-    first = inside.relative_to(Path(output_dir).resolve()).parts[0]
-    known = first in (*RUN_FILES, "merged", STAGED) or re.fullmatch(r"checkpoint-\d+", first)
-    return bool(known) or is_piece(Path(output_dir).resolve() / first)
+    first = folder / inside.relative_to(folder).parts[0]
+    return first.name in RUN_FILES or first in paths_of_run(folder)
 
 
 def remove_checkpoints(output_dir):
     """Removes the folders `checkpoint-N` of a run."""
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", folder.name):
-            shutil.rmtree(folder)
+    for folder in filter(is_checkpoint, Path(output_dir).glob("*")):
+        shutil.rmtree(folder)
 
 
 def begin_writing(training_args, checkpoint, source=None, replace=None):

@@ -724,8 +724,9 @@ def merged_command(parts, start_args, data_args, training_args, leakage):
     command += ["--max_length", str(data_args.max_length)] if longer else []
     if data_args.label_name not in (None, "the label"):  # the merged file calls its column label
         command += ["--label_name", data_args.label_name]
-    named = {name: training_args.run_values.get(name) for name in (*TRAINING_SETTINGS, "augment_smiles")}
-    command += as_flags({name: value for name, value in named.items() if name in training_args.given})
+    values = getattr(training_args, "run_values", None) or {}
+    names = [name for name in (*TRAINING_SETTINGS, "augment_smiles") if name in training_args.given]
+    command += as_flags({name: values.get(name) for name in names})
     leak = " (chosen by the test molecules, whose error there will be optimistic too)" if leakage else ""
     return (
         f"To learn the selected molecules elsewhere{leak}: {shlex.join([*command, '--output_dir', 'outputs/merged'])}"

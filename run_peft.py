@@ -346,7 +346,6 @@ def write_merged(model, tokenizer, folder, find, base=None):
         find (`Callable`): maps the name of a file of that run to its path, or to `None` if there is none.
         base (`str`, *optional*): what the adapter's base is called here, if the run may have called it otherwise.
     """
-    from utils_checkpoints import portable_path
     from utils_molecules import read_json, write_json
     from utils_report import FIGURES
 
@@ -361,7 +360,7 @@ def write_merged(model, tokenizer, folder, find, base=None):
         values.pop("base_hub_name", None)
         if base is not None:
             values.pop("hub_model_id", None)  # that of the adapter
-            values["model_name_or_path"] = portable_path(base)
+            values["model_name_or_path"] = base
         write_json({**values, "merge_adapter": True, "output_dir": str(folder)}, folder / ARGUMENTS_FILE)
 
 

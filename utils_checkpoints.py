@@ -143,7 +143,7 @@ def check_auto_map(source, auto_map):
     values = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
     names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name is not None]
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"([\w.-]*\w/[\w.-]*\w--)?\w+\.\w+", name):
+        if not isinstance(name, str) or not re.fullmatch(r"((\w[\w.-]*/)?\w[\w.-]*--)?\w+\.\w+", name):
             raise InputError(
                 f"The configuration of {source} names {name!r} in auto_map, which is no class of a module beside it: "
                 "the checkpoint is damaged or hostile. Use another one."
@@ -575,8 +575,8 @@ def _not_loaded(what, source, error):
     if Path(source).exists() or not absent:
         if isinstance(error, pickle.UnpicklingError):  # torch's text says how to run it
             return (
-                f"The {what} in {source} cannot be loaded: its weights are a pickle that holds more than tensors, and "
-                "loading it could run code. Pass a checkpoint in safetensors."
+                f"The {what} in {source} cannot be loaded: its weights are a pickle that is damaged or holds more "
+                "than tensors: loading it could run code. Pass a checkpoint in safetensors."
             )
         reason = (str(error).strip().splitlines() or [""])[0]  # some libraries write an essay
         kind = "" if reason and not isinstance(error, KeyError) else f"{type(error).__name__} "

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -241,14 +242,14 @@ class Run:
         columns = self.values.get("label_column") or []
         self.label_names = config.get("label_names") or (columns if len(columns) > 1 else [])
         self.head_descriptors = config.get("head_descriptors") or []
-        self.smiles_form = config.get("smiles_form")
+        self.smiles_form = config.get("smiles_form") or self.values.get("smiles_form")
         self.shown_labels = list((config.get("id2label") or {}).values())
 
     @property
     def member(self):
         """The folder's name of the ensemble's member that stands for it; `None` if there is no ensemble."""
-        name = self.model_folder.name if self.model_folder is not None else ""
-        return name if name.startswith("member-") else None
+        inside = self.model_folder is not None and self.model_folder.parent == self.folder
+        return self.model_folder.name if inside and self.model_folder.name.startswith("member-") else None
 
     @property
     def history(self):
@@ -323,7 +324,9 @@ class Run:
             source = self.results.get("influence", {}).get("fine_tuned_from") or source
         if self.holds_adapter:
             source = self.values.get("base_hub_name") or source
-        return source if source is not None or self.values.get("config_name") else EMBEDDED_CHECKPOINT
+        if source is None:
+            return None if self.values.get("config_name") else EMBEDDED_CHECKPOINT
+        return source if Path(source).exists() or not (ROOT / source).exists() else str(ROOT / source)
 
     @property
     def base(self):
@@ -377,7 +380,12 @@ def caption(run, name):
 def license_of_base(run):
     """Returns the licence that the card of the checkpoint names from which a run started; `None` if none is known."""
     card = Path(run.start or "") / CARD_FILE
-    return ModelCard.load(card).data.license if run.start and is_card(card) else LICENSES.get(run.start)
+    if not run.start or not card.is_file():
+        return LICENSES.get(run.start)
+    try:
+        return ModelCard.load(card).data.license
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError):  # somebody's text
+        return None
 
 
 def card_data(run):
@@ -447,11 +455,10 @@ def results_section(run):
         lines += [f"| {key.removeprefix('eval_').replace('_', ' ')} | {results[key]:.4g} |" for key in keys]
         return "\n".join(lines) if keys else ""
     if run.kind == "influence":
-        if not results.get("results"):
-            return ""
         keys = ["validation_mse", *(f"test_{key}" for key in METRICS)]
-        lines += ["| molecules added | how many | validation MSE | test MSE | RMSE | MAE | R² |"]
-        lines += ["| --- " + "| ---: " * 6 + "|"]
+        if results.get("results"):
+            lines += ["| molecules added | how many | validation MSE | test MSE | RMSE | MAE | R² |"]
+            lines += ["| --- " + "| ---: " * 6 + "|"]
         for name, row in results.get("results", {}).items():
             texts = [f"{row[key]:.4f}" if key in row else "" for key in keys]
             lines.append(f"| {name} | {row['added']} | {' | '.join(texts)} |")
@@ -474,7 +481,7 @@ def results_section(run):
                     continue
                 texts = [f"{value:.3f}" for value in values] + [""] * (len(epochs) - len(values))
                 lines.append(f"| {name} | {' | '.join(texts)} |")
-        return "\n".join(lines)
+        return "\n".join(lines) if len(lines) > 2 else ""
     rows = [("this model", part, "") for part in ("train", "validation", "test")]
     rows += [("ridge regression on Morgan fingerprints", "test", "_fingerprint_ridge")]
     rows += [("mean of the training labels", "test", "_mean")]
@@ -550,7 +557,7 @@ def protocol_section(run):
     sizes = {name: len(rows) for name, rows in run.split.items() if isinstance(rows, list)}
     pool, wrong = sizes.pop("pool", 0), sizes.pop("corrupted", 0)  # taken out of the training part
     lines = ["## Data and protocol", "", f"- Data: {run.data}"]
-    if run.kind == "mlm" and not sizes and "train_samples" in run.results:
+    if run.kind == "mlm" and "train_samples" in run.results:
         lines.append(f"- Learned from {run.results['train_samples']} molecules")
     if run.kind == "influence":
         lines.append(f"- {scored_molecules(run, pool, wrong)}")
@@ -559,10 +566,11 @@ def protocol_section(run):
         hashed = f"hash `{run.split.get('hash')}` (`splits.json` has the rows)"
         lines.append(f"- Split: {run.split.get('split')}, {text}; {hashed}")
         trained = "train_loss" in run.results or run.results.get("members")
-        if trained and "validation" not in sizes and run.values.get("protocol") != "paper":
+        chosen = run.kind == "mlm" or run.values.get("protocol") == "paper"
+        if trained and "validation" not in sizes and not chosen:
             lines.append("- No molecules were held out to choose the epoch: the model is that of the last one.")
         if run.kind == "mlm":
-            lines.append("- Of these molecules those of the training part alone were learned.")
+            lines.append("- Nothing of the other parts was learned.")
         elif "test" not in sizes:
             lines.append(f"- {no_test(sizes)}")
     flags = as_flags({name: value for name, value in without_folders(run.values).items() if name != "output_dir"})
@@ -695,6 +703,8 @@ def without_folders(value, key=""):
         return [without_folders(item, key) for item in value]
     if not isinstance(value, str):
         return value
+    if Path(value).is_absolute() and ROOT in Path(value).resolve().parents:  # such as the embedded checkpoint
+        return Path(value).resolve().relative_to(ROOT).as_posix()
     named = Path(value).is_absolute() or key.endswith(("_file", "_dir", "_checkpoint"))
     outside = "/" in value and Path(value).exists() and ROOT not in Path(value).resolve().parents
     return Path(value).name if named or outside else value
@@ -774,7 +784,8 @@ def push_run(training_args, kind, folders, replaced=None):
 
 def stage(contents, folder):
     """Writes what is to be pushed into a folder of its own, in place of an earlier one's, and returns the folder."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if is_card(folder / CARD_FILE):
+        shutil.rmtree(folder)
     for name, content in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

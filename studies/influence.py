@@ -114,7 +114,9 @@ def summarize(runs):
                 continue
             mean, half = interval(list(by_seed.values()))
             row = {"pool": pool, "split": split, "name": name, "test_mse": by_seed, "mean": mean, "half_width": half}
-            row |= {key: float(np.mean([counts[key] for counts in added[name]])) for key in added[name][0]}
+            for key in ("added", "added_wrong"):
+                counts = [values[key] for values in added[name] if key in values]
+                row |= {key: float(np.mean(counts))} if counts else {}
             common = sorted(by_seed.keys() & errors["selected"].keys())
             if name != "selected" and common:
                 row["selected_minus_this"] = interval([errors["selected"][s] - by_seed[s] for s in common])
@@ -150,13 +152,12 @@ def to_markdown(rows, detected, runs, exact=None):
     for row in detected:
         name, area = SCORES[row["score"]], with_interval((row["mean"], row["half_width"]))
         lines.append("| " + " | ".join((row["split"], name, str(len(row["auc"])), area)) + " |")
-    solved = [run["influence"] for run in runs]
-    residuals = [report["residual"] for report in solved]
-    lines += [
-        "",
-        f"{sum(report['converged'] for report in solved)} of {len(solved)} scorings converged; residuals "
-        f"{min(residuals):.2f} to {max(residuals):.2f}.",
-    ]
+    solved = [run["influence"] for run in runs if run["influence"].get("residual") is not None]
+    if solved:  # not where the curvature was left out
+        residuals = [report["residual"] for report in solved]
+        converged = sum(report["converged"] for report in solved)
+        lines += ["", f"{converged} of {len(solved)} scorings converged; residuals {min(residuals):.2f} to "
+                  f"{max(residuals):.2f}."]  # fmt: skip
     if exact is not None:
         lines += [
             "",

@@ -7,9 +7,9 @@ on random halves of the training molecules, and correlates their validation and 
 of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186). The scores are of
 run_influence.py for the model that was trained on all: by LiSSA, by conjugate gradients and without the inverse
 curvature; once with all of these parameters, and once with those of the head alone. Every half is trained twice: how
-well one training foretells the other is what no score can be far above. Writes results/influence_lds.json and .md:
-rank correlations, means over the seeds, with bootstrap intervals over the halves. Seeds that stand there are not
-repeated; two processes may compute different ones.
+well the trainings agree gives the most that any score could reach with losses of so much noise. Writes
+results/influence_lds.json and .md: rank correlations, means over the seeds, with bootstrap intervals over the halves.
+Seeds that stand there are not repeated; two processes may compute different ones.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from utils_molecules import load_molecules, read_json  # noqa: E402
 
 
 BATCH, EPOCHS, RATE = 32, 7, 6e-4
-AGAIN = "another training of the same halves"
+CEILING = "the most that a score could reach"
 SOLVERS = {
     "lissa": {"ihvp": "lissa"},
     "cg": {"ihvp": "cg", "recursion_depth": 60, "tolerance": 1e-2},
@@ -134,6 +134,15 @@ def correlation(pairs, draws=2000):
     return float(np.mean(means)), np.mean(samples, axis=0)
 
 
+def ceiling(agreement, trainings):
+    """Returns the correlation of a mean of trainings with what they have in common, from that of two of them.
+
+    Spearman 1910 and Brown 1910: the square root of n r / (1 + (n - 1) r); 0 where they do not agree.
+    """
+    agreement = np.maximum(agreement, 0.0)
+    return np.sqrt(trainings * agreement / (1 + (trainings - 1) * agreement))
+
+
 def within(values):
     """Returns the 95 % interval of bootstrap samples as low and high."""
     low, high = np.nanpercentile(values, (2.5, 97.5))
@@ -195,7 +204,7 @@ def study_seed(seed, args):
 def summarize(report):
     """Returns for each part of the model, target and solver the score, and how far it is above that without curvature.
 
-    And for each target how well one training of the halves foretells another one.
+    And for each target the most that a score could reach, from how well two trainings of the halves agree.
     """
     names, losses = ("params", "target", "solver"), report["losses"]
     keys = dict.fromkeys(tuple(row[name] for name in names) for row in report["seeds"])
@@ -209,11 +218,12 @@ def summarize(report):
     for target in dict.fromkeys(key[1] for key in keys):
         both = [np.transpose(values[target]) for values in losses.values()]
         if all(len(trainings) > 1 for trainings in both):
-            found["", target, AGAIN] = correlation([trainings[:2] for trainings in both])
+            agreement, samples = correlation([trainings[:2] for trainings in both])
+            found["", target, CEILING] = ceiling(agreement, len(both[0])), ceiling(samples, len(both[0]))
     summary = []
     for (params, target, solver), (lds, samples) in found.items():
-        row = {"params": params, "target": target, "solver": solver, "lds": lds, **within(samples)}
-        if solver not in ("identity", AGAIN) and (params, target, "identity") in found:
+        row = {"params": params, "target": target, "solver": solver, "lds": float(lds), **within(samples)}
+        if solver not in ("identity", CEILING) and (params, target, "identity") in found:
             plain, plain_samples = found[params, target, "identity"]
             row["minus_identity"] = {"mean": lds - plain, **within(samples - plain_samples)}
         summary.append(row)
@@ -243,6 +253,7 @@ def main():
     args = parser.parse_args()
     settings = {"weights": checksums([args.model]), "batch": BATCH, "epochs": EPOCHS, "rate": RATE, "solvers": SOLVERS}
     settings |= {name: getattr(args, name) for name in ("subsets", "trainings", "molecules")}
+    settings["format"] = 2  # with what was foretold, and the losses of every training
     before = read_json(args.output)
     if before and before.get("settings") != settings:  # of other weights at the same path, too
         raise SystemExit(f"{args.output} is of other settings or weights. Give another --output, or remove it.")

@@ -755,9 +755,10 @@ def test_clearing_a_run_removes_its_own_files_and_no_other(tmp_path):
     for name in ("best", "10-copy", "x1"):
         checkpoint(tmp_path, name)
     pieces = ["member-0/config.json", "finetune-none/settings_key", "influence_state.safetensors"]
-    for name in [*RUN_FILES, *USER_FILES, *pieces, "to_push/config.json"]:
+    card = "---\ntags:\n- molformer\n---\n"
+    for name in [*RUN_FILES, *USER_FILES, *pieces, "to_push/README.md"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("---\n" if name in ("README.md", "MODEL_CARD.md") else "{}")
+        (tmp_path / name).write_text(card if name.endswith(".md") and name not in USER_FILES else "{}")
     clear_run(tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     kept = {
@@ -770,33 +771,46 @@ def test_clearing_a_run_removes_its_own_files_and_no_other(tmp_path):
 
 
 def test_files_of_the_users_that_are_called_like_those_of_a_run_stay(tmp_path):
-    """Molecules beside no influence scores, and a README that is no card, which the new card then lies beside."""
-    mine = {"test.csv": "mine", "validation.csv": "mine", "README.md": "# my notes"}
-    for name, text in {**mine, "arguments.json": "{}", "all_results.json": "{}"}.items():
+    """Molecules beside no influence scores, a README that is no card, beside which the card then lies, and folders."""
+    mine = {"test.csv": "mine", "validation.csv": "mine", "README.md": "---\ntitle: notes\n---\n# my notes"}
+    mine |= {"member-1/thesis.txt": "", "checkpoint-3/mine": "", "to_push/draft.txt": "", "merged/config.json": "{}"}
+    mine |= {"merged/arguments.json": "{}"}  # a run that was called so
+    for name, text in {
+        **mine,
+        "arguments.json": "{}",
+        "all_results.json": "{}",
+        "checkpoint-4/config.json": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     clear_run(tmp_path)
     write_card(tmp_path, "regression")
-    assert {path.name for path in tmp_path.iterdir()} == {*mine, "MODEL_CARD.md"}
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {*mine, "MODEL_CARD.md"} and not (tmp_path / "checkpoint-4").exists()
     assert {name: (tmp_path / name).read_text() for name in mine} == mine
+    write_card(tmp_path, "regression")
+    clear_run(tmp_path)
+    assert not (tmp_path / "MODEL_CARD.md").exists()
+
+
+OVERWRITE, PREDICT = "--overwrite_output_dir", "--do_predict"
 
 
 @pytest.mark.parametrize(
     ("files", "flags", "message"),
     [
-        (
-            ["test.csv", "config.json"],
-            ["--overwrite_output_dir"],
-            "no run of these scripts, but config.json, test.csv",
-        ),
-        (["test.csv"], ["--overwrite_output_dir", "--do_predict"], "no run of these scripts, but test.csv, which"),
-        (["arguments.json"], [], "Replace the run in it with --overwrite_output_dir"),
-        (["notes.txt"], [], "Write beside what is in it with --overwrite_output_dir"),
-        (["notes.txt"], ["--overwrite_output_dir"], None),
-        (["config.json"], ["--do_predict"], "Write beside what is in it with --overwrite_output_dir"),
-        (["arguments.json"], ["--overwrite_output_dir"], None),
-        (["checkpoint-7/x"], ["--overwrite_output_dir"], None),
-        (["unfinished", ".lock"], ["--overwrite_output_dir"], None),
-        (["config.json"], ["--do_predict", "--overwrite_output_dir"], None),
+        (["predictions.csv", "config.json"], [OVERWRITE], "no run of these scripts, but predictions.csv, config.json"),
+        (["predictions.csv"], [PREDICT], "no run of these scripts, but predictions.csv, which one would replace"),
+        (["member-1/thesis.txt", "parity.png"], [OVERWRITE], "no run of these scripts, but parity.png"),
+        (["arguments.json"], [], f"Replace the run in it with {OVERWRITE}"),
+        (["notes.txt"], [], f"Write beside what is in it with {OVERWRITE}"),
+        (["config.json"], [PREDICT], f"Write beside what is in it with {OVERWRITE}"),
+        (["notes.txt", "README.md", "test.csv"], [OVERWRITE], None),
+        (["test.csv", "model.safetensors"], [PREDICT, OVERWRITE], None),
+        (["arguments.json"], [OVERWRITE], None),
+        (["checkpoint-7/config.json", "parity.png"], [OVERWRITE], None),
+        (["unfinished", ".lock"], [OVERWRITE], None),
+        (["config.json"], [PREDICT, OVERWRITE], None),
         ([".lock"], [], None),
     ],
 )
@@ -811,6 +825,21 @@ def test_only_a_folder_that_holds_a_run_is_replaced(files, flags, message, tmp_p
     else:
         with pytest.raises(InputError, match=message):
             find_checkpoint(training_args, data_args)
+
+
+def test_molecules_are_not_replaced_by_those_of_a_selection(tmp_path):
+    (tmp_path / "test.csv").touch()
+    args = [OVERWRITE, "--output_dir", str(tmp_path)]
+    data_args, training_args = parse_arguments(DataTrainingArguments, TrainingArguments, args=args)
+    with pytest.raises(InputError, match="no run of these scripts, but test.csv"):
+        find_checkpoint(training_args, data_args, in_pieces=True)
+
+
+def test_the_embedded_checkpoint_is_not_replaced():
+    args = [OVERWRITE, "--output_dir", EMBEDDED_CHECKPOINT]
+    data_args, training_args = parse_arguments(DataTrainingArguments, TrainingArguments, args=args)
+    with pytest.raises(InputError, match="is the embedded checkpoint"):
+        find_checkpoint(training_args, data_args)
 
 
 def test_clearing_a_folder_that_does_not_exist_does_nothing(tmp_path):
@@ -891,6 +920,8 @@ def test_a_run_does_not_replace_the_checkpoint_that_it_starts_from(tmp_path):
 @pytest.mark.parametrize(("name", "kept"), [("test.csv", True), ("member-0/a.csv", True), ("mine.csv", False)])
 def test_a_run_does_not_replace_the_data_that_it_reads(tmp_path, name, kept):
     path = tmp_path / name
+    (tmp_path / "member-0").mkdir()
+    (tmp_path / "member-0" / "config.json").touch()
     path.parent.mkdir(exist_ok=True)
     path.write_text("SMILES,label\n")
     training_args, _ = arguments_for(tmp_path)

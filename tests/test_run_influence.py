@@ -618,6 +618,8 @@ def test_the_command_for_elsewhere_trains_as_this_run_did():
     assert (data.protocol, data.max_length, data.augment_smiles, data.label_name) == ("paper", 300, 2, "pKa, half")
     assert (training.num_train_epochs, training.lr_scheduler_type) == (3, "cosine")
     assert training.given.isdisjoint({"logging_steps", "learning_rate", "seed"})
+    assert "--learning_rate=0.001" in merged_command("--learning-rate", "1e-3")
+    assert "--load_best_model_at_end=False" in merged_command("--no_load_best_model_at_end")
 
 
 def test_external_columns_are_those_of_the_training_file_where_they_are_there(tmp_path):

@@ -534,6 +534,11 @@ def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
     assert "| corrupted | random | random-k | 150 (41) | 3 | 0.520 ± 0.066 | -0.110 ± 0.033 |" in text
     assert "| external | scaffold | top-k by influence | 150 | 1 |" in text
     assert "5 of 6 scorings converged; residuals 0.10 to 0.13." in text
+    older, other = influence_run(1, {"selected": 0.4}), influence_run(0, {"selected": 0.4})
+    older["results"]["selected"].pop("added_wrong")
+    older["influence"].pop("residual")  # as of --ihvp identity
+    mixed = influence.summarize([other, older])
+    assert mixed[0]["added_wrong"] == 40 and "1 of 1 scorings" in influence.to_markdown(mixed, [], [other, older])
     influence.plot(list(rows.values()), tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
@@ -590,6 +595,17 @@ def test_the_datamodeling_score_is_a_rank_correlation_with_its_interval():
     assert 0 < two < 1 and np.std(more) < np.std(samples)  # of two seeds
 
 
+def test_the_ceiling_is_what_a_perfect_score_reaches():
+    """Reference: scores that are what trainings have in common, with as much noise in each training."""
+    generator = np.random.default_rng(0)
+    common = generator.normal(size=20_000)
+    losses = common + generator.normal(size=(2, 20_000))
+    agreement = influence_lds.rank_correlation(*losses)
+    reached = influence_lds.rank_correlation(common, losses.mean(axis=0))
+    assert influence_lds.ceiling(agreement, 2) == pytest.approx(reached, abs=0.01)
+    assert influence_lds.ceiling(-0.1, 2) == 0
+
+
 def test_a_half_with_helpful_molecules_is_foretold_the_lower_loss():
     scores = np.array([2.0, 1.0, -1.0, -3.0])
     good, bad = influence_lds.foretell(scores, [np.array([0, 1]), np.array([2, 3])])
@@ -624,7 +640,8 @@ def test_the_datamodeling_study_goes_on_with_the_seeds_that_it_has(tmp_path, mon
     foretold, plain, again = report["summary"]
     assert (foretold["lds"], plain["lds"]) == (pytest.approx(1), pytest.approx(-1))
     assert foretold["minus_identity"] == pytest.approx({"mean": 2, "low": 2, "high": 2})
-    assert again["lds"] == pytest.approx(scipy.stats.spearmanr(*np.transpose(measured)).statistic)
+    agreement = scipy.stats.spearmanr(*np.transpose(measured)).statistic
+    assert again["lds"] == pytest.approx(influence_lds.ceiling(agreement, 2))
     assert "| head | test | cg | 1.000, 1.000 to 1.000 | +2.000, +2" in output.with_suffix(".md").read_text()
 
 

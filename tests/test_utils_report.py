@@ -548,6 +548,9 @@ def test_the_card_of_scores_alone_tells_of_no_model(tmp_path):
     card = card_of(tmp_path, "influence", arguments, {"influence": SCORES}, split=split)
     assert "Influence scores of 40 molecules" in card and "foretold for `finetune-none`" in card
     assert "Scored: 40 molecules of more.csv; 20 of them are selected\n" in card
+    doubtful = {"influence": SCORES | {"leakage": True, "converged": False, "verdict": "not converged"}}
+    told = card_of(tmp_path, "influence", arguments, doubtful, split=split)
+    assert "chosen by the loss of the test set" in told and "The scores are not converged" in told
     for absent in ("fine-tuned from", "| molecules added", "## Intended use", "pipeline_tag", "```python"):
         assert absent not in card
 
@@ -577,13 +580,26 @@ def test_a_card_says_how_smiles_are_to_be_written(tmp_path, form, told, limit):
     assert told in card and ("molecules that differ in stereo alone get one prediction" in card) == limit
 
 
+def test_a_card_of_pretraining_says_which_smiles_were_learned(tmp_path):
+    arguments, split = {"smiles_form": "isomeric"}, {"split": "random", "hash": "0", "train": [0], "test": [1]}
+    card = card_of(tmp_path, "mlm", arguments, {"train_samples": 1, "train_loss": 0.5}, {"a": 1}, split=split)
+    assert "with stereo (the scripts" in card and "Learned from 1 molecules" in card
+    assert "Nothing of the other parts was learned" in card and "No molecules were held out" not in card
+
+
+def test_a_folder_that_is_called_like_a_member_is_no_ensemble(tmp_path):
+    card = card_of(tmp_path / "member-test", "regression", results={"test_mse": 1.0}, config={"a": 1})
+    assert "ensemble" not in card and f'from_pretrained("{tmp_path / "member-test"}"' in card
+
+
 def test_a_card_has_the_licence_of_the_card_beside_its_base(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-sa-3.0\n---\n\n# base\n")
     arguments = {"model_name_or_path": str(tmp_path / "base")}
     assert "license: cc-by-sa-3.0" in card_of(tmp_path / "run", "regression", arguments, config={"a": 1})
-    (tmp_path / "base" / "README.md").write_text("my notes")
-    assert "license" not in card_of(tmp_path / "run", "regression", arguments, config={"a": 1}).split("---")[1]
+    for text in ("my notes", "---\njust text\n---\n", "---\nmy: notes: all\n---\n", "---\nlicense: [mit\n---\n"):
+        (tmp_path / "base" / "README.md").write_text(text)
+        assert "license" not in card_of(tmp_path / "run", "regression", arguments, config={"a": 1}).split("---")[1]
 
 
 def test_a_long_training_shows_its_best_and_its_last_epoch(tmp_path):
