@@ -45,6 +45,7 @@ from utils_influence import (
     MoleculeProblem,
     choose_parameters,
     full_float32,
+    gradients_of_halves,
     inverse_curvature,
     score_molecules,
 )
@@ -504,13 +505,13 @@ def compute_scores(problem, parts, external, influence_args, training_args):
 
     started, seed = time.monotonic(), training_args.seed
     problem.show_progress = training_args.should_log and not training_args.disable_tqdm
-    gradient = problem.gradient(parts[influence_args.score_split])
+    halves, gradient = gradients_of_halves(problem, parts[influence_args.score_split])
     if not 0 < float(gradient.norm()) < math.inf:
         raise InputError("The gradient of the target loss is zero or not finite: no score can be computed.")
     state_file = Path(training_args.output_dir) / "influence_state.safetensors"
     solutions, solved = inverse_curvature(problem, parts["train"], gradient, influence_args, seed, state_file)
     earlier = solved.pop("earlier_seconds", 0.0)  # of a solution that was continued
-    table, agreement = score_molecules(problem, external, solutions, gradient, influence_args)
+    table, agreement = score_molecules(problem, external, solutions, gradient, influence_args, halves)
     table["selected"] = select_molecules(table, influence_args)
     report = {
         "sign": SIGN + CHANGE * (influence_args.ihvp != "identity"),

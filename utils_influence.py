@@ -714,7 +714,15 @@ class StateFile:
         os.replace(part, self.path)
 
 
-def score_molecules(problem, external, solutions, gradient, influence_args):
+def gradients_of_halves(problem, molecules):
+    """Returns the gradients of the mean loss of every other molecule, shape (2, P), and that of all, shape (P,)."""
+    halves = [molecules.iloc[start::2] for start in range(min(2, len(molecules)))]
+    gradients = torch.stack([problem.gradient(half) for half in halves])
+    shares = torch.tensor([len(half) / len(molecules) for half in halves], device=gradients.device)
+    return gradients, shares @ gradients
+
+
+def score_molecules(problem, external, solutions, gradient, influence_args, halves=None):
     """Returns the external molecules with prediction, loss, score and what goes with it (`pandas.DataFrame`).
 
     The score is ∇L(z)ᵀ (C + damping I)^-1 ∇L(target), positive if learning z lowers the target's loss; `score_sd` its
@@ -723,6 +731,7 @@ def score_molecules(problem, external, solutions, gradient, influence_args):
     Args:
         solutions (`torch.Tensor`): (C + damping I)^-1 ∇L(target) of every repeat, shape (R, P).
         gradient (`torch.Tensor`): ∇L(target), shape (P,).
+        halves (`torch.Tensor`, *optional*): those of two halves of the target's molecules, shape (2, P).
     """
     function = SCORES[influence_args.score_mode]
     repeats = [problem.each(function, external, solution, description="Scores") for solution in solutions]
@@ -746,6 +755,9 @@ def score_molecules(problem, external, solutions, gradient, influence_args):
         "agreement_of_solutions": mean_agreement(torch.corrcoef(solutions).cpu().numpy()),
         "agreement_of_ranks": mean_agreement(pd.DataFrame(repeats.T).corr("spearman").to_numpy()),
     }
+    if halves is not None:  # how far the scores are of the property, and not of these molecules alone
+        scores = torch.stack([problem.each(function, external, half) for half in halves]).cpu().numpy()
+        agreement["agreement_of_halves"] = mean_agreement(pd.DataFrame(scores.T).corr("spearman").to_numpy())
     return table, agreement
 
 

@@ -242,6 +242,7 @@ def test_the_report_says_how_the_scores_were_computed(finished_run, tmp_path):
     assert report["implicit_damping"] == pytest.approx(report["scale"] / 20)
     assert len(report["trace"]) == 10 and all(entry["residual"] > 0 for entry in report["trace"])
     assert -1 <= report["agreement_of_ranks"] <= 1 and 0 <= report["auc_influence"] <= 1
+    assert -1 <= report["agreement_of_halves"] <= 1
     config = json.loads((finished_run / "finetune-none" / "config.json").read_text())
     assert report["split_hash"] == config["split_hash"] and report["label_std"] == config["label_std"]
     splits = json.loads((finished_run / "splits.json").read_text())

@@ -26,11 +26,13 @@ from utils_influence import (
     conjugate_gradient_inverse_hvp,
     extreme_eigenvalues,
     flatten,
+    gradients_of_halves,
     inverse_curvature,
     lissa_inverse_hvp,
     loss_gradient,
     molecule_losses,
     score_molecules,
+    scores_by_jvp,
     unflatten,
 )
 from utils_molecules import prepare_molecules, read_table
@@ -502,6 +504,22 @@ def test_the_damping_that_is_advised_makes_a_hessian_positive(tiny, caplog):
     advised = float(caplog.text.split("Pass --damping ")[1].split()[0])
     assert advised > -values[0]
     assert not report["converged"]
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_halves_of_the_target_agree_as_far_as_their_scores_do(tiny, count):
+    """References: gradients of all and of every other molecule; the rank correlation of their products."""
+    _, _, molecules = tiny
+    problem, target, external = problem_of(tiny, "head"), molecules.iloc[:count], molecules.iloc[8:20]
+    halves, gradient = gradients_of_halves(problem, target)
+    torch.testing.assert_close(gradient, problem.gradient(target))
+    _, agreement = score_molecules(problem, external, gradient[None], gradient, InfluenceArguments(), halves)
+    if count == 1:
+        assert agreement["agreement_of_halves"] is None
+        return
+    scores = [problem.each(scores_by_jvp, external, problem.gradient(target.iloc[start::2])) for start in (0, 1)]
+    expected = spearmanr(*scores).statistic
+    assert agreement["agreement_of_halves"] == pytest.approx(expected)
 
 
 def test_scores_that_are_not_finite_are_refused(tiny):
