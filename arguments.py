@@ -43,6 +43,7 @@ RUN_FILES = """
 """.split()
 MERGED_FILES = ("merged_train.csv", "validation.csv", "test.csv")  # of run_influence.py
 CARD_FILE, OWN_CARD_FILE = "README.md", "MODEL_CARD.md"  # the second beside a README.md of the user's
+CARD_MARK = "- Command: `python run_"  # a line of every card
 STAGED = "to_push"  # a folder with what a push that failed was to send
 EVALUATION_FILES = """
     predictions.csv splits.json eval_results.json predict_results.json dropped_molecules.csv
@@ -786,9 +787,10 @@ def clear_run(output_dir):
 
 
 def is_card(path):
-    """Returns whether a file is a model card of these scripts, and no README of the user's."""
-    head = path.read_bytes()[:10_000] if path.is_file() else b""
-    return head.startswith(b"---\n") and b"\n- molformer\n" in head
+    """Returns whether a file is a card that these scripts, or PEFT, have written, and no README of the user's."""
+    text = path.read_bytes() if path.is_file() else b""
+    of_peft = b"library_name: peft" in text and b"# Model Card for Model ID" in text
+    return text.startswith(b"---\n") and (of_peft or CARD_MARK.encode() in text)
 
 
 def belongs_to_run(output_dir, path):

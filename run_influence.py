@@ -63,7 +63,7 @@ from utils_molecules import (
     write_csv,
     write_json,
 )
-from utils_report import finish_run, save_figure
+from utils_report import finish_run, save_figure, shown_path
 
 
 # chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding
@@ -695,6 +695,10 @@ def write_comparison(output_dir, report, results, data_args):
         plot_selection(results, output_dir / "influence_selection.png", data_args.label_name)
         print(results_table(results, report["leakage"]))
         print(losses_table(losses))
+        if "random" in results:
+            chosen, chance = results["selected"]["test_mse"], results["random"]["test_mse"]
+            print(f"Test MSE with the selected molecules {chosen:.4f}, with as many at random {chance:.4f}: of one "
+                  "training each, where a few hundredths are chance.")  # fmt: skip
     if not report.get("converged", True):
         print(f"The scores are {report['verdict']}; see influence.json.")
     values = {"influence": report, "results": results, "evaluation_losses": losses}
@@ -710,7 +714,7 @@ def merged_command(parts, start_args, data_args, training_args, leakage):
     command = ["python", "run_regression.py"]
     for name in ("model_name_or_path", "config_name", "tokenizer_name", "model_revision"):
         value = getattr(start_args, name)
-        command += [f"--{name}", str(value)] if value not in (None, getattr(ModelArguments, name, None)) else []
+        command += [f"--{name}", shown_path(value)] if value not in (None, getattr(ModelArguments, name, None)) else []
     if getattr(load_config(start_args), "split_hash", None) is not None:  # of the molecules without the selected ones
         command += ["--ignore_split_mismatch"]
     for name, value in start_args.config_overrides().items():
@@ -729,9 +733,8 @@ def merged_command(parts, start_args, data_args, training_args, leakage):
     names = [name for name in (*TRAINING_SETTINGS, "augment_smiles") if name in training_args.given]
     command += as_flags({name: values.get(name) for name in names})
     leak = " (chosen by the test molecules, whose error there will be optimistic too)" if leakage else ""
-    return (
-        f"To learn the selected molecules elsewhere{leak}: {shlex.join([*command, '--output_dir', 'outputs/merged'])}"
-    )
+    command += ["--output_dir", f"outputs/{output_dir.name}-merged"]
+    return f"To learn the selected molecules elsewhere{leak}: {shlex.join(command)}"
 
 
 def check_pool(model, whole, model_args, data_args):

@@ -266,7 +266,11 @@ def adapt(model, peft_args, seed=0, revision=None):
         return model
     import peft
 
-    return peft.get_peft_model(model, peft_config(peft_args, find_targets(model, peft_args), seed), revision=revision)
+    adapted = peft.get_peft_model(
+        model, peft_config(peft_args, find_targets(model, peft_args), seed), revision=revision
+    )
+    adapted.create_or_update_model_card = lambda folder: None  # a run writes its own, and no README of the user's
+    return adapted
 
 
 def check_base(model_args):

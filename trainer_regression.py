@@ -802,7 +802,9 @@ def measure_predictions(molecules, predictions, model_name):
     if len(molecules) > MOST_FOR_RIDGE:
         logger.info("No ridge regression beside the model: that is for up to %d molecules", MOST_FOR_RIDGE)
     elif {"train", "test"} <= set(molecules["split"]):
-        logger.info("Ridge regression on fingerprints of %d molecules, for comparison", len(molecules))
+        logger.info(
+            "For comparison: ridge regression on fingerprints, %d training molecules", metrics["train_samples"]
+        )
         features = morgan_counts(molecules["group"])
     for number, (column, label, end) in enumerate(label_ends(molecules)):
         one = molecules.assign(label=molecules[column], prediction=predictions[:, number])
@@ -856,10 +858,7 @@ def write_reports(output_dir, parts, members, digest, data_args):
         ours, ridge = (metrics.get(f"test_mse{which}{end}", math.nan) for which in ("", "_fingerprint_ridge"))
         if ridge < ours:
             of_which = f" of {label}" if label else ""
-            text += (
-                f"\nRidge regression on fingerprints has the lower error{of_which}: use that, or try more epochs, an "
-                "ensemble, configs/regression-best.yaml."
-            )
+            text += f"\nRidge regression on fingerprints has the lower error{of_which}: use that, or train longer."
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."
     return metrics, text

@@ -13,11 +13,13 @@ import pickle
 import re
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import get_session
 from rdkit import rdBase
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -177,6 +179,20 @@ def refuse_missing_folder(source):
     beside_others = path.parent != Path(".") and path.parent.is_dir()
     if not path.exists() and (beside_others or source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise InputError(f"There is no local folder {source}. Correct its path.")
+    if not path.exists():
+        use_cache_alone_without_network(constants.ENDPOINT)
+
+
+@cache
+def use_cache_alone_without_network(endpoint):
+    """Switches the Hub off for this process if it does not answer: its client would try for minutes, file by file."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(endpoint, timeout=10)
+    except Exception:  # the client's, and those of the library it speaks HTTP with, which changes
+        logger.warning("%s does not answer: what was downloaded before is used, and nothing else", endpoint)
+        constants.HF_HUB_OFFLINE = True
 
 
 def find_file(source, name, hub):
@@ -504,7 +520,8 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
                 hub["config"] = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
                 values = {}
             check_index(source)
-            model = model_class.from_pretrained(source, dtype=torch.float32, **hub, **values)
+            with without_warnings():  # of a head that is new, which is told below; the other weights are checked
+                model = model_class.from_pretrained(source, dtype=torch.float32, **hub, **values)
     except InputError:
         raise
     except UNLOADABLE as error:
@@ -516,6 +533,8 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
             f"{source} holds weights that are no finite numbers, first in {broken}: its training diverged, or the "
             "file is damaged. Use another checkpoint."
         )
+    if getattr(model, "head_is_new", False):
+        logger.info("%s has no regression head: it gets a new one, of random weights", source or "The model")
     config = model.config
     if len(tokenizer) != config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise InputError(
@@ -560,7 +579,8 @@ def check_split(config, digest, data_args, checkpoint=None):
                 "to predict with --do_predict --test_file."
             )
         raise InputError(
-            f"{message} Use the same data, --split, --split_seed and fractions, or pass --ignore_split_mismatch."
+            f"{message} Use the same data, --split, --split_seed, fractions and --pool_size, or pass "
+            "--ignore_split_mismatch."
         )
     logger.warning("%s Going on, because --ignore_split_mismatch was given.", message)
 
@@ -571,6 +591,10 @@ def _not_loaded(what, source, error):
     if what == "tokenizer" and Path(source).is_dir() and not (Path(source) / "tokenizer.json").exists():
         if (inside := Path(source) / "finetune-selected" / "tokenizer.json").exists():  # a run of run_influence.py
             return f"{source} holds no model itself. Pass {inside.parent}, or another of its models."
+        if (Path(source) / "influence.json").exists():
+            return (
+                f"{source} holds influence scores and no model. Pass the one that was scored; influence.json names it."
+            )
         return f"There is no tokenizer.json in {source}. Pass --tokenizer_name with the checkpoint that has it."
     if Path(source).exists() or not absent:
         if isinstance(error, pickle.UnpicklingError):  # torch's text says how to run it

@@ -98,7 +98,8 @@ def not_utf8(path):
 def check_file(path):
     """Raises `InputError` if there is no such file, or nothing in it."""
     if not Path(path).is_file():
-        raise InputError(f"There is no file {path}. Correct its path.")
+        what = "is a folder" if Path(path).is_dir() else "is not there"
+        raise InputError(f"The file {path} {what}. Correct its path.")
     if not Path(path).stat().st_size:
         raise InputError(f"{path} is empty. It needs molecules; a table needs a header and at least one row.")
 
@@ -185,7 +186,10 @@ def _to_molecules(table, source, smiles_column, label_column, require_label, pre
     if smiles is None:
         raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --{prefix}smiles_column.")
     if not labels and require_label:
-        raise InputError(f"{source} has no label column; it has: {', '.join(columns)}. Pass --{prefix}label_column.")
+        predict = "" if prefix else " To predict molecules, pass --do_predict --test_file, without --train_file."
+        raise InputError(
+            f"{source} has no label column; it has: {', '.join(columns)}. Pass --{prefix}label_column.{predict}"
+        )
     if not len(table):
         raise InputError(f"{source} has a header and no rows.")
     molecules = pd.DataFrame(

@@ -35,6 +35,7 @@ from rdkit import rdBase
 from arguments import (
     ARGUMENTS_FILE,
     CARD_FILE,
+    CARD_MARK,
     EMBEDDED_CHECKPOINT,
     EMBEDDED_DATA,
     OWN_CARD_FILE,
@@ -507,9 +508,13 @@ def usage_section(run):
         return ""
     command = f"python run_regression.py --do_predict --model_name_or_path {run.address} --test_file molecules.csv"
     if run.kind == "mlm":
-        command = f"python run_regression.py --model_name_or_path {run.address}"
+        command = (
+            f"python run_regression.py --model_name_or_path {run.address} --train_file my.csv --output_dir outputs/my"
+        )
     scripts = f"```bash\n{command}\n```"
     imports, answer = (DESCRIPTOR_IMPORTS, DESCRIPTOR_ANSWER) if run.head_descriptors else ("", ANSWER)
+    if len(run.label_names) > 1:
+        answer = answer.replace("in the unit of the label", ", ".join(run.label_names))
     if run.holds_adapter:
         text = (
             "## Use\n\nHere is what was trained, and the name of its base. With the MoLFormer fine-tuning scripts, "
@@ -575,7 +580,7 @@ def protocol_section(run):
             lines.append(f"- {no_test(sizes)}")
     flags = as_flags({name: value for name, value in without_folders(run.values).items() if name != "output_dir"})
     lines.append(
-        f"- Command: `python run_{run.kind}.py FOLDER/{ARGUMENTS_FILE} --output_dir outputs/again`, with the path of "
+        f"{CARD_MARK}{run.kind}.py FOLDER/{ARGUMENTS_FILE} --output_dir outputs/again`, with the path of "
         f"this folder, where the files that it names lie; it stands for: `{shlex.join(flags)}`"
     )
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "rdkit": rdBase.rdkitVersion}

@@ -20,6 +20,7 @@ import arguments
 import run_regression
 from arguments import (
     ARGUMENTS_FILE,
+    CARD_MARK,
     EMBEDDED_CHECKPOINT,
     EMBEDDED_DATA,
     UNFINISHED,
@@ -755,7 +756,7 @@ def test_clearing_a_run_removes_its_own_files_and_no_other(tmp_path):
     for name in ("best", "10-copy", "x1"):
         checkpoint(tmp_path, name)
     pieces = ["member-0/config.json", "finetune-none/settings_key", "influence_state.safetensors"]
-    card = "---\ntags:\n- molformer\n---\n"
+    card = f"---\ntags:\n- molformer\n---\n{CARD_MARK}"
     for name in [*RUN_FILES, *USER_FILES, *pieces, "to_push/README.md"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(card if name.endswith(".md") and name not in USER_FILES else "{}")

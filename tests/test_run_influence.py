@@ -435,7 +435,7 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
         (("--protocol", "paper"), "--protocol paper has no validation molecules"),
         (("--validation_fraction", "0"), "need validation molecules. Leave --validation_fraction 0 out"),
         (("--test_fraction", "0"), "need test molecules. Leave --test_fraction 0 out"),
-        (("--external_file", "nowhere.csv"), "There is no file nowhere.csv"),
+        (("--external_file", "nowhere.csv"), "The file nowhere.csv is not there"),
         (("--ihvp", "cg", "--curvature", "hessian", "--damping", "1e-9"), "is not positive. Raise --damping"),
     ],
 )

@@ -540,7 +540,7 @@ def test_unknown_flag_ends_in_one_line_without_traceback(run_script):
 
 def test_bad_input_as_a_process_ends_in_one_line_without_traceback(run_script, tmp_path):
     done = run_script("run_regression.py", "--train_file", tmp_path / "none.csv")
-    assert done.returncode == 2 and "There is no file" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "is not there. Correct its path" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_run_killed_in_mid_training_resumes_to_the_same_metrics(finished_run, tiny_checkpoint, small_table, tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import time
 
 import pandas as pd
 import peft
@@ -89,6 +90,21 @@ def test_a_folder_of_influence_scores_says_which_model_is_in_it(tiny_checkpoint,
     shutil.copytree(tiny_checkpoint, tmp_path / "finetune-selected")
     with pytest.raises(InputError, match="holds no model itself. Pass .*finetune-selected, or another"):
         load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+    shutil.rmtree(tmp_path / "finetune-selected")  # as after --do_predict
+    (tmp_path / "influence.json").touch()
+    with pytest.raises(InputError, match="holds influence scores and no model. Pass the one that was scored"):
+        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, caplog):
+    """Its client would try for minutes, file by file."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(InputError, match="cannot be fetched from the Hub: wrong name, no access, or no network"):
+        load_config(ModelArguments(model_name_or_path="ibm/MoLFormer-XL-both-10pct"))
+    assert time.monotonic() - started < 20 and caplog.text.count("http://127.0.0.1:9 does not answer") == 1
+    assert constants.HF_HUB_OFFLINE
 
 
 def test_weights_that_are_no_numbers_are_refused(tiny_checkpoint, tmp_path):

@@ -22,7 +22,7 @@ import run_peft
 import run_regression
 import trainer_regression
 import utils_report
-from arguments import EMBEDDED_DATA, InputError, parse_arguments
+from arguments import EMBEDDED_DATA, InputError, is_card, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
 from utils_checkpoints import build_tokenizer
 from utils_report import (
@@ -320,9 +320,17 @@ def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
     assert refused.returncode == 2 and "trained on other weights than those that someone/base" in refused.stderr
 
 
-def test_the_card_of_an_adapter_of_a_local_base_says_so(connected, training, tiny_checkpoint, tmp_path):
-    connected(run_peft, *training, "--peft_method", "ia3")
-    card = (tmp_path / "run" / "README.md").read_text()
+@pytest.mark.parametrize("own", [None, "# my project\n", "---\ntags:\n- molformer\n---\n# my project\n"])
+def test_the_card_of_an_adapter_of_a_local_base_says_so(connected, training, tiny_checkpoint, tmp_path, own):
+    """PEFT's own template is not there, and a README of the user's stays as it is."""
+    if own is not None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "README.md").write_text(own)
+    connected(run_peft, *training, "--peft_method", "ia3", "--overwrite_output_dir")
+    assert not list((tmp_path / "run").glob("checkpoint-*/README.md"))
+    assert own is None or (tmp_path / "run" / "README.md").read_text() == own
+    assert (tmp_path / "run" / "MODEL_CARD.md").exists() == (own is not None)
+    card = (tmp_path / "run" / ("README.md" if own is None else "MODEL_CARD.md")).read_text()
     name = Path(tiny_checkpoint).name
     assert f"fine-tuned from `{name}` with ia3" in card and f"Its base, `{name}`, is a local folder." in card
 
@@ -585,6 +593,22 @@ def test_a_card_of_pretraining_says_which_smiles_were_learned(tmp_path):
     card = card_of(tmp_path, "mlm", arguments, {"train_samples": 1, "train_loss": 0.5}, {"a": 1}, split=split)
     assert "with stereo (the scripts" in card and "Learned from 1 molecules" in card
     assert "Nothing of the other parts was learned" in card and "No molecules were held out" not in card
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        ("---\nbase_model: a\nlibrary_name: peft\n---\n# Model Card for Model ID\n", True),  # of PEFT
+        ("---\ntags:\n- molformer\n---\n- Command: `python run_mlm.py FOLDER/arguments.json`", True),
+        ("---\ntags:\n- molformer\n---\n# mine", False),
+        ("# - Command: `python run_mlm.py`", False),
+    ],
+)
+def test_a_card_is_told_from_a_text_of_the_users(tmp_path, text, ours):
+    (tmp_path / "README.md").write_text(text)
+    utils_report.write_card(tmp_path, "regression")
+    assert ((tmp_path / "README.md").read_text() == text) == (not ours)
+    assert is_card(tmp_path / ("README.md" if ours else "MODEL_CARD.md"))
 
 
 def test_a_folder_that_is_called_like_a_member_is_no_ensemble(tmp_path):
