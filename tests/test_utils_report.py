@@ -335,11 +335,17 @@ def test_the_card_of_an_adapter_of_a_local_base_says_so(connected, training, tin
     assert f"fine-tuned from `{name}` with ia3" in card and f"Its base, `{name}`, is a local folder." in card
 
 
-def test_a_merged_adapter_is_pushed_as_a_plain_model(connected, hub, training):
+def test_a_merged_adapter_is_pushed_as_a_plain_model(connected, online, hub, training, tmp_path):
+    """The code of its card, in a fresh process, gives the number of the adapter."""
     connected(run_peft, *training, "--push_to_hub", "--hub_model_id", "someone/merged", "--merge_adapter")
     files = hub.repositories["someone/merged"]
     assert "model.safetensors" in files and "adapter_config.json" not in files
     assert {"README.md", "all_results.json", "parity.png"} <= set(files)
+    (tmp_path / "one.csv").write_text("SMILES\nCCO\n")
+    flags = ["--do_predict", "--model_name_or_path", tmp_path / "run", "--test_file", tmp_path / "one.csv"]
+    connected(run_regression, *flags, "--output_dir", tmp_path / "one")
+    expected = pd.read_csv(tmp_path / "one" / "predictions.csv")["prediction"][0]
+    assert run_card(files["README.md"].decode(), online, tmp_path) == pytest.approx(expected, abs=1e-3)
 
 
 def test_pretraining_and_influence_go_to_the_hub_and_come_back(connected, online, hub, training, tmp_path):
@@ -347,6 +353,9 @@ def test_pretraining_and_influence_go_to_the_hub_and_come_back(connected, online
     card = hub.repositories["someone/mlm"]["README.md"].decode()
     assert "perplexity" in card and "held-out molecules" in card and "per second" not in card
     run_card(card, online, tmp_path)
+    start = ["--model_name_or_path", "someone/mlm", *training[2:4], "--max_steps", "1"]  # the base of a regression
+    connected(run_regression, *start, "--output_dir", tmp_path / "tuned", "--disable_tqdm", "true")
+    assert "fine-tuned from `someone/mlm`" in (tmp_path / "tuned" / "README.md").read_text()
     flags = ["--influence_params", "head", "--pool_size", "20", "--num_selected", "5", "--recursion_depth", "10"]
     flags += ["--controls", "none", "--push_to_hub", "--hub_model_id", "someone/influence", "--overwrite_output_dir"]
     connected(run_influence, *training, *flags)
