@@ -13,13 +13,11 @@ import pickle
 import re
 import warnings
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.utils import get_session
 from rdkit import rdBase
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -36,7 +34,7 @@ from arguments import (
     member_folders,
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
-from utils_molecules import choose_descriptors
+from utils_molecules import choose_descriptors, use_cache_alone_without_network
 
 
 PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names
@@ -181,18 +179,6 @@ def refuse_missing_folder(source):
         raise InputError(f"There is no local folder {source}. Correct its path.")
     if not path.exists():
         use_cache_alone_without_network(constants.ENDPOINT)
-
-
-@cache
-def use_cache_alone_without_network(endpoint):
-    """Switches the Hub off for this process if it does not answer: its client would try for minutes, file by file."""
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        get_session().head(endpoint, timeout=10)
-    except Exception:  # the client's, and those of the library it speaks HTTP with, which changes
-        logger.warning("%s does not answer: what was downloaded before is used, and nothing else", endpoint)
-        constants.HF_HUB_OFFLINE = True
 
 
 def find_file(source, name, hub):

@@ -16,11 +16,13 @@ import tarfile
 import warnings
 import zipfile
 import zlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from pandas.io.common import get_handle
 from rdkit import Chem, rdBase
 from rdkit.Chem import EState, rdFingerprintGenerator, rdMolDescriptors, rdPartialCharges
@@ -133,6 +135,18 @@ def split_header(header):
     return next(csv.reader([header], delimiter=separator)), separator
 
 
+@cache
+def use_cache_alone_without_network(endpoint):
+    """Switches the Hub off for this process if it does not answer: its client would try for minutes, file by file."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(endpoint, timeout=10)
+    except Exception:  # the client's, and those of the library it speaks HTTP with, which changes
+        logger.warning("%s does not answer: what was downloaded before is used, and nothing else", endpoint)
+        constants.HF_HUB_OFFLINE = True
+
+
 def load_hub_dataset(name, config_name=None, cache_dir=None):
     """Returns the `train` split of a Hub data set (`datasets.Dataset`).
 
@@ -141,6 +155,9 @@ def load_hub_dataset(name, config_name=None, cache_dir=None):
     """
     import datasets
 
+    if not Path(name).exists():
+        use_cache_alone_without_network(constants.ENDPOINT)
+        datasets.config.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE
     try:
         return datasets.load_dataset(name, config_name, cache_dir=cache_dir, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
