@@ -582,6 +582,18 @@ class Comparison:
             self.fine_tune(name, table[select_control(name, table, seed)])
 
 
+def check_parts(parts, data_args, influence_args):
+    """Raises `InputError` if there are no molecules to score for, or to compare the models on."""
+    if data_args.protocol == "paper" and influence_args.score_split not in parts:
+        raise InputError(
+            "--protocol paper has no validation molecules to score for. Pass --score_split test (the paper's way, "
+            "which leaks), or leave --protocol paper out."
+        )
+    for name in ("validation", "test"):  # the paper's protocol chooses epochs by the test molecules
+        if name not in parts and not (name == "validation" and data_args.protocol == "paper"):
+            raise InputError(f"Scores and their comparison need {name} molecules. Leave --{name}_fraction 0 out.")
+
+
 def main(model_args, data_args, influence_args, training_args):
     checkpoint = setup_run(training_args, data_args, in_pieces=True)
     output_dir, seed = Path(training_args.output_dir), training_args.seed
@@ -604,14 +616,7 @@ def main(model_args, data_args, influence_args, training_args):
         whole = None
         external, excluded = load_external(tokenizer, data_args, influence_args, molecules)
     parts = select_parts(molecules, data_args)
-    if data_args.protocol == "paper" and influence_args.score_split not in parts:
-        raise InputError(
-            "--protocol paper has no validation molecules to score for. Pass --score_split test (the paper's way, "
-            "which leaks), or leave --protocol paper out."
-        )
-    for name in ("validation", "test"):  # the paper's protocol chooses epochs by the test molecules
-        if name not in parts and not (name == "validation" and data_args.protocol == "paper"):
-            raise InputError(f"Scores and their comparison need {name} molecules. Leave --{name}_fraction 0 out.")
+    check_parts(parts, data_args, influence_args)
     influence_args.check_selection(len(external))
     set_learning_rate(training_args, data_args)
 

@@ -90,23 +90,8 @@ class MlmArguments:
 ARGUMENTS = (ModelArguments, DataTrainingArguments, MlmArguments, TrainingArguments)
 
 
-def main(model_args, data_args, mlm_args, training_args):
-    checkpoint = setup_run(training_args, data_args)
-
-    from modeling_molformer_reg import MolformerForMaskedLM
-    from trainer_regression import MolformerTrainer, begin_run, write_splits
-    from utils_checkpoints import check_split, load_config, load_model, load_tokenizer, settle_smiles_form
-    from utils_mlm import (
-        PretrainingCollator,
-        PretrainingMetrics,
-        check_heads,
-        choose_heads,
-        load_data,
-        measure_scale,
-    )
-    from utils_report import finish_run, plot_losses
-
-    # Data, tokenizer and model
+def check_arguments(model_args, data_args, mlm_args, training_args):
+    """Raises `InputError` for what goes with another script, and where nothing would be learned or measured."""
     given = data_args.validation_file is not None or data_args.split_file is not None
     if not data_args.validation_fraction and not given:
         raise InputError(
@@ -123,6 +108,26 @@ def main(model_args, data_args, mlm_args, training_args):
         raise InputError("--label_smoothing_factor goes with --objective mlm alone. Leave it out.")
     if not (training_args.do_train or training_args.do_eval):
         raise InputError("--do_predict alone has nothing to predict here. Use --do_train or --do_eval.")
+
+
+def main(model_args, data_args, mlm_args, training_args):
+    checkpoint = setup_run(training_args, data_args)
+    check_arguments(model_args, data_args, mlm_args, training_args)
+
+    from modeling_molformer_reg import MolformerForMaskedLM
+    from trainer_regression import MolformerTrainer, begin_run, write_splits
+    from utils_checkpoints import check_split, load_config, load_model, load_tokenizer, settle_smiles_form
+    from utils_mlm import (
+        PretrainingCollator,
+        PretrainingMetrics,
+        check_heads,
+        choose_heads,
+        load_data,
+        measure_scale,
+    )
+    from utils_report import finish_run, plot_losses
+
+    # Data, tokenizer and model
     tokenizer = load_tokenizer(model_args)
     config = load_config(model_args)
     settle_smiles_form(config, data_args)
