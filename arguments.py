@@ -635,6 +635,12 @@ def setup_run(training_args, data_args=None, in_pieces=False):
     return None if data_args is None else find_checkpoint(training_args, data_args, in_pieces)
 
 
+def project_path(path):
+    """Returns a path as seen from this project's folder; `None` if it lies elsewhere."""
+    path = Path(path).resolve()
+    return path.relative_to(ROOT).as_posix() if ROOT in path.parents else None
+
+
 def says_true(value):
     """Whether --resume_from_checkpoint means the newest checkpoint, and not a folder of that name."""
     return str(value).lower() in ("true", "yes", "1")
@@ -666,7 +672,8 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
         return None
     if output_dir.resolve() == Path(EMBEDDED_CHECKPOINT):
         raise InputError(f"--output_dir {output_dir} is the embedded checkpoint. Give another --output_dir.")
-    found = [] if holds_run(output_dir) else users_files(output_dir, training_args.do_train, in_pieces)
+    own = holds_run(output_dir)
+    found = [] if own else users_files(output_dir, training_args.do_train, in_pieces)
     if found:
         raise InputError(
             f"The output folder {output_dir} holds no run of these scripts, but {', '.join(found)}, which one would "
@@ -680,8 +687,7 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
             f"The output folder {output_dir} holds an interrupted run. Continue it with --resume_from_checkpoint "
             "true, replace it with --overwrite_output_dir, or give another --output_dir."
         )
-    replaces = training_args.do_train and holds_run(output_dir)
-    what = "Replace the run in it" if replaces else "Write beside what is in it"
+    what = "Replace the run in it" if training_args.do_train and own else "Write beside what is in it"
     raise InputError(
         f"The output folder {output_dir} is not empty. {what} with --overwrite_output_dir, or give another "
         "--output_dir."

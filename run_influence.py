@@ -465,6 +465,7 @@ def plot_selection(results, path, label_name):
     axes.scatter(values, range(len(names)), color=["tab:red" if n == "selected" else "tab:blue" for n in names])
     axes.set_yticks(range(len(names)), [f"{name} (+{results[name]['added']})" for name in names])
     axes.set(xlabel=f"test mean squared error of {label_name}", ylim=(-0.5, len(names) - 0.5))
+    axes.locator_params(axis="x", nbins=6)  # or the labels of like errors touch
     axes.grid(axis="x", alpha=0.3)
     save_figure(figure, path)
 

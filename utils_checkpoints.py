@@ -32,6 +32,7 @@ from arguments import (
     DataTrainingArguments,
     InputError,
     member_folders,
+    project_path,
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import choose_descriptors, use_cache_alone_without_network
@@ -258,8 +259,7 @@ def portable_path(source):
     """Returns a checkpoint's name as an adapter keeps it: of a folder the path, relative to this project if in it."""
     if not Path(source).exists():
         return source
-    path = Path(source).resolve()
-    return path.relative_to(ROOT).as_posix() if ROOT in path.parents else str(path)
+    return project_path(source) or str(Path(source).resolve())
 
 
 def path_of_base(base):

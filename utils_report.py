@@ -46,6 +46,7 @@ from arguments import (
     end_writing,
     is_card,
     member_folders,
+    project_path,
 )
 from utils_molecules import parse_smiles, read_json, regression_metrics, shorten, write_bytes, write_text
 
@@ -219,9 +220,7 @@ def save_figure(figure, path):
 
 def shown_path(folder):
     """Returns a folder as a command in this project's folder takes it: relative if inside it, else as it was given."""
-    path = Path(folder)
-    inside = path.is_absolute() and ROOT in path.resolve().parents
-    return path.resolve().relative_to(ROOT).as_posix() if inside else str(folder)
+    return (Path(folder).is_absolute() and project_path(folder)) or str(folder)
 
 
 class Run:
@@ -334,8 +333,7 @@ class Run:
         """The same as a card may name it: a Hub name, a path in this project, a folder's name."""
         if self.start is None or not Path(self.start).exists():
             return self.start
-        path = Path(self.start).resolve()
-        return path.relative_to(ROOT).as_posix() if ROOT in path.parents else path.name
+        return project_path(self.start) or Path(self.start).resolve().name
 
     @property
     def base_is_on_hub(self):
@@ -708,10 +706,11 @@ def without_folders(value, key=""):
         return [without_folders(item, key) for item in value]
     if not isinstance(value, str):
         return value
-    if Path(value).is_absolute() and ROOT in Path(value).resolve().parents:  # such as the embedded checkpoint
-        return Path(value).resolve().relative_to(ROOT).as_posix()
+    inside = project_path(value)
+    if Path(value).is_absolute() and inside is not None:  # such as the embedded checkpoint
+        return inside
     named = Path(value).is_absolute() or key.endswith(("_file", "_dir", "_checkpoint"))
-    outside = "/" in value and Path(value).exists() and ROOT not in Path(value).resolve().parents
+    outside = "/" in value and Path(value).exists() and inside is None
     return Path(value).name if named or outside else value
 
 
