@@ -1,6 +1,6 @@
 #!/bin/sh
 # Table 1 of the paper and this project's rows beside it. Trains every cell that is not finished, continues the
-# interrupted ones, and writes table1.json, table1.md and table1.png: into results/ for the embedded checkpoint, beside
+# interrupted ones, replaces those that other flags or files have made (another OUT keeps them), and writes table1.json, table1.md and table1.png: into results/ for the embedded checkpoint, beside
 # the cells for any other model, and for a part where the table in results/ has more.
 #
 #   ./reproduce_table1.sh                                # the embedded checkpoint; hours on two cores
@@ -11,10 +11,12 @@
 #                                                        # a quick look at the chain; its numbers mean nothing
 #   CHEMPROP=chemprop_env/bin/chemprop ./reproduce_table1.sh    # with the row of chemprop (see studies/peers.py)
 set -eu
+HERE=$PWD
 cd "$(dirname "$0")"
 
 EMBEDDED=models/molformer-mini
 MODEL=${1:-$EMBEDDED}
+if [ "$MODEL" != $EMBEDDED ] && [ -d "$HERE/$MODEL" ]; then MODEL=$(realpath "$HERE/$MODEL"); fi # as seen by the caller
 if [ "$MODEL" = $EMBEDDED ]; then DEFAULT_OUT=outputs/table1; else DEFAULT_OUT=outputs/table1-$(basename "$MODEL"); fi
 OUT=${OUT:-$DEFAULT_OUT}
 if [ "$MODEL" = $EMBEDDED ]; then RESULTS=${RESULTS:-results}; else RESULTS=${RESULTS:-$OUT}; fi
@@ -25,7 +27,7 @@ ROWS=${ROWS:-regression mlm_regression ensemble from_scratch descriptor_boosting
 JOBS=${JOBS:-1}
 ADAPT=${ADAPT:-} # objective by which the ensemble's start is first adapted to the training molecules, if any
 # the best on validation (results/recipes.md), then trained on the validation molecules too
-RECIPE=${RECIPE:---num_train_epochs 15 --layer_rate_decay 0.8 --head_descriptors all --validation_fraction 0 --num_seeds 5}
+RECIPE=${RECIPE:---num_train_epochs 15 --layer_rate_decay 0.8 --head_descriptors all --validation_fraction 0}
 . studies/run_once.sh
 MLM_RATE=${MLM_RATE:-$RATE}
 export PYTHON OUT RATE MLM_RATE ADAPT RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}
@@ -49,7 +51,7 @@ cell() {
             run "$start" run_mlm.py --model_name_or_path "$MODEL" --objective "$ADAPT" --learning_rate $MLM_RATE $where
             where="$where --ignore_split_mismatch" # the same test molecules; others were held out of the first
         fi
-        run "$folder" run_regression.py --model_name_or_path "$start" --learning_rate $RATE $RECIPE $where
+        run "$folder" run_regression.py --model_name_or_path "$start" --learning_rate $RATE $RECIPE --num_seeds 5 $where
         ;;
     from_scratch) run "$folder" run_regression.py --config_name "$SHAPE" --learning_rate 3e-4 $where ;;
     descriptor_boosting) run "$folder" studies/peers.py --peer $row --refit true $where ;;

@@ -106,6 +106,11 @@ def check_arguments(model_args, data_args, mlm_args, training_args):
             raise InputError(f"--{name} is for a regression head, which run_regression.py trains. Leave it out.")
     if training_args.label_smoothing_factor and mlm_args.objective != "mlm":
         raise InputError("--label_smoothing_factor goes with --objective mlm alone. Leave it out.")
+    if training_args.train_sampling_strategy == "sequential" and "mlm" in mlm_args.parts:
+        raise InputError(
+            "--train_sampling_strategy sequential makes the same batches in every epoch, with the same masks. Leave "
+            "it out, or pass random."
+        )
     if not (training_args.do_train or training_args.do_eval):
         raise InputError("--do_predict alone has nothing to predict here. Use --do_train or --do_eval.")
 

@@ -40,6 +40,7 @@ from arguments import (
     begin_writing,
     end_writing,
     is_finished,
+    is_out_of_space,
     last_complete_checkpoint,
     make_folder,
     remove_checkpoints,
@@ -216,6 +217,13 @@ class MolformerTrainer(Trainer):
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"The training cannot be set up: {error}") from error
         self.optimizer = self.lr_scheduler = None
+
+    def _save_checkpoint(self, model, trial):
+        # where a run was taken up before this step, its checkpoint of then must not make that of now look whole
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / "trainer_state.json").unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -432,6 +440,9 @@ def to_dataset(molecules, descriptors=None, with_labels=True):
     return datasets.Dataset.from_dict(columns)
 
 
+NO_ROOM = "There is no room in the cache of data sets ({}). Make room, or name another folder with --cache_dir."
+
+
 def cached_map(dataset, function, tokenizer, **map_options):
     """Returns `dataset.map` of a batched function that takes a tokenizer, cached by what its result depends on.
 
@@ -442,13 +453,18 @@ def cached_map(dataset, function, tokenizer, **map_options):
     arguments = map_options.pop("fn_kwargs", {})
     content = tokenizer.backend_tokenizer.to_str()
     key = json.dumps([dataset._fingerprint, function.__name__, content, arguments, CACHE_VERSION])
-    return dataset.map(
-        function,
-        batched=True,
-        fn_kwargs={"tokenizer": tokenizer, **arguments},
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
-        **map_options,
-    )
+    try:
+        return dataset.map(
+            function,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, **arguments},
+            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
+            **map_options,
+        )
+    except OSError as error:
+        if not is_out_of_space(error):
+            raise
+        raise InputError(NO_ROOM.format(error)) from error
 
 
 def augment(dataset, tokenizer, count, seed, max_length, **map_options):

@@ -520,7 +520,8 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
             "file is damaged. Use another checkpoint."
         )
     if getattr(model, "head_is_new", False):
-        logger.info("%s has no regression head: it gets a new one, of random weights", source or "The model")
+        parts = " and ".join(prefix.strip(".").replace("_", " ") for prefix in model.new_heads)
+        logger.info("%s has new weights, random ones, in: %s", source or "The model", parts)
     config = model.config
     if len(tokenizer) != config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise InputError(

@@ -1,6 +1,6 @@
 """Corpora of SMILES, what run_mlm.py learns from them, and its metrics.
 
-    python -c "from utils_mlm import *; print(is_corpus('molecules.smi.gz'))"
+    python -c "from utils_molecules import *; print(has_lines('molecules.smi.gz'))"
 
 A corpus is read once into memory-mapped, cached data sets, in worker processes: token ids, descriptors of molecules,
 and numbers of atoms; a table with labels, which is small, at every run. The collator masks tokens and places the
@@ -11,8 +11,6 @@ import hashlib
 import logging
 import math
 import zlib
-from dataclasses import replace
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -20,7 +18,7 @@ import pandas as pd
 import torch
 
 from arguments import InputError, is_out_of_space
-from trainer_regression import augment, cached_map
+from trainer_regression import NO_ROOM, augment, cached_map
 from utils_molecules import (
     ATOM_DESCRIPTORS,
     REASONS,
@@ -36,6 +34,7 @@ from utils_molecules import (
     encode_smiles,
     find_column,
     find_labels,
+    has_lines,
     load_hub_dataset,
     load_molecules,
     parse_smiles,
@@ -45,17 +44,10 @@ from utils_molecules import (
 )
 
 
-TEXT_SUFFIXES = (".txt", ".smi", ".smiles")
 MOST_HELD_OUT = 10_000  # molecules of a corpus; more would cost time and tell nothing new
 ENVIRONMENT_BUCKETS = (1024, 4096)  # classes of an atom's surroundings within one and two bonds
 
 logger = logging.getLogger("molformer.mlm")
-
-
-def is_corpus(path):
-    """Whether a file is text with one SMILES a line, by its name without .gz, .xz, .bz2 or .zst."""
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".xz", ".bz2", ".zst")]
-    return bool(suffixes) and suffixes[-1] in TEXT_SUFFIXES
 
 
 def read_corpus(path, data_args, cache_dir=None):
@@ -64,7 +56,7 @@ def read_corpus(path, data_args, cache_dir=None):
     Raises:
         InputError: if the file is absent, empty or not UTF-8, or has no SMILES column.
     """
-    text = is_corpus(path)
+    text = has_lines(path, data_args.smiles_column)
     if text:
         check_file(path)
         options = {}
@@ -83,10 +75,7 @@ def read_corpus(path, data_args, cache_dir=None):
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         reason = error.__cause__ or error
         if is_out_of_space(reason):
-            raise InputError(
-                f"There is no room to keep {path} in the cache of data sets ({reason}). Make room, or name another "
-                "folder with --cache_dir."
-            ) from error
+            raise InputError(NO_ROOM.format(reason)) from error
         if any(text in str(reason) for text in ("at least one example", "corresponds to no data")):
             raise InputError(f"{path} holds no molecule. Give another file.") from error
         raise InputError(f"{path} cannot be read as UTF-8 {'text' if text else 'CSV'}: {reason}") from error
@@ -122,9 +111,8 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
     held_out, digest, split = None, None, {}
     options = (tokenizer, mlm_args, heads)
 
-    def encode(corpus, source, smiles_form=data_args.smiles_form, least=2):
-        form_args = replace(data_args, smiles_form=smiles_form)
-        encoded, dropped = encode_corpus(corpus, tokenizer, form_args, mlm_args, source, least)
+    def encode(corpus, source, least=2, **form):
+        encoded, dropped = encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least, **form)
         # all of it, so that another split or seed finds it in the cache; but not of a corpus that is then cut
         return encoded if data_args.max_train_samples else add_descriptors(encoded, *options), dropped
 
@@ -134,15 +122,15 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         columns = corpus.column_names
     else:
         source = data_args.train_file
-        columns = [] if is_corpus(source) else read_header(source)[0]
+        columns = [] if has_lines(source, data_args.smiles_column) else read_header(source)[0]
     if find_labels(columns, data_args.label_column, "--label_column", source):
         molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
         split = dict(list(molecules.groupby("split", sort=False)))
         parts = {}
         for name, least in (("train", 2), ("validation", 1)):
-            if name in split:  # canonical already
+            if name in split:
                 part = datasets.Dataset.from_dict({"smiles": split[name]["text"].tolist()})
-                parts[name], _ = encode(part, source, smiles_form="raw", least=least)
+                parts[name], _ = encode(part, source, least, checked=True)
         train, held_out = parts["train"], parts.get("validation")
         logger.info("%s has labels: learning the training molecules of its split alone", source)
     else:
@@ -232,11 +220,13 @@ def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False, na
     return {"input_ids": ids, "length": [len(row) for row in ids], "reason": reasons}
 
 
-def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2):
+def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, checked=False):
     """Returns the corpus as token ids with lengths, and a table of the dropped rows.
 
     Of a corpus that lies on disk the token ids are memory-mapped, and cached there.
 
+    Args:
+        checked (`bool`): whether the molecules are in their form already, and all of them to be used.
     Raises:
         InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if fewer than `least` are left.
     """
@@ -248,10 +238,10 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2):
         }
     )
     options = {
-        "smiles_form": data_args.smiles_form,
+        "smiles_form": "raw" if checked else data_args.smiles_form,
         "max_length": data_args.max_length,
-        "must_parse": mlm_args.objective != "mlm" or data_args.augment_smiles > 0,
-        "named": is_corpus(source),
+        "must_parse": not checked and (mlm_args.objective != "mlm" or data_args.augment_smiles > 0),
+        "named": corpus.info.builder_name == "text",
     }
     encoded = cached_map(
         corpus,
@@ -281,9 +271,7 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2):
     else:
         dropped = pd.DataFrame()
     if len(encoded) < least:
-        raise InputError(
-            f"{source} has {len(encoded)} usable molecules; masked language modeling needs at least {least}."
-        )
+        raise InputError(f"{source} has {len(encoded)} usable molecules; this needs at least {least}.")
     return encoded.remove_columns("reason"), dropped
 
 

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from arguments import InputError
 
 
+PACKED = (".gz", ".xz", ".bz2", ".zst")
 SMILES_COLUMNS = ("smiles", "canonical_smiles", "mol", "molecule", "structure")
 LABEL_COLUMNS = ("label", "labels", "exp", "target", "y", "logd", "value")
 LABEL_PREFIX = "label:"
@@ -112,21 +113,36 @@ def read_header(path):
     Raises:
         InputError: if there is no such file, no header, or one that is not UTF-8.
     """
+    header = read_first_line(path)
+    if not header:
+        raise InputError(f"{path} is empty. It needs a header and at least one row.")
+    return split_header(header)
+
+
+def read_first_line(path):
+    """Returns the first line of a file; an `InputError` if there is no such file, or one that is not UTF-8."""
     check_file(path)
     try:
         with get_handle(path, "rt", encoding="utf-8-sig", compression="infer", errors="replace") as handles:
-            header = handles.handle.readline().rstrip("\r\n")
-        if "\ufffd" in header and (message := not_utf8(path)) is not None:
-            raise InputError(message)
-        if header:
-            return split_header(header)
-    except InputError:
-        raise
+            line = handles.handle.readline().rstrip("\r\n")
+        message = not_utf8(path) if "\ufffd" in line else None
     except UNREADABLE as error:
         raise InputError(
             f"{path} cannot be read: {error}. It must be what its name says, plain or packed as .gz or .xz."
         ) from error
-    raise InputError(f"{path} is empty. It needs a header and at least one row.")
+    if message is not None:
+        raise InputError(message)
+    return line
+
+
+def has_lines(path, smiles_column=None):
+    """Returns whether a file has one SMILES a line and no header: .smi, and .txt unless it begins with a header."""
+    suffixes = [suffix for suffix in Path(str(path).lower()).suffixes if suffix not in PACKED]
+    if suffixes[-1:] != [".txt"]:
+        return suffixes[-1:] in ([".smi"], [".smiles"])
+    wanted = SMILES_COLUMNS if smiles_column is None else (smiles_column,)
+    columns = {column.strip().lower() for column in split_header(read_first_line(path))[0]}
+    return columns.isdisjoint(name.lower() for name in wanted)
 
 
 def split_header(header):

@@ -35,6 +35,7 @@ from utils_molecules import (
     encode_random_smiles,
     find_column,
     find_labels,
+    has_lines,
     label_metrics,
     not_utf8,
     read_header,
@@ -86,7 +87,7 @@ def open_table(source, data_args):
         options |= {"header": None, "names": columns}
     else:
         columns, separator = read_header(source)  # refuses a file that is not there, or empty
-        if has_lines(source, columns, data_args):
+        if has_lines(source, data_args.smiles_column):
             columns, separator = ["SMILES", "name"], None
             options |= {"header": None, "quoting": csv.QUOTE_NONE, "names": ["line"], "encoding": "utf-8-sig"}
         else:
@@ -97,15 +98,6 @@ def open_table(source, data_args):
     if len(set(columns)) < len(columns):
         raise InputError(f"{source} has two columns of one name: {', '.join(columns)}. Rename one.")
     return read_pieces(file, source, columns, separator, options), smiles, columns
-
-
-def has_lines(source, columns, data_args):
-    """Returns whether a file has one SMILES a line and no header; of a .txt its first line, `columns`, decides."""
-    suffix = Path(source.removesuffix(".gz").removesuffix(".xz")).suffix
-    if suffix != ".txt":
-        return suffix in (".smi", ".smiles")
-    wanted = (data_args.smiles_column,) if data_args.smiles_column is not None else SMILES_COLUMNS
-    return not any(column.strip().lower() in map(str.lower, wanted) for column in columns)
 
 
 def read_pieces(file, source, columns, separator, options):

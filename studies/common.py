@@ -19,6 +19,7 @@ from run_once import ROOT, as_text, run_once
 from scipy import stats
 
 from arguments import gains_by_bfloat16
+from utils_molecules import write_text
 
 
 def machine():
@@ -66,6 +67,9 @@ def run_all(run, cells, jobs):
         except subprocess.CalledProcessError as error:
             FAILED.append(as_text(error.cmd[1:]))
             print(f"Failed, and left out of the table: {FAILED[-1]}. Its log stands beside its folder.")
+        except SystemExit as error:  # a folder that another process writes, or that no study made
+            FAILED.append(str(error))
+            print(f"Left out of the table: {error}")
 
     with ThreadPoolExecutor(jobs) as executor:
         return [result for result in executor.map(attempt, cells) if result is not None]
@@ -77,7 +81,7 @@ def write_report(path, values, jobs=None, unit="logD7.4"):
     report = {"command": as_text(sys.argv), "unit": unit, "machine": machine() | threads}
     report |= {"failed": FAILED} if FAILED else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report | values, indent=2) + "\n")
+    write_text(json.dumps(report | values, indent=2) + "\n", path)
 
 
 def place_of(path, values, count, folder):
@@ -99,7 +103,8 @@ def interval(values, test_share=0.2):
 
     Every seed splits the same molecules, so the values depend on one another and the plain t interval is too narrow:
     the variance is corrected by test_share / (1 - test_share) (Nadeau and Bengio 2003,
-    https://doi.org/10.1023/A:1024068626366), and Student's t has n - 1 degrees of freedom.
+    https://doi.org/10.1023/A:1024068626366; what is held out to choose an epoch counts as learned), and Student's t
+    has n - 1 degrees of freedom.
 
     Args:
         test_share (`float`): share of the molecules that every split holds out; 0 for values that are independent.

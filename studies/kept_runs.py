@@ -5,8 +5,9 @@
 
 A line is a run: its folder, its command with the checksums of the files and weights that it names (see run_once.py),
 its all_results.json, those of an ensemble's members as far as they are known (alone where the ensemble itself did not
-finish), and the machine on which it was kept first (none in the oldest lines). Weights and predictions are not kept,
-so a run that starts from another run's model has to be trained with it. A folder that is there is left as it is.
+finish), the machine on which it was kept first and the time of its command (none in the oldest lines). Weights and
+predictions are not kept, so a run that starts from another run's model has to be trained with it. A folder that is
+there is left as it is.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def keep(root=ROOT, path=RUNS):
     for record in finished_runs(root):
         before = records.get(record["folder"], {})
         if {**before, **record} != before:  # a new one, not one that was restored
-            records[record["folder"]] = record | {"machine": machine()}
+            time = int((root / f"{record['folder']}.command").stat().st_mtime)
+            records[record["folder"]] = record | {"machine": machine(), "time": time}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(records[folder]) + "\n" for folder in sorted(records)))
     return len(records)
@@ -68,7 +70,8 @@ def restore(root=ROOT, path=RUNS):
             (folder / place).mkdir(parents=True, exist_ok=True)
             (folder / place / RESULTS).write_text(json.dumps(results, indent=4) + "\n")
         note.write_text("\n".join(record["command"]) + "\n")
-        os.utime(note, (0, 0))  # where two cells disagree, the newest counts, which is none of these
+        time = record.get("time", 0)
+        os.utime(note, (time, time))  # where two cells disagree, the newest counts
         made.append(name)
     return made
 

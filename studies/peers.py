@@ -69,13 +69,13 @@ def descriptor_boosting(molecules, seed, refit=False):
     Args:
         refit (`bool`): whether as many trees are then fitted to the training and validation parts together.
     """
-    from rdkit import Chem
     from rdkit.Chem import Descriptors
     from sklearn.ensemble import HistGradientBoostingRegressor
 
-    from utils_molecules import morgan_counts
+    from utils_molecules import morgan_counts, parse_smiles
 
-    descriptors = pd.DataFrame([Descriptors.CalcMolDescriptors(Chem.MolFromSmiles(t)) for t in molecules["group"]])
+    parsed = map(parse_smiles, molecules["group"])  # none of a canonical SMILES that cannot be read again
+    descriptors = pd.DataFrame([{} if one is None else Descriptors.CalcMolDescriptors(one) for one in parsed])
     descriptors = descriptors.to_numpy(dtype=float)
     descriptors[~np.isfinite(descriptors)] = np.nan  # the trees take missing values
     features = np.hstack((morgan_counts(molecules["group"]), descriptors))
@@ -123,6 +123,8 @@ def main(model_args, data_args, peer_args, training_args):
 
     training_args.do_train = True
     molecules, digest, _ = load_molecules(load_tokenizer(model_args), model_args, data_args, training_args)
+    if "label" not in molecules:
+        raise InputError("These methods learn one label. Pass one --label_column.")
     if not {"validation", "test"} <= set(molecules["split"]):
         raise InputError(
             "These methods choose on validation molecules, and are judged by test molecules. Leave --protocol paper "

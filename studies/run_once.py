@@ -3,7 +3,8 @@
     python studies/run_once.py outputs/cell run_regression.py --seed 1     # runs, continues, replaces or does nothing
 
 The same command means the same flags, with the same bytes in every file and model that they name (the code aside). An
-interrupted run continues, one of another command is replaced. The command and the log stand beside the folder.
+interrupted run continues, one of another command is replaced, and it says so. The command and the log stand beside the
+folder.
 """
 
 import os
@@ -87,7 +88,9 @@ def run_once(folder, command, threads=None):
                 lock(folder).release()
             except InputError as error:
                 raise SystemExit(str(error)) from error
-            shutil.rmtree(folder)  # of another command, and nothing may take it for one of this
+            if is_finished(folder):
+                print(f"{folder} is of another command, or of other files, and is replaced.")
+            shutil.rmtree(folder)  # nothing may take it for one of this command
         folder.mkdir(parents=True)
         note.write_text(text)
     elif is_finished(folder):

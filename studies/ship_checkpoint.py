@@ -3,10 +3,10 @@
     python studies/ship_checkpoint.py outputs/stage1 outputs/stage2 --until 5000 --output models/molformer-mini
 
 Takes the weights of the last run without the head of the atoms (it is larger than the rest allows, and fine-tuning
-does not need it), and writes beside them all_results.json of the last run, training_log.json with the losses and
-held-out metrics of all runs by the molecules seen, and loss_curves.png. In README.md of the output folder the table
-between the two marks is replaced. `--until` gives for each run but the last the step at which the next one took over.
-With `--after FOLDER` the runs continue the checkpoint in that folder, whose log comes first.
+does not need it), and writes beside them all_results.json of the last run (its evaluation), training_log.json with the
+losses and held-out metrics of all runs by the molecules seen, and loss_curves.png. In README.md of the output folder
+the table between the two marks is replaced. `--until` gives for each run but the last the step at which the next one
+took over. With `--after FOLDER` the runs continue the checkpoint in that folder, whose log comes first.
 """
 
 import argparse
@@ -129,6 +129,7 @@ def main():
 
     (args.output / "training_log.json").write_text(json.dumps(entries, indent=1) + "\n")
     results = json.loads((args.runs[-1] / "all_results.json").read_text())
+    results = {key: value for key, value in results.items() if not key.startswith(("train_", "epoch"))}  # of one run
     (args.output / "all_results.json").write_text(json.dumps(results | {"molecules": seen}, indent=2) + "\n")
     plot(entries, args.output / "loss_curves.png")
     card = (args.output / "README.md").read_text()

@@ -1,12 +1,20 @@
 """trainer_regression.py: sampling, optimizer groups, accumulation, secrets."""
 
+import errno
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import trainer_regression
-from arguments import EMBEDDED_DATA, DataTrainingArguments, InputError, TrainingArguments
+from arguments import (
+    EMBEDDED_DATA,
+    DataTrainingArguments,
+    InputError,
+    TrainingArguments,
+    last_complete_checkpoint,
+)
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import LengthGroupedBatchSampler, RegressionTrainer, augment, summarize_predictions, to_dataset
 from utils_checkpoints import build_tokenizer
@@ -70,6 +78,37 @@ def test_label_of_minus_100_counts_like_any_other(tiny_checkpoint, molecules, tm
     trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
     batch = {"labels": torch.tensor([-100.0, 1.0, 2.0])}
     assert int(trainer._get_num_items_in_batch([batch, batch], torch.device("cpu"))) == 6
+
+
+def test_a_checkpoint_that_is_written_anew_and_cut_short_does_not_look_whole(
+    tiny_checkpoint, molecules, tmp_path, monkeypatch
+):
+    """As where a run was taken up at an earlier checkpoint, and the later one's state was still there."""
+    flags = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "load_best_model_at_end": False}
+    make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, **flags)).train()
+    first, second = (tmp_path / f"checkpoint-{step}" for step in (1, 2))
+    assert last_complete_checkpoint(tmp_path) == second
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, **flags))
+
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer, "save_model", fail)
+    with pytest.raises(OSError, match="No space"):
+        trainer.train(resume_from_checkpoint=str(first))
+    assert second.exists() and last_complete_checkpoint(tmp_path) == first
+
+
+def test_a_full_cache_of_data_sets_is_told(molecules, monkeypatch):
+    """A data set whose `map` fails stands in for a disk that is full."""
+    data = to_dataset(molecules)
+
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(data), "map", fail)
+    with pytest.raises(InputError, match="no room in the cache of data sets .*--cache_dir"):
+        augment(data, build_tokenizer(), 1, 0, 256)
 
 
 def test_head_gets_its_own_learning_rate(tiny_checkpoint, molecules, tmp_path):

@@ -1,5 +1,6 @@
 """utils_mlm.py: corpora in every form, the split they respect, masking, targets of other heads, metrics, bad input."""
 
+import bz2
 import gzip
 import lzma
 
@@ -59,16 +60,15 @@ def test_labeled_table_gives_the_training_molecules_of_the_regression_split_alon
     assert not set(by_split["test"]) & {tuple(row["input_ids"]) for row in train}
 
 
-@pytest.mark.parametrize("form", ["txt", "crlf", "bom", "gz", "xz", "csv", "named.smi"])
+@pytest.mark.parametrize("form", ["txt", "crlf", "bom", "gz", "xz", "bz2", "csv", "named.smi", "table.txt"])
 def test_corpus_is_read_alike_in_every_form(form, corpus, tiny_checkpoint, tmp_path):
     """Reference: the plain text file."""
     text = corpus.read_text()
-    path = tmp_path / {"gz": "c.txt.gz", "xz": "c.txt.xz", "csv": "c.csv", "named.smi": "c.smi"}.get(form, "c.txt")
-    if form == "gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    elif form == "xz":
-        path.write_bytes(lzma.compress(text.encode()))
-    elif form == "csv":
+    packed = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
+    path = tmp_path / ({"csv": "c.csv", "named.smi": "c.SMI"} | {n: f"c.txt.{n}" for n in packed}).get(form, "c.txt")
+    if form in packed:
+        path.write_bytes(packed[form](text.encode()))
+    elif form in ("csv", "table.txt"):
         path.write_text("id,smiles\n" + "".join(f"{i},{line}\n" for i, line in enumerate(text.splitlines())))
     elif form == "named.smi":
         path.write_text("".join(f"{line} molecule {i}\n" for i, line in enumerate(text.splitlines())))
@@ -191,6 +191,23 @@ def test_a_corpus_of_one_molecule_is_refused(tiny_checkpoint, tmp_path):
     (tmp_path / "c.txt").write_text("CCO\nOCC\n")
     with pytest.raises(InputError, match="the same molecule"):
         load(tmp_path / "c.txt", tiny_checkpoint, tmp_path)
+
+
+UNREADABLE_AGAIN = "Cb1=C(OCc2ccc(F)cc2)C(=O)C=CO1"  # RDKit reads it, and not what it writes of it
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.txt"])
+def test_every_training_molecule_of_a_labeled_table_is_learned(name, tiny_checkpoint, tmp_path):
+    """One whose canonical SMILES cannot be read again too; and a table's name does not make it a corpus."""
+    rows = ["SMILES\tlabel", f"{UNREADABLE_AGAIN}\t1.5", *(f"{'C' * n}O\t{n}" for n in range(1, 30))]
+    (tmp_path / name).write_text("\n".join(rows) + "\n")
+    flags = ("--objective", "mtr", "--validation_fraction", "0.1", "--train_file", tmp_path / name)
+    parsed = parse("--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x", "--seed", "3",
+        "--cache_dir", tmp_path / "cache", *flags)  # fmt: skip
+    train, held_out, digest, split, _ = load_data(*parsed)
+    assert digest is not None and set(split) == {"train", "validation", "test"}
+    assert (len(train), len(held_out)) == (len(split["train"]), len(split["validation"]))
+    assert UNREADABLE_AGAIN in set(split["train"]["smiles"])
 
 
 def test_a_molecule_that_cannot_be_read_back_counts_as_the_mean_and_has_no_atoms():
