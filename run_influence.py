@@ -20,7 +20,7 @@ import logging
 import math
 import shlex
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ from utils_influence import (
     full_float32,
     gradients_of_halves,
     inverse_curvature,
+    order_by_group_influence,
     score_molecules,
 )
 from utils_molecules import (
@@ -68,9 +69,11 @@ from utils_report import finish_run, save_figure, shown_path
 
 # chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding
 DEFAULTS = {"output_dir": "outputs/influence", "per_device_eval_batch_size": 16}
-CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
+CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot", "group_influence", "right_label")
 KIND = ("pooling", "regression_head", "head_descriptors", "redraw_features")
 SIZES = ("hidden_size", "num_hidden_layers")
+ONLY_LISSA = ("scale", "num_repeats", "tail_fraction", "hessian_batch_size")  # arguments
+ONLY_SOLVERS = ("curvature", "damping", "relative_damping", "recursion_depth", "tolerance")  # of lissa and cg
 NO_FORWARD_MODE = ("shira",)  # adapters whose sparse tensors have none; merged, the model has
 PAPER_LOSSES = (0.581, 0.318, 0.198, 0.105, 0.071, 0.048, 0.046)  # evaluation loss by epoch, the paper's Table 2
 SIGN = "positive = learning the molecule lowers the loss"
@@ -173,6 +176,14 @@ class InfluenceArguments:
             "help": "Select --num_selected, all of positive score, all above --threshold, or the best --fraction.",
         },
     )
+    rank_by: str = field(
+        default="score",
+        metadata={
+            "choices": ["score", "group_influence"],
+            "help": "What selects: the influence score of each molecule, or what it adds to those that were selected "
+            "before it, with what its own error costs (--ihvp identity spares the inverse curvature of the scores).",
+        },
+    )
     num_selected: int | None = field(default=None, metadata={"help": "For top_k. Default: half of the molecules."})
     threshold: float | None = field(
         default=None, metadata={"help": "For threshold: the score that is needed. Default: 0."}
@@ -184,9 +195,14 @@ class InfluenceArguments:
         default_factory=lambda: ["none", "all", "random"],
         metadata={
             "help": "What the selection is compared with: none, all, and as many molecules: random, bottom (of lowest "
-            "score), smallest_loss, gradient_dot."
+            "score), smallest_loss, gradient_dot, group_influence, right_label (of a pool, random right labels)."
         },
     )
+
+    @property
+    def with_group_influence(self):
+        """Whether it is needed."""
+        return "group_influence" in (self.rank_by, *self.controls)
 
     def check_selection(self, count):
         """Raises `InputError` if more than the `count` molecules that there are would be selected."""
@@ -204,6 +220,12 @@ class InfluenceArguments:
                 raise ValueError(f"--{name} goes with --select {mode}, not with --select {self.select}.")
         if self.damping is not None and self.relative_damping is not None:
             raise ValueError("--damping and --relative_damping: give one of them.")
+        if "right_label" in self.controls and self.external_file is not None:
+            raise ValueError("--controls right_label goes without --external_file, whose labels are not known to be.")
+        unread = {"lissa": (), "cg": ONLY_LISSA, "identity": (*ONLY_LISSA, *ONLY_SOLVERS)}[self.ihvp]
+        for name, default in ((f.name, f.default) for f in fields(self) if f.name in unread):
+            if getattr(self, name) != default:
+                raise ValueError(f"--{name} does nothing with --ihvp {self.ihvp}. Leave it out.")
         defaults = {"pool_size": 300, "pool_noise": 0.3, "relative_damping": 0.03, "threshold": 0.0, "fraction": 0.5}
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -255,7 +277,7 @@ def take_pool(molecules, size, noise, seed):
     Returns:
         the other molecules; and the pool with the further column `corrupted` (both `pandas.DataFrame`).
     Raises:
-        InputError: if less than half of the training molecules would be left.
+        InputError: if less than half of the training molecules would be left, or no two labels change places.
     """
     train = np.flatnonzero(molecules["split"] == "train")
     if size > len(train) / 2:
@@ -264,6 +286,11 @@ def take_pool(molecules, size, noise, seed):
         )
     taken = train[split_groups(molecules["group"].to_numpy()[train], size, seed)]
     pool = molecules.iloc[taken].reset_index(drop=True)
+    if round(noise * len(pool)) < (2 if noise else 0) or not len(pool):
+        raise InputError(
+            f"--pool_size {size} takes {len(pool)} molecules, too few for {noise:.0%} of their labels to change "
+            "places. Raise it, or pass --pool_noise 0."
+        )
     wrong = np.random.default_rng(seed).permutation(len(pool))[: round(noise * len(pool))]
     labels = pool["label"].to_numpy().copy()
     labels[wrong] = labels[np.roll(wrong, 1)]
@@ -276,7 +303,8 @@ def load_external(tokenizer, data_args, influence_args, molecules):
     """Reads external molecules, and leaves out those that validation and test molecules are, stereo aside.
 
     Returns:
-        those that can be scored; and all that were left out, with the columns `row`, `smiles` and `reason`.
+        those that can be scored; and all that were left out, with the columns `row`, `smiles` and `reason`, and the
+        label of those that are known molecules.
     Raises:
         InputError: if file, columns, labels or molecules cannot be used, or none is left.
     """
@@ -294,7 +322,7 @@ def load_external(tokenizer, data_args, influence_args, molecules):
     excluded = [dropped[["row", "smiles", "reason"]]]
     for part in ("validation", "test"):
         known = external["group"].isin(set(molecules.loc[molecules["split"] == part, "group"]))
-        excluded.append(external.loc[known, ["row", "smiles"]].assign(reason=f"is a {part} molecule"))
+        excluded.append(external.loc[known, ["row", "smiles", "label"]].assign(reason=f"is a {part} molecule"))
         external = external[~known]
     excluded = pd.concat(excluded, ignore_index=True).sort_values("row", kind="stable")
     if len(excluded) > len(dropped):
@@ -314,10 +342,15 @@ def load_external(tokenizer, data_args, influence_args, molecules):
 
 
 def select_molecules(table, influence_args):
-    """Returns a boolean array: which molecules are selected, from their `score`."""
-    scores = table["score"].to_numpy()
+    """Returns a boolean array: which molecules are selected, from what `--rank_by` names."""
+    scores, by_group = table[influence_args.rank_by].to_numpy(), influence_args.rank_by == "group_influence"
     if influence_args.select in ("positive", "threshold"):
-        return scores > (influence_args.threshold if influence_args.select == "threshold" else 0.0)
+        enough = scores > (influence_args.threshold if influence_args.select == "threshold" else 0.0)
+        if by_group:  # as long as the next one adds enough to those before it
+            rank = table["group_rank"].to_numpy()
+            enough = rank < min(rank[~enough], default=len(table) + 1)
+        return enough
+    scores = -table["group_rank"] if by_group else scores
     count = influence_args.num_selected or max(1, len(table) // 2)
     if influence_args.select == "fraction":
         count = max(1, round(influence_args.fraction * len(table)))
@@ -343,19 +376,27 @@ def select_control(name, table, seed):
         "bottom": lambda: -table["score"],
         "smallest_loss": lambda: -table["loss"],
         "gradient_dot": lambda: table["gradient_dot"],
+        "group_influence": lambda: -table["group_rank"],
     }
+    if name == "right_label":
+        right = np.flatnonzero(~table["corrupted"].to_numpy())
+        chosen = np.zeros(len(table), dtype=bool)
+        chosen[np.random.default_rng([seed, 1]).permutation(right)[:count]] = True
+        return chosen
     return best(np.asarray(values[name]()), count)
 
 
-def detection(table):
+def detection(table, seed):
     """Returns how well each score finds the molecules with wrong labels: areas under the ROC curve, 0.5 for chance."""
     from sklearn.metrics import roc_auc_score
 
     if "corrupted" not in table or table["corrupted"].nunique() < 2:
         return {}
     suspicion = {"influence": -table["score"], "gradient_dot": -table["gradient_dot"], "loss": table["loss"]}
+    if "group_rank" in table:
+        suspicion["group_influence"] = table["group_rank"]
     suspicion["influence_size"] = table["score"].abs()  # a wrong label pulls harder, to either side
-    suspicion["random"] = np.random.default_rng(0).random(len(table))  # what chance alone gives
+    suspicion["random"] = np.random.default_rng(seed).random(len(table))  # what chance alone gives
     return {f"auc_{name}": float(roc_auc_score(table["corrupted"], values)) for name, values in suspicion.items()}
 
 
@@ -367,7 +408,7 @@ def write_influence(output_dir, parts, table, excluded, report):
     write_scores(output_dir, table, excluded)
     write_json(report, output_dir / "influence.json")
     write_merged(output_dir, parts, table[table["selected"]])
-    plot_scores(table, output_dir / "influence_scores.png")
+    plot_scores(table, output_dir / "influence_scores.png", report["rank_by"])
     if report.get("trace"):
         plot_convergence(report, output_dir / "influence_convergence.png")
     shown = {name: value for name, value in report.items() if name.startswith(("auc", "agreement")) and value}
@@ -377,10 +418,10 @@ def write_influence(output_dir, parts, table, excluded, report):
 
 def write_scores(output_dir, table, excluded):
     """Writes influence_scores.csv: every external molecule, those that were left out at the end with their reason."""
-    names = ("row", "smiles", "label", "prediction", "loss", "score", "score_sd", "rank", "gradient_dot", "selected")
-    names += ("corrupted", "in_training")
+    names = ("row", "smiles", "label", "prediction", "loss", "score", "score_sd", "rank", "gradient_dot")
+    names += ("group_influence", "group_rank", "selected", "corrupted", "in_training")
     scores = table[[name for name in names if name in table]].assign(excluded="")
-    left_out = excluded.reindex(columns=["row", "smiles", "reason"])
+    left_out = excluded.reindex(columns=["row", "smiles", "label", "reason"])
     left_out = left_out.rename(columns={"reason": "excluded"}).assign(selected=False)
     scores = pd.concat([scores, left_out], ignore_index=True)
     scores["rank"] = scores["rank"].astype("Int64")  # those that were left out have none
@@ -406,25 +447,30 @@ def write_merged(output_dir, parts, selected):
         write_csv(rows.rename(columns={"smiles": "SMILES"})[["SMILES", "label"]], output_dir / files[name])
 
 
-def plot_scores(table, path):
-    """Draws how the scores are distributed, and against the loss; molecules with wrong labels in another color."""
+def plot_scores(table, path, by="score"):
+    """Draws how the scores are distributed, and against the loss; molecules with wrong labels in another color.
+
+    Args:
+        by (`str`): column of the scores that have selected.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     corrupted = table.get("corrupted", pd.Series(False, index=table.index)).to_numpy()
     groups = {"wrong label": corrupted, "right label": ~corrupted} if corrupted.any() else {"external": ~corrupted}
-    bins = np.histogram_bin_edges(table["score"].astype(float), bins=40)  # float32 has no 40 between like scores
+    bins = np.histogram_bin_edges(table[by].astype(float), bins=40)  # float32 has no 40 between like scores
     for color, (name, rows) in zip(("tab:red", "tab:blue"), groups.items(), strict=False):
         color = "tab:blue" if len(groups) == 1 else color
-        left.hist(table["score"][rows], bins=bins, alpha=0.6, color=color, label=f"{name} ({rows.sum()})")
-        right.scatter(table["loss"][rows], table["score"][rows], s=12, alpha=0.6, color=color, linewidths=0)
-    lowest = table["score"][table["selected"]].min() if table["selected"].any() else None
+        left.hist(table[by][rows], bins=bins, alpha=0.6, color=color, label=f"{name} ({rows.sum()})")
+        right.scatter(table["loss"][rows], table[by][rows], s=12, alpha=0.6, color=color, linewidths=0)
+    lowest = table[by][table["selected"]].min() if table["selected"].any() else None
     if lowest is not None:
         left.axvline(lowest, color="0.3", linewidth=1, linestyle="--", label="lowest selected")
         right.axhline(lowest, color="0.3", linewidth=1, linestyle="--")
-    left.set(xlabel="influence score (positive: helpful)", ylabel="molecules")
-    right.set(xlabel="loss of the molecule (standardized)", ylabel="influence score")
+    title = {"score": "influence score", "group_influence": "group influence"}[by]
+    left.set(xlabel=f"{title} (positive: helpful)", ylabel="molecules")
+    right.set(xlabel="loss of the molecule (standardized)", ylabel=title)
     right.set_xscale("symlog", linthresh=0.1)
     right.set_xlim(left=0)
     left.legend(frameon=False)
@@ -513,6 +559,13 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     solutions, solved = inverse_curvature(problem, parts["train"], gradient, influence_args, seed, state_file)
     earlier = solved.pop("earlier_seconds", 0.0)  # of a solution that was continued
     table, agreement = score_molecules(problem, external, solutions, gradient, influence_args, halves)
+    group = {}
+    if influence_args.with_group_influence:
+        target = parts[influence_args.score_split]
+        columns, group = order_by_group_influence(problem, parts["train"], target, external, seed)
+        table = table.assign(**columns)
+    rank = table["score"].rank(ascending=False, method="first").astype(int)
+    table["rank"] = rank if influence_args.rank_by == "score" else table["group_rank"]
     table["selected"] = select_molecules(table, influence_args)
     report = {
         "sign": SIGN + CHANGE * (influence_args.ihvp != "identity"),
@@ -525,7 +578,9 @@ def compute_scores(problem, parts, external, influence_args, training_args):
         "seed": seed,
         **solved,
         **agreement,
-        **detection(table),
+        **group,
+        "rank_by": influence_args.rank_by,
+        **detection(table, seed),
         "molecules": len(table),
         "selected": int(table["selected"].sum()),
         "seconds": time.monotonic() - started + earlier,

@@ -38,6 +38,9 @@ from utils_molecules import descriptors_of
 
 LISSA_SETTINGS = ("recursion_depth", "num_repeats", "tail_fraction", "hessian_batch_size")
 MOST_STATES = 50_000  # states that are kept: 154 MB of MoLFormer-XL, 194 MB with all descriptors
+PROJECTION_SIZE = 4096
+GROUP_DAMPING = 1e-3  # of group influence, as a share of the largest eigenvalue
+MOST_IN_GROUP = 10_000  # molecules: a table of all pairs takes 0.8 GB
 FIXED_MOLECULES = 128  # on which largest eigenvalue and residual are measured
 
 logger = logging.getLogger("molformer.influence")
@@ -125,6 +128,64 @@ def scores_by_gradients(residuals, params, direction):
 SCORES = {"jvp": scores_by_jvp, "per_sample_gradient": scores_by_gradients}
 
 
+def project(vector, signs, size):
+    """Returns a vector (P,) in a random projection, shape (size,), that keeps inner products in expectation.
+
+    Entries get random signs and are summed, every `size`-th into one (a count sketch, Charikar et al. 2002,
+    https://doi.org/10.1016/S0304-3975(03)00400-6, with places in turn). With `size` = P nothing is lost.
+    """
+    return torch.nn.functional.pad(vector * signs, (0, -len(vector) % size)).view(-1, size).sum(dim=0)
+
+
+def group_influence(gradients, residuals, damping, on_step=None):
+    """Orders external molecules by what each is expected to lower the loss of others by, beside those before it.
+
+    In a model that is linear in its parameters, with the gradients g of the residuals r, one more training molecule z
+    lowers the residual of every x by d_x = b_xz r_z / (1 + b_zz), b_xz being 2 g_xᵀ (N (C + damping I))^-1 g_z; then r
+    is less by d, and b_xy by b_xz b_yz / (1 + b_zz) (Sherman and Morrison 1950). The loss falls by 2 r_x d_x - d_x²
+    (to first order this is the influence score; Basu et al., Second-order group influence functions, 2020,
+    https://arxiv.org/abs/1911.00418). Of the target's residuals only a part holds for others like them: w r_x, w being
+    the correlation of what two halves of the target say of each z, stepped up for both together (Spearman and Brown
+    1910; Kelley 1927). So the gain is the mean of 2 w r_x d_x - d_x² over the target, and what is left of w r_x is
+    less by d_x afterwards; each time the z of the largest gain is added. A wrong label has an r_z that nobody shares:
+    its first part is chance, its d² a loss to all.
+
+    Args:
+        gradients (`dict[str, torch.Tensor]`): of the `train` (N), `target` (n) and `external` (M) molecules, in any
+            coordinates that keep inner products; shape (N, p), (n, p), (M, p).
+        residuals (`dict[str, torch.Tensor]`): their residuals, shape (N,), (n,), (M,).
+        on_step (`Callable`, *optional*): called after every molecule.
+    Returns:
+        rank of each molecule from 1, and its gain when it was added, times N; both of shape (M,). And w.
+    """
+    train, external = gradients["train"], gradients["external"]
+    count = len(residuals["target"])
+    matrix = 2 * train.T @ train
+    matrix.diagonal().add_(len(train) * damping)
+    both = torch.cat([gradients["target"], external])  # (n + M, p)
+    pull = 2 * both @ torch.cholesky_solve(external.T, torch.linalg.cholesky(matrix))  # b, (n + M, M)
+    residual, own = residuals["external"].clone(), pull[count:]
+    step = residual / (1 + own.diagonal())
+    lowered = residuals["target"][:, None] * pull[:count] * step  # (n, M)
+    halves = torch.stack([lowered[start::2].mean(dim=0) for start in (0, 1)])
+    agreement = float(torch.corrcoef(halves)[0, 1]) if min(halves.shape[1], count) > 1 else 0.0
+    weight = max(0.0, 2 * agreement / (1 + agreement))
+    shared = weight * residuals["target"]  # what is left to lower
+    rank, gains = torch.zeros(len(external), dtype=torch.long), torch.zeros_like(residual)
+    for number in range(1, len(external) + 1):
+        step = residual / (1 + own.diagonal())
+        spread = torch.linalg.vector_norm(pull[:count], dim=0).square()
+        gain = (2 * step * (shared @ pull[:count]) - step.square() * spread) / count
+        z = int(torch.where(rank == 0, gain, -math.inf).argmax())
+        rank[z], gains[z] = number, len(train) * gain[z]
+        shared -= pull[:count, z] * step[z]
+        residual -= own[:, z] * step[z]
+        pull.addr_(pull[:, z].clone(), own[:, z].clone(), alpha=-1 / (1 + float(own[z, z])))
+        if on_step is not None:
+            on_step()
+    return rank, gains, weight
+
+
 def extreme_eigenvalues(product, vector, steps=20):
     """Returns about the smallest and the largest eigenvalue of a symmetric matrix, by Lanczos from a vector (P,).
 
@@ -162,6 +223,16 @@ class LissaState:
     answers: list = field(default_factory=list)  # of the finished repeats, each (P,)
 
 
+def averaged_iterates(recursion_depth, tail_fraction):
+    """Returns the number of last iterates whose mean is the answer of LiSSA."""
+    return max(1, round(tail_fraction * recursion_depth))
+
+
+def implicit_damping(scale, recursion_depth, tail_fraction):
+    """Returns what a LiSSA of so many steps adds to a curvature of zero, as `damping` does: h_t is (t + 1) v there."""
+    return scale / (recursion_depth + 1 - (averaged_iterates(recursion_depth, tail_fraction) - 1) / 2)
+
+
 def lissa_inverse_hvp(
     hvp, vector, *, damping, scale, recursion_depth, num_repeats=1, tail_fraction=0.0, state=None, on_step=None
 ):
@@ -184,7 +255,7 @@ def lissa_inverse_hvp(
     """
     if state is None:
         state = LissaState(vector, torch.zeros_like(vector))
-    averaged = max(1, round(tail_fraction * recursion_depth))
+    averaged = averaged_iterates(recursion_depth, tail_fraction)
     size = float(vector.norm())
     while len(state.answers) < num_repeats:
         before = size
@@ -376,6 +447,20 @@ class MoleculeProblem:
             ).detach()
         return reduce(total, "sum")
 
+    def projected_gradients(self, molecules, size, seed, description=None):
+        """Returns the gradients of the residuals in a random projection, (N, size), and the residuals, (N,)."""
+        generator = torch.Generator().manual_seed(seed)
+        parameters = sum(tensor.numel() for tensor in self.params.values())
+        signs = torch.randint(2, (parameters,), generator=generator, dtype=torch.int8).to(self.model.device) * 2 - 1
+        gradients = torch.zeros(len(molecules), size, device=self.model.device)
+        residuals = torch.zeros(len(molecules), device=self.model.device)
+        for (position,), rows in self.chunks(molecules, 1, description):
+            leaves = leaves_of(self.params)
+            residual = self.residuals(rows)(leaves)[0, 0]
+            residuals[position] = residual.detach()
+            gradients[position] = project(flat_gradient(residual, leaves), signs, size)
+        return reduce(gradients, "sum"), reduce(residuals, "sum")
+
     @torch.no_grad()
     def predictions(self, molecules):
         """Returns predictions in label units, shape (N,)."""
@@ -534,7 +619,8 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
                 problem.show_progress,
             )
         else:
-            report |= {"implicit_damping": report["scale"] / max(influence_args.recursion_depth, 1)}
+            depth, tail = influence_args.recursion_depth, influence_args.tail_fraction
+            report |= {"implicit_damping": implicit_damping(report["scale"], depth, tail)}
             report |= {name: getattr(influence_args, name) for name in LISSA_SETTINGS}
             answers = solve_by_lissa(
                 batches, gradient, report, lambda answer: residual(answer, fixed), file, problem.show_progress
@@ -566,7 +652,8 @@ def judge(report, influence_args):
     """Returns whether a solution is one, and the verdict in words (`dict`), from its residual and how it was made.
 
     A small residual alone proves little: directions of small curvature hardly enter it, and a truncated LiSSA treats
-    those below scale / recursion_depth (`implicit_damping`) as if they had about that much.
+    those below `implicit_damping` as if they had about that much. Where that is two thirds of the damping, what is
+    left out of directions without curvature is about exp(-1.5), and less of all others.
     """
     lissa = influence_args.ihvp == "lissa"
     # conjugate gradients stop by a residual that they carry along, which in float32 is not quite the true one
@@ -585,11 +672,12 @@ def judge(report, influence_args):
             f"not to be trusted: the Hessian has eigenvalues down to {report['smallest_eigenvalue']:.3g}, and the "
             f"damping is {report['damping']:.3g}. Raise --damping, or use --curvature ggn"
         )
-    elif lissa and report["implicit_damping"] > report["damping"]:
-        enough = math.ceil(report["scale"] / report["damping"])
+    elif lissa and 1.5 * report["implicit_damping"] > report["damping"]:
+        steps = 1.5 * report["scale"] / report["damping"] - 1
+        enough = math.ceil(steps / (1 - influence_args.tail_fraction / 2))
         verdict = (
-            f"cut short: {influence_args.recursion_depth} steps damp by {report['implicit_damping']:.3g} where "
-            f"{report['damping']:.3g} was to be. Raise --recursion_depth to {enough}, or the damping"
+            f"cut short: {influence_args.recursion_depth} steps add a damping of {report['implicit_damping']:.3g}, "
+            f"more than two thirds of {report['damping']:.3g}. Raise --recursion_depth to {enough}, or the damping"
         )
     return {"converged": verdict == "converged", "verdict": verdict}
 
@@ -726,7 +814,7 @@ def score_molecules(problem, external, solutions, gradient, influence_args, halv
     """Returns the external molecules with prediction, loss, score and what goes with it (`pandas.DataFrame`).
 
     The score is ∇L(z)ᵀ (C + damping I)^-1 ∇L(target), positive if learning z lowers the target's loss; `score_sd` its
-    standard deviation over the repeats, `gradient_dot` the same without the inverse curvature, rank 1 the best.
+    standard deviation over the repeats, `gradient_dot` the same without the inverse curvature.
 
     Args:
         solutions (`torch.Tensor`): (C + damping I)^-1 ∇L(target) of every repeat, shape (R, P).
@@ -750,7 +838,6 @@ def score_molecules(problem, external, solutions, gradient, influence_args, halv
             f"The scores of {broken.sum()} molecules are not finite, first at row {table['row'][broken].iloc[0]}: the "
             "checkpoint is broken, or LiSSA diverged. Use another checkpoint, or raise --damping."
         )
-    table["rank"] = table["score"].rank(ascending=False, method="first").astype(int)
     agreement = {
         "agreement_of_solutions": mean_agreement(torch.corrcoef(solutions).cpu().numpy()),
         "agreement_of_ranks": mean_agreement(pd.DataFrame(repeats.T).corr("spearman").to_numpy()),
@@ -759,6 +846,54 @@ def score_molecules(problem, external, solutions, gradient, influence_args, halv
         scores = torch.stack([problem.each(function, external, half) for half in halves]).cpu().numpy()
         agreement["agreement_of_halves"] = mean_agreement(pd.DataFrame(scores.T).corr("spearman").to_numpy())
     return table, agreement
+
+
+def linearize(problem, parts, seed):
+    """Returns what is known of the model as one linear in its parameters: gradients and residuals, and the damping.
+
+    The gradients are projected to `PROJECTION_SIZE` numbers (as in TRAK, Park et al. 2023,
+    https://arxiv.org/abs/2303.14186), in which the inverse curvature is exact, so that the damping can be small.
+
+    Args:
+        parts (`dict[str, pandas.DataFrame]`): molecules, those learned as `train`.
+    Returns:
+        two `dict[str, torch.Tensor]`, of shapes (N, p) and (N,) in float64, and `float`.
+    Raises:
+        InputError: if the gradients are zero or not finite.
+    """
+    size = min(PROJECTION_SIZE, sum(tensor.numel() for tensor in problem.params.values()))
+    gradients, residuals = {}, {}
+    for name, molecules in parts.items():
+        values = problem.projected_gradients(molecules, size, seed, f"Gradients of {name} molecules")
+        gradients[name], residuals[name] = (tensor.cpu().double() for tensor in values)
+    known, start = gradients["train"], torch.randn(size, generator=torch.Generator().manual_seed(seed)).double()
+    _, largest = extreme_eigenvalues(lambda vector: 2 * known.T @ (known @ vector) / len(known), start)
+    damping = GROUP_DAMPING * largest
+    if not (damping > 0 and math.isfinite(damping)):
+        raise InputError("The gradients are zero or not finite: there is no linear model to refit.")
+    return gradients, residuals, damping
+
+
+def order_by_group_influence(problem, train, target, external, seed):
+    """Returns `group_rank` and `group_influence` of external molecules and how they were computed (two `dict`).
+
+    Raises:
+        InputError: if there are too many molecules for a table of all pairs, or the gradients are zero or not finite.
+    """
+    if len(external) > MOST_IN_GROUP:
+        raise InputError(
+            f"Group influence is for up to {MOST_IN_GROUP} molecules, and these are {len(external)}: give a part of "
+            "them, for instance those of the best scores."
+        )
+    parts = {"train": train, "target": target, "external": external}
+    gradients, residuals, damping = linearize(problem, parts, seed)
+    with tqdm(total=len(external), desc="Group influence", delay=5, disable=not problem.show_progress) as bar:
+        rank, gains, weight = group_influence(gradients, residuals, damping, bar.update)
+    if not gains.isfinite().all():
+        raise InputError("Group influences are not finite: the checkpoint is broken. Use another one.")
+    size = gradients["train"].shape[1]
+    report = {"projection_size": size, "group_damping": damping, "group_weight": weight}
+    return {"group_rank": rank.numpy(), "group_influence": gains.numpy()}, report
 
 
 def mean_agreement(correlations):

@@ -4,12 +4,13 @@
     python studies/influence.py --external_file external.csv --jobs 2
     python studies/influence.py --external_file external.csv --finished     # the tables of the runs that are there
 
-Runs run_influence.py for pools with wrong labels and, if given, an external file, on random and scaffold splits and
-several seeds (split, pool and training vary together), with controls of the same size; and the paper's variant, in
-which molecules are chosen by the loss of the test molecules (a leak). Writes results/influence_study.json (.md, .png):
-areas under the ROC curve of finding wrong labels, test errors after the selection, paired differences with 95 %
-intervals that allow for what the seeds' splits have in common, and how like the scores are to those by conjugate
-gradients.
+Runs run_influence.py for pools with wrong labels (of 300 molecules; and of 1,400, on the random split: there the
+training molecules are few enough for what is added to matter) and, if given, an external file, on random and scaffold
+splits and several seeds (split, pool and training vary together), with controls of the same size; and the paper's
+variant, in which molecules are chosen by the loss of the test molecules (a leak). Writes results/influence_study.json
+(.md, .png): areas under the ROC curve of finding wrong labels, test errors after the selection, paired differences
+with 95 % intervals that allow for what the seeds' splits have in common, and how like the scores are to those by
+conjugate gradients.
 """
 
 import json
@@ -24,9 +25,10 @@ from run_once import checksums, is_done
 
 
 START = "models/molformer-mini"
-CONTROLS = ("none", "all", "random", "bottom")
+CONTROLS = ("none", "all", "random", "bottom", "group_influence")
 MORE_CONTROLS = ("smallest_loss", "gradient_dot")
-SEEDS_OF_MORE = (0, 1, 2)  # that have these too, and the variant that leaks
+EXACT = ("--ihvp", "cg", "--tolerance", "1e-2", "--recursion_depth", "100")
+SEEDS_OF_MORE = 3  # the first ones have these too, and the variant that leaks
 NAMES = {
     "selected": "top-k by influence",
     "none": "none",
@@ -35,26 +37,31 @@ NAMES = {
     "bottom": "bottom-k",
     "smallest_loss": "smallest-loss-k",
     "gradient_dot": "gradient-dot-k",
+    "group_influence": "group influence",
+    "right_label": "random-k of right labels",
     "leakage": "positive on the test set (leaks)",
 }
 SCORES = {
     "influence": "influence, low",
     "influence_size": "influence, far from zero",
     "gradient_dot": "gradient-dot, low",
+    "group_influence": "group influence, late",
     "loss": "loss, high",
     "random": "random",
 }
 
 
 def command_of(cell, args):
-    """Returns the folder and the command of a cell (pool, split, seed, variant)."""
+    """Returns the folder and the command of a cell (pool, split, seed, variant); a pool is external, or its size."""
     pool, split, seed, leaks = cell
     folder = args.folder / "-".join((pool, split, str(seed), *(["leakage"] if leaks else [])))
-    controls = (*CONTROLS, *(MORE_CONTROLS if seed in SEEDS_OF_MORE else ()))
+    controls = [*CONTROLS, *(MORE_CONTROLS if seed in args.seeds[:SEEDS_OF_MORE] else ())]
+    controls += [] if pool == "external" else ["right_label"]
     controls = ["none"] if leaks else controls
     command = ["run_influence.py", "--model_name_or_path", START, "--split", split, "--seed", str(seed)]
     command += ["--controls", *controls, *shlex.split(args.extra)]
-    command += ["--external_file", str(Path(args.external_file).resolve())] if pool == "external" else []
+    external = pool == "external"
+    command += ["--external_file", str(Path(args.external_file).resolve())] if external else ["--pool_size", pool]
     command += ["--score_split", "test", "--select", "positive"] if leaks else []
     return folder, command
 
@@ -71,7 +78,7 @@ def exact_command(cell, args):
     """Returns the command that scores the pool of a cell again, by conjugate gradients."""
     folder, command = command_of(cell, args)
     model = ["--model_name_or_path", str(folder / "finetune-none"), "--pretrained_model", START, "--do_predict"]
-    return [command[0], *model, *command[3:], "--ihvp", "cg", "--tolerance", "1e-2", "--recursion_depth", "100"]
+    return [command[0], *model, *command[3:], *EXACT]
 
 
 def exact_key(cell, args):
@@ -83,22 +90,34 @@ def compare_with_exact(cell, args):
     """Scores the pool of a cell again, by conjugate gradients, and returns how like the stochastic scores are.
 
     Returns:
-        `dict` with the rank correlation and the correlation of the scores, and the residuals of both.
+        `dict` with the rank correlation and the correlation of the scores, the residuals of both, and the time and
+        memory of the stochastic ones with all cores and nothing beside them.
     """
     folder, _ = command_of(cell, args)
     exact = run_script(exact_command(cell, args), args.folder / "exact", os.cpu_count())
+    again = run_script(exact_command(cell, args)[: -len(EXACT)], args.folder / "again", os.cpu_count())["influence"]
     tables = [pd.read_csv(path / "influence_scores.csv").set_index("row") for path in (folder, args.folder / "exact")]
     scores = [tables[0]["score"], tables[1]["score"].loc[tables[0].index]]
     before = json.loads((folder / "influence.json").read_text())
     row = {"rank_correlation": float(scores[0].corr(scores[1], "spearman")), "correlation": scores[0].corr(scores[1])}
-    return row | {"residual": before["residual"], "residual_of_exact": exact["influence"]["residual"],
-                  "command": exact_key(cell, args)}  # fmt: skip
+    return row | {
+        "residual": before["residual"], "residual_of_exact": exact["influence"]["residual"],
+        "seconds": again["seconds"], "peak_memory_bytes": again["peak_memory_bytes"],
+        "command": exact_key(cell, args),
+    }  # fmt: skip
+
+
+def groups(rows):
+    """Returns the pools and splits of runs or rows, the smaller pools first."""
+    found = {(row["pool"], row["split"]) for row in rows}
+    return sorted(found, key=lambda group: (group[0] == "external", group[0].zfill(6), group[1]))
 
 
 def summarize(runs):
-    """Returns rows of the table (pool, split, name, values by seed, mean, interval, paired difference to top-k)."""
+    """Returns rows of the table: pool, split, name, values by seed, mean, interval, paired differences to top-k by
+    influence and by group influence."""
     rows = []
-    for pool, split in sorted({(r["pool"], r["split"]) for r in runs}):
+    for pool, split in groups(runs):
         here = [r for r in runs if (r["pool"], r["split"]) == (pool, split)]
         errors, added = {name: {} for name in NAMES}, {name: [] for name in NAMES}
         for result in here:
@@ -117,41 +136,46 @@ def summarize(runs):
             for key in ("added", "added_wrong"):
                 counts = [values[key] for values in added[name] if key in values]
                 row |= {key: float(np.mean(counts))} if counts else {}
-            common = sorted(by_seed.keys() & errors["selected"].keys())
-            if name != "selected" and common:
-                row["selected_minus_this"] = interval([errors["selected"][s] - by_seed[s] for s in common])
+            for first in ("selected", "group_influence"):
+                common = sorted(by_seed.keys() & errors[first].keys())
+                if name != first and common:
+                    row[f"{first}_minus_this"] = interval([errors[first][s] - by_seed[s] for s in common])
             rows.append(row)
     return rows
 
 
 def detection_rows(runs):
-    """Returns areas under the ROC curve of finding wrong labels, by split and score."""
+    """Returns areas under the ROC curve of finding wrong labels, by pool, split and score."""
     rows = []
-    for split in sorted({r["split"] for r in runs}):
-        here = [r for r in runs if r["split"] == split and r["pool"] == "corrupted" and not r["leakage"]]
+    for pool, split in groups(runs):
+        here = [r for r in runs if (r["pool"], r["split"]) == (pool, split) and not r["leakage"]]
         for score in SCORES:
             key = f"auc_{score}"  # there is none where no label is wrong
             values = {r["seed"]: r["influence"][key] for r in here if key in r["influence"]}
             if values:
                 mean, half = interval(list(values.values()))
-                rows.append({"split": split, "score": score, "auc": values, "mean": mean, "half_width": half})
+                row = {"pool": pool, "split": split, "score": score, "auc": values, "mean": mean, "half_width": half}
+                rows.append(row)
     return rows
 
 
 def to_markdown(rows, detected, runs, exact=None):
     """Returns both tables as Markdown, and a line on how near the scores are to converged and to exact ones."""
-    lines = ["| pool | split | added | molecules (wrong) | n | test MSE | top-k minus this, of the same seeds |"]
-    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| pool | split | added | molecules (wrong) | n | test MSE | top-k minus this | group influence minus this |"
+    ]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
-        paired = with_interval(row["selected_minus_this"], signed=True) if "selected_minus_this" in row else ""
+        keys = ("selected_minus_this", "group_influence_minus_this")
+        paired = [with_interval(row[key], signed=True) if key in row else "" for key in keys]
         error = with_interval((row["mean"], row["half_width"]))
         count = f"{row['added']:.0f}" + (f" ({row['added_wrong']:.0f})" if row.get("added_wrong") else "")
-        cells = (row["pool"], row["split"], NAMES[row["name"]], count, str(len(row["test_mse"])), error, paired)
+        cells = (row["pool"], row["split"], NAMES[row["name"]], count, str(len(row["test_mse"])), error, *paired)
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| split | score | n | area under the ROC curve |", "| --- | --- | ---: | ---: |"]
+    lines += ["", "| pool | split | score | n | area under the ROC curve |", "| --- | --- | --- | ---: | ---: |"]
     for row in detected:
         name, area = SCORES[row["score"]], with_interval((row["mean"], row["half_width"]))
-        lines.append("| " + " | ".join((row["split"], name, str(len(row["auc"])), area)) + " |")
+        lines.append("| " + " | ".join((row["pool"], row["split"], name, str(len(row["auc"])), area)) + " |")
     solved = [run["influence"] for run in runs if run["influence"].get("residual") is not None]
     if solved:  # not where the curvature was left out
         residuals = [report["residual"] for report in solved]
@@ -161,7 +185,8 @@ def to_markdown(rows, detected, runs, exact=None):
     if exact is not None:
         lines += [
             "",
-            f"Rank correlation of the scores with those by conjugate gradients: {exact['rank_correlation']:.3f}.",
+            f"Rank correlation of the scores with those by conjugate gradients (residual "
+            f"{exact['residual_of_exact']:.1e}): {exact['rank_correlation']:.3f}.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -170,17 +195,18 @@ def plot(rows, path):
     """Draws for each pool and split the paired differences with their intervals."""
     from matplotlib.figure import Figure
 
-    groups = sorted({(row["pool"], row["split"]) for row in rows})
+    found = groups(rows)
     names = [name for name in NAMES if any(r["name"] == name and "selected_minus_this" in r for r in rows)][::-1]
-    figure = Figure(figsize=(4.5 * len(groups), 3.2), layout="constrained")
-    for axes, group in zip(np.atleast_1d(figure.subplots(1, len(groups), sharey=True)), groups, strict=True):
+    figure = Figure(figsize=(4.5 * len(found), 3.2), layout="constrained")
+    for axes, group in zip(np.atleast_1d(figure.subplots(1, len(found), sharey=True)), found, strict=True):
         for row in rows:
             if (row["pool"], row["split"]) == group and "selected_minus_this" in row:
                 mean, half = row["selected_minus_this"]
                 axes.errorbar(mean, names.index(row["name"]), xerr=half, fmt="o", color="tab:blue", capsize=3)
         axes.axvline(0, color="0.5", linewidth=1)
         axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
-        axes.set_title(f"{group[0]} pool, {group[1]} split", fontsize=10)
+        what = "external molecules" if group[0] == "external" else f"pool of {group[0]}"
+        axes.set_title(f"{what}, {group[1]} split", fontsize=10)
         axes.set_xlabel("test MSE: top-k by influence minus this")
     figure.savefig(path, dpi=150)
 
@@ -190,13 +216,19 @@ def main():
     parser.add_argument("--external_file", help="CSV of external molecules, a second pool")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--splits", nargs="+", default=["random", "scaffold"])
+    parser.add_argument("--pools", nargs="+", default=["300", "1400"], help="sizes of the pools with wrong labels")
     parser.add_argument("--finished", action="store_true", help="train nothing; the tables of what is finished")
     parser.add_argument("--extra", default="", help="further flags of run_influence.py, as one text")
     args = parser.parse_args()
-    pools = ["corrupted", *(["external"] if args.external_file else [])]
-    cells = [(pool, split, seed, False) for seed in args.seeds for pool in pools for split in args.splits]
+    pools = [*args.pools, *(["external"] if args.external_file else [])]
+    cells = [
+        (pool, split, seed, False)
+        for seed in args.seeds for pool in pools for split in args.splits
+        if split == "random" or pool in ("300", "external")
+    ]  # fmt: skip
     if "random" in args.splits:
-        cells += [(pool, "random", seed, True) for seed in args.seeds if seed in SEEDS_OF_MORE for pool in pools]
+        leaking = [pool for pool in pools if pool in ("300", "external")]
+        cells += [(pool, "random", seed, True) for seed in args.seeds[:SEEDS_OF_MORE] for pool in leaking]
     if args.finished:
         cells = [cell for cell in cells if is_done(*command_of(cell, args))]
     before = json.loads(args.output.read_text()) if args.output.exists() else {}
@@ -204,7 +236,7 @@ def main():
     if not runs:
         raise SystemExit(f"There is no finished run in {args.folder}.")
     rows, detected = summarize(runs), detection_rows(runs)
-    first = next((cell for cell in cells if cell[0] == "corrupted" and not cell[3]), cells[0])
+    first = next((cell for cell in cells if cell[0] == "300" and not cell[3]), cells[0])
     known = before.get("exact") or {}
     exact = known if known.get("command") == exact_key(first, args) else None  # not of other weights or flags
     values = {"selection": rows, "detection": detected, "runs": runs, "exact": exact}

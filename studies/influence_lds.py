@@ -6,20 +6,24 @@ Trains the last layer and the head of the embedded checkpoint (the states below 
 on random halves of the training molecules, and correlates their validation and test losses with the sums of the scores
 of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186). The scores are of
 run_influence.py for the model that was trained on all: by LiSSA, by conjugate gradients and without the inverse
-curvature; once with all of these parameters, and once with those of the head alone. Every half is trained twice: how
-well the trainings agree gives the most that any score could reach with losses of so much noise. Writes
-results/influence_lds.json and .md: rank correlations, means over the seeds, with bootstrap intervals over the halves.
-Seeds that stand there are not repeated; two processes may compute different ones.
+curvature; once with all of these parameters, and once with those of the head alone. Beside them stands the loss of the
+model that is linear in its parameters, as group influence has it, after a refit to the half. Every half is trained
+twice: how well the trainings agree gives the most that any score could reach with losses of so much noise. Writes
+results/influence_lds.json and .md: rank correlations, means over the seeds, with bootstrap intervals over the halves
+(of these seeds: other seeds are not in them), and the largest residual of the solutions. Seeds that stand there are
+not repeated, nor halves of a seed that was interrupted; two processes may compute different seeds.
 """
 
 import argparse
 import copy
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import ROOT, write_report
+from filelock import FileLock
 from run_once import checksums
 from scipy import stats
 
@@ -35,6 +39,7 @@ from utils_influence import (  # noqa: E402
     MoleculeProblem,
     choose_parameters,
     inverse_curvature,
+    linearize,
     molecule_losses,
     scores_by_jvp,
 )
@@ -42,12 +47,14 @@ from utils_molecules import load_molecules, read_json  # noqa: E402
 
 
 BATCH, EPOCHS, RATE = 32, 7, 6e-4
+TARGETS = ("validation", "test")
 CEILING = "the most that a score could reach"
 SOLVERS = {
     "lissa": {"ihvp": "lissa"},
     "cg": {"ihvp": "cg", "recursion_depth": 60, "tolerance": 1e-2},
     "identity": {"ihvp": "identity"},
 }
+REFIT = "refit of the linear model"
 
 
 def pad_states(molecules):
@@ -155,7 +162,53 @@ def foretell(scores, halves):
     return [-float(scores[half].sum()) for half in halves]
 
 
-def study_seed(seed, args):
+class Kept:
+    """What is known of a seed that is being studied, in a file that a line is added to whenever more is.
+
+    A file of other settings begins anew; a line that was cut is left out.
+    """
+
+    def __init__(self, path, settings):
+        self.path, self.values = Path(path), {}
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        if lines[:1] == [json.dumps(settings)]:
+            for line in lines[1:]:
+                try:
+                    self.values |= json.loads(line)
+                except ValueError:
+                    break
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in (settings, self.values)))
+
+    def get(self, name, compute):
+        """Returns what is known by a name, or computes and keeps it."""
+        if name not in self.values:
+            self.values[name] = compute()
+            with self.path.open("a") as file:
+                file.write(f"{json.dumps({name: self.values[name]})}\n")
+        return self.values[name]
+
+
+def refit(gradients, residuals, damping, target, halves):
+    """Returns the target's mean loss after the linear model was fitted to each half alone.
+
+    Without the molecules S the residual of x is r_x + b_xS (I - b_SS)^-1 r_S, b being as in `group_influence`.
+    """
+    train = gradients["train"]
+    matrix = 2 * train.T @ train
+    matrix.diagonal().add_(len(train) * damping)
+    inverse = torch.cholesky_solve(train.T, torch.linalg.cholesky(matrix))
+    own, pull = 2 * train @ inverse, 2 * gradients[target] @ inverse  # (N, N), (n, N)
+    losses = []
+    for half in halves:
+        left = np.setdiff1d(np.arange(len(train)), half)
+        system = torch.eye(len(left), dtype=torch.float64) - own[left][:, left]
+        pushed = torch.linalg.solve(system, residuals["train"][left])
+        losses.append(float((residuals[target] + pull[:, left] @ pushed).square().mean()))
+    return losses
+
+
+def study_seed(seed, args, settings):
     """Returns what each solver foretells of the halves of a seed, and their losses by target, (halves, trainings)."""
     model_args, data_args = ModelArguments(model_name_or_path=args.model), DataTrainingArguments(split="random")
     training_args = TrainingArguments(output_dir=str(ROOT / "work" / "lds"), seed=seed)
@@ -171,34 +224,42 @@ def study_seed(seed, args):
         for name, part in parts.items()
     }
     start, pool = upper_part(model), parts["train"]
-    whole = train(start, pool, seed)
-
-    scored = []  # before the trainings, which would be lost if a solver does not converge
-    for params in ("all", "head"):
-        names = [name for name in choose_parameters(whole, params) if "word_embeddings" not in name]
-        problem = UpperProblem(whole, tokenizer, names, 64, "ggn")
-        for target in ("validation", "test"):
-            gradient = problem.gradient(parts[target])
-            for solver, options in SOLVERS.items():
-                solutions, report = inverse_curvature(problem, pool, gradient, InfluenceArguments(**options), seed)
-                scores = problem.each(scores_by_jvp, pool, solutions.mean(dim=0)).numpy()
-                row = {"seed": seed, "params": "last layer and head" if params == "all" else "head", "target": target}
-                scored.append((row | {"solver": solver, "residual": report.get("residual")}, scores))
-                print(scored[-1][0], flush=True)
-
     generator = np.random.default_rng(seed)
     halves = [np.sort(generator.permutation(len(pool))[: len(pool) // 2]) for _ in range(args.subsets)]
-    measured = {"validation": [], "test": []}
-    for number, rows in enumerate(halves):
+
+    def foretold():
+        whole, rows = train(start, pool, seed), []
+        for params in ("all", "head"):
+            names = [name for name in choose_parameters(whole, params) if "word_embeddings" not in name]
+            problem = UpperProblem(whole, tokenizer, names, 64, "ggn")
+            linear = linearize(problem, {"train": pool, **{target: parts[target] for target in TARGETS}}, seed)
+            for target in TARGETS:
+                gradient = problem.gradient(parts[target])
+                for solver, options in SOLVERS.items():
+                    solutions, report = inverse_curvature(problem, pool, gradient, InfluenceArguments(**options), seed)
+                    scores = problem.each(scores_by_jvp, pool, solutions.mean(dim=0)).numpy()
+                    row = {"seed": seed, "params": "last layer and head" if params == "all" else "head"}
+                    row |= {"target": target, "solver": solver, "residual": report.get("residual")}
+                    print(row, flush=True)
+                    rows.append(row | {"foretold": foretell(scores, halves)})
+                row = {name: row[name] for name in ("seed", "params", "target")} | {"solver": REFIT}
+                rows.append(row | {"foretold": refit(*linear, target, halves)})
+        return rows
+
+    def measured(number):
         losses = []  # of each training
         for repeat in range(args.trainings):
-            trained = train(start, pool.iloc[rows], 1000 * (number + 1) + repeat)
+            trained = train(start, pool.iloc[halves[number]], 1000 * (number + 1) + repeat)
             problem = UpperProblem(trained, tokenizer, ["classifier.out_proj.bias"], 128, "ggn")
-            losses.append([float(problem.each(molecule_losses, parts[target]).mean()) for target in measured])
-        for target, values in zip(measured, zip(*losses, strict=True), strict=True):
-            measured[target].append(list(values))
-        print(seed, number, {target: np.round(values[-1], 4) for target, values in measured.items()}, flush=True)
-    return [row | {"foretold": foretell(scores, halves)} for row, scores in scored], measured
+            losses.append([float(problem.each(molecule_losses, parts[target]).mean()) for target in TARGETS])
+        print(seed, number, np.round(losses, 4).tolist(), flush=True)
+        return losses
+
+    kept = Kept(args.folder / f"seed-{seed}.jsonl", settings)
+    rows = kept.get("rows", foretold)  # before the trainings, which take long
+    numbers = range(args.subsets)
+    losses = np.array([kept.get(str(number), lambda number=number: measured(number)) for number in numbers])
+    return rows, dict(zip(TARGETS, losses.transpose(2, 0, 1).tolist(), strict=True))
 
 
 def summarize(report):
@@ -222,7 +283,11 @@ def summarize(report):
             found["", target, CEILING] = ceiling(agreement, len(both[0])), ceiling(samples, len(both[0]))
     summary = []
     for (params, target, solver), (lds, samples) in found.items():
-        row = {"params": params, "target": target, "solver": solver, "lds": float(lds), **within(samples)}
+        row = {"params": params, "target": target, "solver": solver, "seeds": len(losses)}
+        row |= {"lds": float(lds), **within(samples)}
+        of_key = [r for r in report["seeds"] if tuple(r[name] for name in names) == (params, target, solver)]
+        residuals = [r["residual"] for r in of_key if r.get("residual") is not None]
+        row |= {"residual": max(residuals)} if residuals else {}
         if solver not in ("identity", CEILING) and (params, target, "identity") in found:
             plain, plain_samples = found[params, target, "identity"]
             row["minus_identity"] = {"mean": lds - plain, **within(samples - plain_samples)}
@@ -232,13 +297,15 @@ def summarize(report):
 
 def to_markdown(summary):
     """Returns the table of the README."""
-    lines = ["| parameters | loss of | foretold by | linear datamodeling score | minus that of identity |"]
-    lines += ["| --- | --- | --- | ---: | ---: |"]
+    lines = ["| parameters | loss of | foretold by | residual | seeds | linear datamodeling score | minus identity |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: |"]
     for row in summary:
         cells = [f"{row['lds']:.3f}, {row['low']:.3f} to {row['high']:.3f}", ""]
         if (minus := row.get("minus_identity")) is not None:
             cells[1] = f"{minus['mean']:+.3f}, {minus['low']:+.3f} to {minus['high']:+.3f}"
-        lines.append(f"| {' | '.join([row['params'], row['target'], row['solver'], *cells])} |")
+        residual = f"{row['residual']:.2g}" if "residual" in row else ""
+        names = [row["params"], row["target"], row["solver"], residual, str(row["seeds"])]
+        lines.append(f"| {' | '.join([*names, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -249,24 +316,27 @@ def main():
     parser.add_argument("--subsets", type=int, default=60, help="halves of the training molecules a seed")
     parser.add_argument("--trainings", type=int, default=2, help="trainings of each half, of which the mean is taken")
     parser.add_argument("--molecules", type=int, default=1500, help="most molecules of each part")
+    parser.add_argument("--folder", type=Path, default=ROOT / "work" / "lds", help="where unfinished seeds are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "influence_lds.json")
     args = parser.parse_args()
     settings = {"weights": checksums([args.model]), "batch": BATCH, "epochs": EPOCHS, "rate": RATE, "solvers": SOLVERS}
     settings |= {name: getattr(args, name) for name in ("subsets", "trainings", "molecules")}
-    settings["format"] = 2  # with what was foretold, and the losses of every training
+    settings["format"] = 3  # with what was foretold, a linear refit among it, and the losses of every training
     before = read_json(args.output)
     if before and before.get("settings") != settings:  # of other weights at the same path, too
         raise SystemExit(f"{args.output} is of other settings or weights. Give another --output, or remove it.")
+    args.folder.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         if str(seed) in before.get("losses", {}):
             continue
-        rows, losses = study_seed(seed, args)
-        before = read_json(args.output)  # another process may have added a seed meanwhile
-        report = {"settings": settings, "seeds": [*before.get("seeds", []), *rows]}
-        report["losses"] = {**before.get("losses", {}), str(seed): losses}
-        before = {"summary": summarize(report), **report}
-        write_report(args.output, before, unit="rank correlation")
-        args.output.with_suffix(".md").write_text(to_markdown(before["summary"]))
+        rows, losses = study_seed(seed, args, settings)
+        with FileLock(args.folder / "lock"):  # another process may add a seed meanwhile
+            before = read_json(args.output)
+            report = {"settings": settings, "seeds": [*before.get("seeds", []), *rows]}
+            report["losses"] = {**before.get("losses", {}), str(seed): losses}
+            before = {"summary": summarize(report), **report}
+            write_report(args.output, before, unit="rank correlation")
+            args.output.with_suffix(".md").write_text(to_markdown(before["summary"]))
     print(to_markdown(before["summary"]))
 
 

@@ -54,6 +54,8 @@ def table():
             "score": [0.5, -2.0, 3.0, 0.5, 0.0, -0.1],
             "loss": [1.0, 9.0, 4.0, 0.1, 2.0, 0.2],
             "gradient_dot": [-1.0, 5.0, 1.0, 2.0, 3.0, 0.0],
+            "group_influence": [-0.1, 1.0, -3.0, -2.0, 0.5, 0.2],
+            "group_rank": [4, 1, 6, 5, 2, 3],
             "rank": [2, 6, 1, 3, 4, 5],
         }
     )
@@ -69,6 +71,10 @@ def table():
         ({"select": "threshold", "threshold": -0.5}, [0, 2, 3, 4, 5]),
         ({"select": "fraction", "fraction": 0.34}, [0, 2]),
         ({"select": "fraction", "fraction": 0.01}, [2]),
+        ({"select": "positive", "rank_by": "group_influence"}, [1, 4, 5]),
+        ({"select": "threshold", "threshold": 0.3, "rank_by": "group_influence"}, [1, 4]),
+        ({"select": "threshold", "threshold": -9, "rank_by": "group_influence"}, [0, 1, 2, 3, 4, 5]),
+        ({"num_selected": 2, "rank_by": "group_influence"}, [1, 4]),
     ],
 )
 def test_molecules_are_selected_by_score(table, values, expected):
@@ -91,28 +97,34 @@ def test_controls_take_as_many_and_those_of_their_name(table):
         "bottom": [1, 5],
         "smallest_loss": [3, 5],
         "gradient_dot": [1, 4],
+        "group_influence": [1, 4],
     }
     for name, rows in expected.items():
         assert np.flatnonzero(select_control(name, table, 0)).tolist() == rows, name
     drawn = {tuple(np.flatnonzero(select_control("random", table, seed))) for seed in range(30)}
     assert all(len(rows) == 2 for rows in drawn) and len(drawn) > 5
     assert (select_control("random", table, 7) == select_control("random", table, 7)).all()
+    table["corrupted"] = [True, False, True, False, False, True]
+    drawn = {tuple(np.flatnonzero(select_control("right_label", table, seed))) for seed in range(30)}
+    assert drawn == {(1, 3), (1, 4), (3, 4)}
 
 
 def test_wrong_labels_are_found_by_low_scores_and_high_losses(table):
-    assert detection(table) == {}
+    assert detection(table, 0) == {}
     table["corrupted"] = table["score"] < 0
-    assert detection(table)["auc_influence"] == 1.0
+    assert detection(table, 0)["auc_influence"] == 1.0
     table["corrupted"] = table["score"].abs() > 1
-    assert detection(table)["auc_influence_size"] == 1.0
+    assert detection(table, 0)["auc_influence_size"] == 1.0
     table["corrupted"] = table["loss"] > 3
-    assert detection(table)["auc_loss"] == 1.0
+    assert detection(table, 0)["auc_loss"] == 1.0
     table["corrupted"] = table["gradient_dot"] > 2.5
-    assert detection(table)["auc_gradient_dot"] == 0.0
+    assert detection(table, 0)["auc_gradient_dot"] == 0.0
+    table["corrupted"] = table["group_rank"] > 4
+    assert detection(table, 0)["auc_group_influence"] == 1.0
     many = pd.concat([table] * 500, ignore_index=True)
-    assert detection(many)["auc_random"] == pytest.approx(0.5, abs=0.03)
+    assert detection(many, 1)["auc_random"] == pytest.approx(0.5, abs=0.03)
     table["corrupted"] = True
-    assert detection(table) == {}
+    assert detection(table, 0) == {}
 
 
 def test_the_pool_has_the_labels_of_others_where_it_says_so():
@@ -135,9 +147,11 @@ def test_left_out_molecules_keep_their_reason_and_ranks_are_whole_numbers(table,
     excluded = pd.DataFrame({"row": [3], "smiles": ["CC"], "reason": ["is a test molecule"]})
     write_scores(tmp_path, table, excluded)
     lines = (tmp_path / "influence_scores.csv").read_text().splitlines()
-    assert lines[0] == "row,SMILES,label,prediction,loss,score,rank,gradient_dot,selected,excluded"
-    assert lines[1] == "10,C,0.0,0.0,1.0,0.5,2,-1.0,True,"
-    assert lines[-1] == "3,CC,,,,,,,False,is a test molecule"
+    assert lines[0] == "row,SMILES,label,prediction,loss,score,rank,gradient_dot," + (
+        "group_influence,group_rank,selected,excluded"
+    )
+    assert lines[1] == "10,C,0.0,0.0,1.0,0.5,2,-1.0,-0.1,4,True,"
+    assert lines[-1] == "3,CC,,,,,,,,,False,is a test molecule"
     write_scores(tmp_path, table, table.iloc[:0].assign(text="", reason=""))  # nothing left out: no further columns
     assert (tmp_path / "influence_scores.csv").read_text().splitlines()[0] == lines[0]
 
@@ -166,8 +180,11 @@ FILES += ("all_results.json", "influence_scores.png", "influence_convergence.png
 def call_main(*flags):
     """Parses `flags` as the script does and calls its `main`."""
     flags = [str(flag) for flag in flags]
-    if "--external_file" in flags:  # which has no pool beside it
-        place = flags.index("--pool_size")
+    unread = ["--pool_size"] if "--external_file" in flags else []  # of QUICK
+    if "--ihvp" in flags:
+        unread += ["--num_repeats", "--hessian_batch_size", "--tail_fraction"]
+        unread += ["--recursion_depth"] if "identity" in flags else []
+    for place in [place for place, flag in enumerate(flags) if flag in unread][::-1]:
         flags[place : place + 2] = []
     run_influence.main(*parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=flags))
 
@@ -181,8 +198,7 @@ def flags(tiny_checkpoint, small_table):
 def finished_run(flags, tmp_path_factory):
     """A run on the small table with all controls."""
     folder = tmp_path_factory.mktemp("influence") / "out"
-    controls = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot")
-    call_main(*flags, "--controls", *controls, "--output_dir", folder)
+    call_main(*flags, "--controls", *run_influence.CONTROLS, "--output_dir", folder)
     return folder
 
 
@@ -208,7 +224,7 @@ def test_a_run_leaves_what_the_readme_lists(finished_run):
         "all": 31,
         **dict.fromkeys(added.keys() - {"none", "selected", "all"}, 15),
     }
-    assert len(added) == 7
+    assert len(added) == 9 and results["right_label"]["added_wrong"] == 0
     assert all(len(values["eval_losses"]) == 2 and values["test_mse"] > 0 for values in results.values())
 
 
@@ -229,8 +245,8 @@ def test_the_table_is_consistent(finished_run, small_table):
     assert np.allclose(table["loss"], ((table["prediction"] - table["label"]) / std) ** 2, rtol=1e-3, atol=1e-6)
     assert (table["score_sd"] >= 0).all()
     assert table.columns.tolist() == [
-        "row", "SMILES", "label", "prediction", "loss", "score", "score_sd", "rank", "gradient_dot", "selected",
-        "corrupted", "excluded",
+        "row", "SMILES", "label", "prediction", "loss", "score", "score_sd", "rank", "gradient_dot",
+        "group_influence", "group_rank", "selected", "corrupted", "excluded",
     ]  # fmt: skip
 
 
@@ -239,7 +255,7 @@ def test_the_report_says_how_the_scores_were_computed(finished_run, tmp_path):
     assert "positive" in report["sign"] and report["score_split"] == "validation" and not report["leakage"]
     assert report["damping"] == pytest.approx(0.03 * report["largest_eigenvalue"])
     assert report["scale"] == pytest.approx(1.5 * max(report["largest_eigenvalue_of_batches"]) + report["damping"])
-    assert report["implicit_damping"] == pytest.approx(report["scale"] / 20)
+    assert report["implicit_damping"] == pytest.approx(report["scale"] / (20 + 1 - 4.5))
     assert len(report["trace"]) == 10 and all(entry["residual"] > 0 for entry in report["trace"])
     assert -1 <= report["agreement_of_ranks"] <= 1 and 0 <= report["auc_influence"] <= 1
     assert -1 <= report["agreement_of_halves"] <= 1
@@ -310,12 +326,13 @@ def test_two_runs_with_one_seed_give_equal_bits(scoring, tmp_path):
 
 def test_two_processes_give_the_scores_of_one(scoring, tmp_path, run_script):
     """Tolerance: 1e-5 of the largest score. 31 molecules in chunks of 8, so the shares are uneven."""
-    call_main(*scoring, "--output_dir", tmp_path / "one")
-    both = ("--use_cpu", "--output_dir", tmp_path / "two")
+    second = ("--controls", "group_influence")
+    call_main(*scoring, *second, "--output_dir", tmp_path / "one")
+    both = ("--use_cpu", *second, "--output_dir", tmp_path / "two")
     result = run_script("run_influence.py", *scoring, *both, launcher=TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     one, two = (pd.read_csv(tmp_path / name / "influence_scores.csv") for name in ("one", "two"))
-    for column in ("score", "gradient_dot", "loss", "prediction"):
+    for column in ("score", "gradient_dot", "group_influence", "loss", "prediction"):
         assert np.abs(one[column] - two[column]).max() <= 1e-5 * one[column].abs().max(), column
     assert (one["rank"] == two["rank"]).all()
 
@@ -332,6 +349,21 @@ def test_two_processes_fine_tune_score_and_fine_tune_again(flags, finished_run, 
         assert values["added"] == one["results"][name]["added"]
         assert values["test_mse"] == pytest.approx(one["results"][name]["test_mse"], rel=0.1)
     assert len(pd.read_csv(tmp_path / "two" / "influence_scores.csv")) == 31
+
+
+def test_group_influence_selects_where_it_is_asked_to(scoring, finished_run, tmp_path):
+    """Reference: that of the run that had it as a control."""
+    call_main(*scoring, "--rank_by", "group_influence", "--ihvp", "identity", "--output_dir", tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "influence_scores.csv")
+    before = pd.read_csv(finished_run / "influence_scores.csv")
+    assert np.allclose(table["group_influence"], before["group_influence"], rtol=1e-4, atol=1e-7)
+    assert (table["rank"] == table["group_rank"]).all() and sorted(table["rank"]) == list(range(1, 32))
+    assert (table["selected"] == (table["rank"] <= 15)).all()
+    report = json.loads((tmp_path / "out" / "influence.json").read_text())
+    assert report["rank_by"] == "group_influence" and 0 <= report["group_weight"] <= 1
+    assert 0 <= report["auc_group_influence"] <= 1 and report["group_damping"] > 0
+    merged = pd.read_csv(tmp_path / "out" / "merged_train.csv")
+    assert set(table["SMILES"][table["selected"]]) <= set(merged["SMILES"])
 
 
 def test_modes_and_solvers_agree(scoring, tmp_path):
@@ -397,6 +429,7 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     table = pd.read_csv(tmp_path / "out" / "influence_scores.csv").sort_values("row")
     assert table["excluded"].fillna("").tolist() == ["is a test molecule", "is a validation molecule", "", "", ""]
     assert table["score"].notna().tolist() == [False, False, True, True, True]
+    assert table["label"].tolist() == [1.5] * 5  # a conflict with the known label is worth seeing
     assert table["in_training"].fillna("").tolist() == ["", "", True, False, False]
     report = json.loads((tmp_path / "out" / "influence.json").read_text())
     left_out = [{"row": 0, "reason": "is a test molecule"}, {"row": 1, "reason": "is a validation molecule"}]
@@ -422,6 +455,9 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     with pytest.raises(InputError, match="row 1: 'C1CC'"):
         call_main(*scoring, *split, "--output_dir", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    call_main(*scoring, *split, "--invalid_smiles", "drop", "--output_dir", tmp_path / "dropped")
+    table = pd.read_csv(tmp_path / "dropped" / "influence_scores.csv")
+    assert table["SMILES"].tolist() == ["CCO", "C1CC"] and table["excluded"][1] == "do not parse as SMILES"
 
 
 @pytest.mark.parametrize(
@@ -429,6 +465,7 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     [
         (("--num_selected", "40"), "--num_selected 40 is more than the 31 molecules"),
         (("--pool_size", "90"), "--pool_size 90 would take more than half of the"),
+        (("--pool_size", "4"), "--pool_size 4 takes 4 molecules, too few for 30% of their labels to change places"),
         (("--influence_params", "nowhere"), "matches no parameter"),
         (("--scale", "1e-3"), r"LiSSA diverged: norm .* at step \d+ of 20 with scale=0.001.*Raise --scale"),
         (("--split_seed", "7"), "The checkpoint was trained with another split"),
@@ -661,6 +698,12 @@ def test_external_columns_are_those_of_the_training_file_where_they_are_there(tm
         ({"threshold": math.nan, "select": "threshold"}, "--threshold is nan"),
         ({"fraction": 0.0, "select": "fraction"}, "--fraction is 0: nothing would be selected"),
         ({"damping": 0.1, "relative_damping": 0.1}, "--damping and --relative_damping: give one of them"),
+        ({"scale": "5", "ihvp": "cg"}, "--scale does nothing with --ihvp cg. Leave it out"),
+        ({"damping": 0.1, "ihvp": "identity"}, "--damping does nothing with --ihvp identity. Leave it out"),
+        (
+            {"controls": ["right_label"], "external_file": "a.csv"},
+            "--controls right_label goes without --external_file",
+        ),
     ],
 )
 def test_arguments_are_checked(values, message):

@@ -15,6 +15,7 @@ import pytest
 import scipy.stats
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import save_file
 
 import run_influence
@@ -74,11 +75,10 @@ def test_table_stands_beside_the_papers_numbers():
         row("regression", [0.7], (0,), "scaffold"),
     ]
     text = table1.markdown(rows, table1.differences(rows))
-    assert (
-        "| regression | random | 3 | 0.500 ± 0.100 | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.4827, 0.5359, 0.6733 |" in text
-    )
-    assert "| regression | scaffold | 1 | 0.700 | 0.500 | 0.600 |  |" in text
-    assert "| mlm regression − regression | random | -0.067 |" in text
+    numbers = "0.500 ± 0.100 | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.4827, 0.5359, 0.6733"
+    assert f"| regression | random |  | 3 | {numbers} |" in text
+    assert "| regression | scaffold |  | 1 | 0.700 | 0.500 | 0.600 |  |" in text
+    assert "| mlm regression − regression | random |  | -0.067 |" in text
 
 
 def test_unfinished_cells_are_left_out(tmp_path):
@@ -262,13 +262,84 @@ def test_chain_of_table_1_trains_every_row_once_and_writes_the_table(tiny_checkp
         "descriptor_boosting",
     ]
     assert all(len(r["test_mse"]) == 1 and r["command"].startswith("python ") for r in report["rows"])
-    assert (tmp_path / "table1.png").stat().st_size > 10_000 and "| ensemble | random | 1 |" in done.stdout
+    assert (tmp_path / "table1.png").stat().st_size > 10_000 and "| ensemble | random | 72 % | 1 |" in done.stdout
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.startswith("| row |")  # nothing was trained again
     # another recipe or other weights are another cell
     environment["EXTRA"] += " --weight_decay 0.01"
     other = subprocess.run(command, cwd=ROOT, env=environment | {"ROWS": "regression"}, capture_output=True, text=True)
     assert other.returncode == 0 and "regression-random-0" in other.stdout.splitlines()[0]
+
+
+def chain_of_table_1(folder, *arguments, **environment):
+    """What the chain would run: `echo` stands in for Python."""
+    environment = {**os.environ, "PYTHON": "echo", "SEEDS": "3", "RESULTS": str(folder), **environment}
+    command = ["sh", str(ROOT / "reproduce_table1.sh"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [line.removeprefix("studies/run_once.py ") for line in done.stdout.splitlines()[:-1]]
+
+
+def test_the_chain_of_table_1_takes_other_models_and_starts(tmp_path):
+    """The published model with its own rate and shape; a folder as the caller sees it; an adapted start."""
+    lines = chain_of_table_1(
+        tmp_path, "ibm/MoLFormer-XL-both-10pct", ROWS="regression from_scratch", SPLITS="scaffold"
+    )
+    out, model = "outputs/table1-MoLFormer-XL-both-10pct", "ibm/MoLFormer-XL-both-10pct"
+    where = "--split scaffold --seed 3"
+    assert lines == [
+        f"{out}/regression-scaffold-3 run_regression.py --model_name_or_path {model} --learning_rate 3e-5 {where}",
+        f"{out}/from_scratch-scaffold-3 run_regression.py --config_name {model} --learning_rate 3e-4 {where}",
+    ]
+    (tmp_path / "mine").mkdir()
+    first, second = chain_of_table_1(tmp_path, "mine", ROWS="ensemble", SPLITS="random", ADAPT="mtr")
+    start = f"--model_name_or_path {tmp_path / 'mine'} --objective mtr"
+    assert first.startswith(f"outputs/table1-mine/ensemble-random-3-mlm run_mlm.py {start}")
+    assert "--model_name_or_path outputs/table1-mine/ensemble-random-3-mlm" in second and "--num_seeds 5" in second
+    (line,) = chain_of_table_1(tmp_path, ROWS="ensemble", SPLITS="random", RECIPE="--num_train_epochs 3", OUT="x")
+    assert "--num_train_epochs 3 --num_seeds 5" in line  # an ensemble it is, whatever the recipe
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_where_no_time_is_known_most_cells_decide_which_command_stands_in_table_1(known, tmp_path):
+    """As of runs that were kept long ago; of later ones the time is known."""
+    for seed, epochs in ((0, 7), (1, 15), (2, 15)):
+        values = {"test_mse": 0.4, "test_mae": 0.5, "test_r2": 0.7}
+        finished(tmp_path, f"from_scratch-random-{seed}", values, f"python x.py --epochs {epochs} --seed {seed}")
+        time = 10 * known if seed == 0 else 0
+        os.utime(tmp_path / f"from_scratch-random-{seed}.command", (time, time))
+    (row,) = table1.collect(tmp_path, ["random"])
+    assert row["seeds"] == ([0] if known else [1, 2]) and row["learned"] == "72 %"
+
+
+def test_rows_that_learn_the_validation_molecules_too_are_marked(tmp_path):
+    values = {"test_mse": 0.4, "test_mae": 0.5, "test_r2": 0.7}
+    finished(tmp_path, "descriptor_boosting-random-0", values, "python studies/peers.py --refit true --seed 0")
+    finished(tmp_path, "chemprop-random-0", values, "python studies/peers.py --seed 0")
+    finished(tmp_path, "from_scratch-random-0", values, "python run_regression.py --validation_fraction 0")
+    rows = {row["name"]: row for row in table1.collect(tmp_path, ["random"])}
+    assert {name: row["learned"] for name, row in rows.items()} == {
+        "from_scratch": "80 %", "descriptor_boosting": "80 %", "chemprop": "72 %"
+    }  # fmt: skip
+    pair = {"first": "best_recipe", "second": "chemprop", "split": "random", "mean": -0.1, "low": -0.2, "high": 0.0}
+    text = table1.markdown([*rows.values()], [pair | {"learned": ["80 %", "72 %"], "seeds": 5}])
+    assert "| chemprop | random | 72 % | 1 | 0.400 |" in text
+    assert "| best recipe − chemprop | random | 80 %, 72 % | -0.100 |" in text
+
+
+def test_predictions_against_true_values_are_drawn_where_all_models_have_them(tmp_path, capsys):
+    values = {"test_mse": 0.4, "test_mae": 0.5, "test_r2": 0.7}
+    table = "row,SMILES,label,prediction,split\n0,C,1.0,1.5,test\n1,N,2.0,1.5,test\n2,O,3.0,3.0,train\n"
+    for name in ("regression-random-0", "mlm_regression-random-0"):
+        finished(tmp_path, name, values | {f"{key}_fingerprint_ridge": 0.5 for key in values})
+        (tmp_path / name / "predictions.csv").write_text(table)
+    rows = table1.collect(tmp_path, ["random"])
+    table1.plot(rows, tmp_path, tmp_path / "table1.png")
+    with Image.open(tmp_path / "table1.png") as image:
+        assert image.width > 1.5 * image.height and len(image.convert("RGB").getcolors(maxcolors=2**24)) > 10
+    (tmp_path / "regression-random-0" / "predictions.csv").unlink()
+    table1.plot(rows, tmp_path, tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists() and "other.png stays as it is" in capsys.readouterr().out
 
 
 def test_chain_of_table_1_reports_what_failed_and_still_writes_the_table(tmp_path):
@@ -445,7 +516,8 @@ def test_a_study_goes_on_elsewhere_with_the_runs_that_were_kept(tmp_path):
     (there / "work" / "study" / "b-0").mkdir(parents=True)
     assert kept_runs.restore(there, path) == ["work/study/a-0", "work/study/trial/d-0"]
     assert kept_runs.restore(there, path) == []
-    assert (there / "work" / "study" / "a-0.command").stat().st_mtime == 0  # older than any run that is made there
+    times = [int((root / "work" / "study" / "a-0.command").stat().st_mtime) for root in (here, there)]
+    assert times[0] == times[1]  # older than any run that is made there
     assert run_once.is_finished(there / "work" / "study" / "a-0" / "member-1")
     assert kept_runs.keep(there, path) == 3
     restored = json.loads((there / "work" / "study" / "a-0" / "all_results.json").read_text())
@@ -504,14 +576,14 @@ def test_the_quick_form_of_the_paper_ends_in_its_tables(tmp_path):
     assert before == {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/all_results.json")}
 
 
-def influence_run(seed, errors, split="random", pool="corrupted", leakage=False):
+def influence_run(seed, errors, split="random", pool="300", leakage=False):
     aucs = {"auc_influence": 0.8, "auc_gradient_dot": 0.6, "auc_loss": 0.9, "auc_random": 0.45}
-    wrong = {"added_wrong": 40 + seed} if pool == "corrupted" else {}
+    wrong = {} if pool == "external" else {"added_wrong": 40 + seed}
     results = {name: {"test_mse": error, "added": 150, **wrong} for name, error in errors.items()}
     report = {"residual": 0.1 + seed / 100, "converged": seed < 3}
     return {
         "pool": pool, "split": split, "seed": seed, "leakage": leakage,
-        "results": results, "influence": report | (aucs if pool == "corrupted" else {}),
+        "results": results, "influence": report | ({} if pool == "external" else aucs),
     }  # fmt: skip
 
 
@@ -521,17 +593,17 @@ def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
     runs += [influence_run(0, {"selected": 0.6}, pool="external", split="scaffold")]
     runs += [influence_run(3, {"none": 0.5}, pool="external")]  # whose selection failed
     rows = {(row["pool"], row["name"]): row for row in influence.summarize(runs)}
-    assert rows["corrupted", "selected"]["test_mse"] == pytest.approx({0: 0.4, 1: 0.41, 2: 0.42})
-    assert rows["corrupted", "leakage"]["test_mse"] == {0: 0.1}
-    assert ("corrupted", "none") not in rows  # that of the leaking run is not mixed in
-    mean, half = rows["corrupted", "random"]["selected_minus_this"]
+    assert rows["300", "selected"]["test_mse"] == pytest.approx({0: 0.4, 1: 0.41, 2: 0.42})
+    assert rows["300", "leakage"]["test_mse"] == {0: 0.1}
+    assert ("300", "none") not in rows  # that of the leaking run is not mixed in
+    mean, half = rows["300", "random"]["selected_minus_this"]
     assert mean == pytest.approx(-0.11) and half == pytest.approx(4.3027 * 0.01 * math.sqrt(1 / 3 + 1 / 4), rel=1e-3)
     nothing_wrong = influence_run(0, {"selected": 0.4}, split="scaffold") | {"influence": {}}  # --pool_noise 0
     detected = influence.detection_rows([*runs, nothing_wrong])
     means = {row["score"]: row["mean"] for row in detected}
     assert means == pytest.approx({"influence": 0.8, "gradient_dot": 0.6, "loss": 0.9, "random": 0.45})
     text = influence.to_markdown(list(rows.values()), detected, runs)
-    assert "| corrupted | random | random-k | 150 (41) | 3 | 0.520 ± 0.066 | -0.110 ± 0.033 |" in text
+    assert "| 300 | random | random-k | 150 (41) | 3 | 0.520 ± 0.066 | -0.110 ± 0.033 |  |" in text
     assert "| external | scaffold | top-k by influence | 150 | 1 |" in text
     assert "5 of 6 scorings converged; residuals 0.10 to 0.13." in text
     older, other = influence_run(1, {"selected": 0.4}), influence_run(0, {"selected": 0.4})
@@ -539,6 +611,16 @@ def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
     older["influence"].pop("residual")  # as of --ihvp identity
     mixed = influence.summarize([other, older])
     assert mixed[0]["added_wrong"] == 40 and "1 of 1 scorings" in influence.to_markdown(mixed, [], [other, older])
+    large = [influence_run(0, {"selected": 0.4, "group_influence": 0.3, "random": 0.35}, pool="1400")]
+    assert influence.groups([*large, *runs]) == [
+        ("300", "random"), ("1400", "random"), ("external", "random"), ("external", "scaffold")
+    ]  # fmt: skip
+    values = {row["name"]: row.get("group_influence_minus_this") for row in influence.summarize(large)}
+    assert values == {
+        "selected": pytest.approx((-0.1, None)),
+        "random": pytest.approx((-0.05, None)),
+        "group_influence": None,
+    }
     influence.plot(list(rows.values()), tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
@@ -559,7 +641,8 @@ def test_the_commands_of_the_influence_study_are_taken_by_the_script(tmp_path):
     args = argparse.Namespace(folder=tmp_path, extra="--num_train_epochs 1", seeds=[0, 1, 2, 3], external_file="x.csv")
     folders = set()
     for cell in (
-        ("corrupted", "random", 0, False),
+        ("300", "random", 0, False),
+        ("1400", "random", 3, False),
         ("external", "scaffold", 3, False),
         ("external", "random", 0, True),
     ):
@@ -569,10 +652,17 @@ def test_the_commands_of_the_influence_study_are_taken_by_the_script(tmp_path):
         parsed = parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=command[1:])
         _, data_args, influence_args, training_args = parsed
         assert (data_args.split, training_args.seed, training_args.num_train_epochs) == (*cell[1:3], 1)
-        assert (influence_args.external_file is None) == (cell[0] == "corrupted")
+        assert (influence_args.external_file is None) == (cell[0] != "external")
+        assert cell[0] == "external" or influence_args.pool_size == int(cell[0])
         assert influence_args.score_split == ("test" if cell[3] else "validation")
-        assert len(influence_args.controls) == (1 if cell[3] else 6 if cell[2] < 3 else 4)
-    assert len(folders) == 3
+        expected = {"300": 8, "1400": 6, "external": 5}  # more of the first three seeds, and right labels of a pool
+        assert len(influence_args.controls) == (1 if cell[3] else expected[cell[0]])
+        exact = influence.exact_command(cell, args)
+        _, _, influence_args, training_args = parse_arguments(
+            *run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=exact[1:]
+        )
+        assert influence_args.ihvp == "cg" and training_args.do_predict and not training_args.do_train
+    assert len(folders) == 4
 
 
 def test_the_datamodeling_score_is_a_rank_correlation_with_its_interval():
@@ -618,21 +708,23 @@ def test_the_datamodeling_study_goes_on_with_the_seeds_that_it_has(tmp_path, mon
     measured = np.random.default_rng(0).normal(size=(9, 2)).tolist()
     mean = np.mean(measured, axis=1)
 
-    def study_seed(seed, args):
+    places = ["influence_lds.py", "--output", str(output), "--folder", str(tmp_path / "kept"), "--seeds"]
+
+    def study_seed(seed, args, settings):
         asked.append(seed)
         if seed == 0:
-            monkeypatch.setattr(sys, "argv", ["influence_lds.py", "--output", str(output), "--seeds", "2"])
+            monkeypatch.setattr(sys, "argv", [*places, "2"])
             influence_lds.main()
-        row = {"seed": seed, "params": "head", "target": "test"}
+        row = {"seed": seed, "params": "head", "target": "test", "residual": seed / 100}
         rows = [row | {"solver": "cg", "foretold": mean.tolist()}]
         return [*rows, row | {"solver": "identity", "foretold": (-mean).tolist()}], {"test": measured}
 
     monkeypatch.setattr(influence_lds, "study_seed", study_seed)
     for flags in (["1"], ["0", "1"], ["0"]):
-        monkeypatch.setattr(sys, "argv", ["influence_lds.py", "--output", str(output), "--seeds", *flags])
+        monkeypatch.setattr(sys, "argv", [*places, *flags])
         influence_lds.main()
     assert asked == [1, 0, 2]  # once each
-    monkeypatch.setattr(sys, "argv", ["influence_lds.py", "--output", str(output), "--seeds", "0", "--subsets", "5"])
+    monkeypatch.setattr(sys, "argv", [*places, "0", "--subsets", "5"])
     with pytest.raises(SystemExit, match="is of other settings or weights. Give another --output"):  # a trial
         influence_lds.main()
     report = json.loads(output.read_text())
@@ -642,7 +734,57 @@ def test_the_datamodeling_study_goes_on_with_the_seeds_that_it_has(tmp_path, mon
     assert foretold["minus_identity"] == pytest.approx({"mean": 2, "low": 2, "high": 2})
     agreement = scipy.stats.spearmanr(*np.transpose(measured)).statistic
     assert again["lds"] == pytest.approx(influence_lds.ceiling(agreement, 2))
-    assert "| head | test | cg | 1.000, 1.000 to 1.000 | +2.000, +2" in output.with_suffix(".md").read_text()
+    assert (
+        "| head | test | cg | 0.02 | 3 | 1.000, 1.000 to 1.000 | +2.000, +2" in output.with_suffix(".md").read_text()
+    )
+
+
+def test_the_linear_model_is_refitted_to_each_half():
+    """Reference: ridge regression on the half alone."""
+    generator = torch.Generator().manual_seed(0)
+    features = {k: torch.randn(n, 20, generator=generator).double() for k, n in (("train", 60), ("test", 30))}
+    labels = {k: torch.randn(len(g), generator=generator).double() for k, g in features.items()}
+
+    def ridge(rows):
+        known = features["train"][rows]
+        matrix = known.T @ known + 2.0 * torch.eye(20)
+        return torch.linalg.solve(matrix, known.T @ labels["train"][rows])
+
+    weights = ridge(np.arange(60))
+    residuals = {k: g @ weights - labels[k] for k, g in features.items()}
+    halves = [np.arange(30), np.arange(0, 60, 2)]
+    expected = [float((features["test"] @ ridge(rows) - labels["test"]).square().mean()) for rows in halves]
+    assert influence_lds.refit(features, residuals, 2 * 2.0 / 60, "test", halves) == pytest.approx(expected)
+
+
+def test_an_interrupted_seed_of_the_datamodeling_study_goes_on(tiny_checkpoint, small_table, tmp_path, monkeypatch):
+    """Reference: the study without interruption."""
+    monkeypatch.setattr(influence_lds, "EPOCHS", 1)
+    monkeypatch.setattr(influence_lds, "SOLVERS", {"identity": {"ihvp": "identity"}})
+    data = {"train_file": str(small_table), "smiles_column": "SMILES", "label_column": ["label"]}
+    plain = influence_lds.DataTrainingArguments
+    monkeypatch.setattr(influence_lds, "DataTrainingArguments", lambda **values: plain(**data, **values))
+    settings = {"model": str(tiny_checkpoint), "subsets": 3, "trainings": 2, "molecules": 40}
+
+    def study(folder):
+        return influence_lds.study_seed(1, argparse.Namespace(folder=tmp_path / folder, **settings), settings)
+
+    rows, losses = study("whole")
+    assert [(row["params"], row["target"], row["solver"]) for row in rows] == [
+        (params, target, solver)
+        for params in ("last layer and head", "head")
+        for target in ("validation", "test")
+        for solver in ("identity", influence_lds.REFIT)
+    ]
+    assert all(len(set(row["foretold"])) == 3 for row in rows)
+    assert np.shape(losses["validation"]) == np.shape(losses["test"]) == (3, 2)
+    assert len({value for name in losses for pair in losses[name] for value in pair}) == 12
+    lines = (tmp_path / "whole" / "seed-1.jsonl").read_text().splitlines()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "seed-1.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
+    trained, train = [], influence_lds.train
+    monkeypatch.setattr(influence_lds, "train", lambda *args: trained.append(args) or train(*args))
+    assert study("cut") == (rows, losses) and len(trained) == 4  # the second and the third half, twice each
 
 
 def test_states_below_the_head_alone_are_computed_once(tiny_checkpoint):
