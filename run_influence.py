@@ -424,7 +424,8 @@ def write_scores(output_dir, table, excluded):
     left_out = excluded.reindex(columns=["row", "smiles", "label", "reason"])
     left_out = left_out.rename(columns={"reason": "excluded"}).assign(selected=False)
     scores = pd.concat([scores, left_out], ignore_index=True)
-    scores["rank"] = scores["rank"].astype("Int64")  # those that were left out have none
+    ranks = [name for name in ("rank", "group_rank") if name in scores]
+    scores[ranks] = scores[ranks].astype("Int64")  # those that were left out have none
     write_csv(scores.rename(columns={"smiles": "SMILES"}), output_dir / "influence_scores.csv")
 
 
