@@ -901,7 +901,9 @@ def check_resumed(training_args):
     def compared(value):
         return Path(value).name if isinstance(value, str) else value
 
-    names = [name for name in {**begun, **values} if name not in library and name not in FREE_SETTINGS]
+    # what the run did not know of then had the value that is now the default
+    known = {**begun, **{name: None for name in getattr(training_args, "given", ())}}
+    names = [name for name in known if name not in library and name not in FREE_SETTINGS]
     other = [name for name in names if compared(begun.get(name)) != compared(values.get(name))]
     if other:
         texts = [f"--{name} {begun.get(name)}, not {values.get(name)}" for name in other]

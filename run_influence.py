@@ -42,6 +42,7 @@ from arguments import (
     setup_run,
 )
 from utils_influence import (
+    MOST_IN_GROUP,
     MoleculeProblem,
     choose_parameters,
     full_float32,
@@ -69,7 +70,8 @@ from utils_report import finish_run, save_figure, shown_path
 
 # chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding
 DEFAULTS = {"output_dir": "outputs/influence", "per_device_eval_batch_size": 16}
-CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot", "group_influence", "right_label")
+CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot", "score", "group_influence")
+CONTROLS += ("right_label",)
 KIND = ("pooling", "regression_head", "head_descriptors", "redraw_features")
 SIZES = ("hidden_size", "num_hidden_layers")
 ONLY_LISSA = ("scale", "num_repeats", "tail_fraction", "hessian_batch_size")  # arguments
@@ -195,7 +197,8 @@ class InfluenceArguments:
         default_factory=lambda: ["none", "all", "random"],
         metadata={
             "help": "What the selection is compared with: none, all, and as many molecules: random, bottom (of lowest "
-            "score), smallest_loss, gradient_dot, group_influence, right_label (of a pool, random right labels)."
+            "score), smallest_loss, gradient_dot, score or group_influence (the one that --rank_by is not), "
+            "right_label (of a pool, random ones whose labels are right, as far as they last)."
         },
     )
 
@@ -204,10 +207,17 @@ class InfluenceArguments:
         """Whether it is needed."""
         return "group_influence" in (self.rank_by, *self.controls)
 
-    def check_selection(self, count):
-        """Raises `InputError` if more than the `count` molecules that there are would be selected."""
-        if self.select == "top_k" and (self.num_selected or 0) > count:
-            raise InputError(f"--num_selected {self.num_selected} is more than the {count} molecules to choose from.")
+    def check_selection(self, external):
+        """Raises `InputError` if molecules are fewer than are to be selected, or too many for group influence."""
+        if self.select == "top_k" and (self.num_selected or 0) > len(external):
+            raise InputError(
+                f"--num_selected {self.num_selected} is more than the {len(external)} molecules to choose from."
+            )
+        if self.with_group_influence and len(external) > MOST_IN_GROUP:
+            raise InputError(
+                f"group_influence is for up to {MOST_IN_GROUP} molecules, and these are {len(external)}. Give a part "
+                "of them, such as those of the best scores of a run without it."
+            )
 
     def __post_init__(self):
         pool, external = ("pool_size", "pool_noise"), ("external_smiles_column", "external_label_column")
@@ -221,7 +231,11 @@ class InfluenceArguments:
         if self.damping is not None and self.relative_damping is not None:
             raise ValueError("--damping and --relative_damping: give one of them.")
         if "right_label" in self.controls and self.external_file is not None:
-            raise ValueError("--controls right_label goes without --external_file, whose labels are not known to be.")
+            raise ValueError(
+                "--controls right_label goes without --external_file: of those no label is known to be right."
+            )
+        if self.rank_by in self.controls:
+            raise ValueError(f"--controls {self.rank_by} is what --rank_by selects. Leave it out.")
         unread = {"lissa": (), "cg": ONLY_LISSA, "identity": (*ONLY_LISSA, *ONLY_SOLVERS)}[self.ihvp]
         for name, default in ((f.name, f.default) for f in fields(self) if f.name in unread):
             if getattr(self, name) != default:
@@ -286,7 +300,9 @@ def take_pool(molecules, size, noise, seed):
         )
     taken = train[split_groups(molecules["group"].to_numpy()[train], size, seed)]
     pool = molecules.iloc[taken].reset_index(drop=True)
-    if round(noise * len(pool)) < (2 if noise else 0) or not len(pool):
+    if not len(pool):
+        raise InputError(f"--pool_size {size} takes no molecule, since stereo twins stay together. Raise it.")
+    if noise and round(noise * len(pool)) < 2:
         raise InputError(
             f"--pool_size {size} takes {len(pool)} molecules, too few for {noise:.0%} of their labels to change "
             "places. Raise it, or pass --pool_noise 0."
@@ -365,7 +381,8 @@ def best(values, count):
 
 
 def select_control(name, table, seed):
-    """Returns a boolean array: which molecules a control takes, as many as are `selected`."""
+    """Returns a boolean array: which molecules a control takes, as many as are `selected` (of right labels, if there
+    are so many)."""
     if name == "selected":
         return table["selected"].to_numpy()
     count = int(table["selected"].sum())
@@ -376,6 +393,7 @@ def select_control(name, table, seed):
         "bottom": lambda: -table["score"],
         "smallest_loss": lambda: -table["loss"],
         "gradient_dot": lambda: table["gradient_dot"],
+        "score": lambda: table["score"],
         "group_influence": lambda: -table["group_rank"],
     }
     if name == "right_label":
@@ -411,7 +429,7 @@ def write_influence(output_dir, parts, table, excluded, report):
     plot_scores(table, output_dir / "influence_scores.png", report["rank_by"])
     if report.get("trace"):
         plot_convergence(report, output_dir / "influence_convergence.png")
-    shown = {name: value for name, value in report.items() if name.startswith(("auc", "agreement")) and value}
+    shown = {k: value for k, value in report.items() if k.startswith(("auc", "agreement", "group_weight")) and value}
     text = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
     logger.info("%d of %d molecules selected. %s", report["selected"], len(table), text)
 
@@ -674,7 +692,7 @@ def main(model_args, data_args, influence_args, training_args):
         external, excluded = load_external(tokenizer, data_args, influence_args, molecules)
     parts = select_parts(molecules, data_args)
     check_parts(parts, data_args, influence_args)
-    influence_args.check_selection(len(external))
+    influence_args.check_selection(external)
     set_learning_rate(training_args, data_args)
 
     # Model: a fine-tuned one, or the pre-trained one from which it is made

@@ -113,26 +113,26 @@ def read_header(path):
     Raises:
         InputError: if there is no such file, no header, or one that is not UTF-8.
     """
-    header = read_first_line(path)
-    if not header:
+    columns, separator = read_first_line(path)
+    if not columns:
         raise InputError(f"{path} is empty. It needs a header and at least one row.")
-    return split_header(header)
+    return columns, separator
 
 
 def read_first_line(path):
-    """Returns the first line of a file; an `InputError` if there is no such file, or one that is not UTF-8."""
+    """Returns the fields of a file's first line and their separator; an `InputError` if there is none, or no UTF-8."""
     check_file(path)
     try:
         with get_handle(path, "rt", encoding="utf-8-sig", compression="infer", errors="replace") as handles:
             line = handles.handle.readline().rstrip("\r\n")
         message = not_utf8(path) if "\ufffd" in line else None
+        if message is None:
+            return split_header(line)
     except UNREADABLE as error:
         raise InputError(
             f"{path} cannot be read: {error}. It must be what its name says, plain or packed as .gz or .xz."
         ) from error
-    if message is not None:
-        raise InputError(message)
-    return line
+    raise InputError(message)
 
 
 def has_lines(path, smiles_column=None):
@@ -140,8 +140,8 @@ def has_lines(path, smiles_column=None):
     suffixes = [suffix for suffix in Path(str(path).lower()).suffixes if suffix not in PACKED]
     if suffixes[-1:] != [".txt"]:
         return suffixes[-1:] in ([".smi"], [".smiles"])
-    wanted = SMILES_COLUMNS if smiles_column is None else (smiles_column,)
-    columns = {column.strip().lower() for column in split_header(read_first_line(path))[0]}
+    columns = {column.strip().lower() for column in read_first_line(path)[0]}
+    wanted = SMILES_COLUMNS if smiles_column is None else (*SMILES_COLUMNS, smiles_column)
     return columns.isdisjoint(name.lower() for name in wanted)
 
 

@@ -16,19 +16,26 @@ conjugate gradients.
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
-from run_once import checksums, is_done
+from run_once import ROOT, checksums, is_done
+
+
+sys.path.insert(0, str(ROOT))
+
+from run_influence import ONLY_LISSA  # noqa: E402
 
 
 START = "models/molformer-mini"
 CONTROLS = ("none", "all", "random", "bottom", "group_influence")
 MORE_CONTROLS = ("smallest_loss", "gradient_dot")
-EXACT = ("--ihvp", "cg", "--tolerance", "1e-2", "--recursion_depth", "100")
-SEEDS_OF_MORE = 3  # the first ones have these too, and the variant that leaks
+ON_RANDOM_SPLITS = ("1400",)  # alone, and without the variant that leaks
+EXACT = ["--ihvp", "cg", "--tolerance", "1e-2", "--recursion_depth", "100"]
+SEEDS_OF_MORE = (0, 1, 2)  # that have these too, and the variant that leaks
 NAMES = {
     "selected": "top-k by influence",
     "none": "none",
@@ -51,17 +58,22 @@ SCORES = {
 }
 
 
+def data_of(cell, args):
+    """Returns the flags of split and pool of a cell (pool, split, seed, variant); a pool is external, or its size."""
+    pool, split, seed, _ = cell
+    external = ["--external_file", str(Path(args.external_file).resolve())] if pool == "external" else []
+    return ["--split", split, "--seed", str(seed), *(external or ["--pool_size", pool])]
+
+
 def command_of(cell, args):
-    """Returns the folder and the command of a cell (pool, split, seed, variant); a pool is external, or its size."""
+    """Returns the folder and the command of a cell."""
     pool, split, seed, leaks = cell
     folder = args.folder / "-".join((pool, split, str(seed), *(["leakage"] if leaks else [])))
-    controls = [*CONTROLS, *(MORE_CONTROLS if seed in args.seeds[:SEEDS_OF_MORE] else ())]
+    controls = [*CONTROLS, *(MORE_CONTROLS if seed in SEEDS_OF_MORE else ())]
     controls += [] if pool == "external" else ["right_label"]
     controls = ["none"] if leaks else controls
-    command = ["run_influence.py", "--model_name_or_path", START, "--split", split, "--seed", str(seed)]
+    command = ["run_influence.py", "--model_name_or_path", START, *data_of(cell, args)]
     command += ["--controls", *controls, *shlex.split(args.extra)]
-    external = pool == "external"
-    command += ["--external_file", str(Path(args.external_file).resolve())] if external else ["--pool_size", pool]
     command += ["--score_split", "test", "--select", "positive"] if leaks else []
     return folder, command
 
@@ -74,16 +86,21 @@ def run(cell, args, threads):
     return {"pool": pool, "split": split, "seed": seed, "leakage": leaks, "command": as_text(command), **values}
 
 
-def exact_command(cell, args):
-    """Returns the command that scores the pool of a cell again, by conjugate gradients."""
-    folder, command = command_of(cell, args)
+def scoring_command(cell, args, exact=False):
+    """Returns the command that scores the pool of a cell again, and nothing else; `exact` by conjugate gradients."""
+    folder, _ = command_of(cell, args)
     model = ["--model_name_or_path", str(folder / "finetune-none"), "--pretrained_model", START, "--do_predict"]
-    return [command[0], *model, *command[3:], *EXACT]
+    extra = shlex.split(args.extra)
+    if exact:
+        unread = [place for place, word in enumerate(extra) if word.removeprefix("--").split("=")[0] in ONLY_LISSA]
+        values = [place + 1 for place in unread if "=" not in extra[place]]
+        extra = [word for place, word in enumerate(extra) if place not in unread + values] + EXACT
+    return ["run_influence.py", *model, *data_of(cell, args), "--controls", "none", *extra]
 
 
 def exact_key(cell, args):
     """Returns what the comparison with conjugate gradients depends on: its command, and the weights of the start."""
-    return [as_text(exact_command(cell, args)), *checksums([START])]
+    return [as_text(scoring_command(cell, args, exact=True)), *checksums([START])]
 
 
 def compare_with_exact(cell, args):
@@ -94,8 +111,8 @@ def compare_with_exact(cell, args):
         memory of the stochastic ones with all cores and nothing beside them.
     """
     folder, _ = command_of(cell, args)
-    exact = run_script(exact_command(cell, args), args.folder / "exact", os.cpu_count())
-    again = run_script(exact_command(cell, args)[: -len(EXACT)], args.folder / "again", os.cpu_count())["influence"]
+    exact = run_script(scoring_command(cell, args, exact=True), args.folder / "exact", os.cpu_count())
+    again = run_script(scoring_command(cell, args), args.folder / "again", os.cpu_count())["influence"]
     tables = [pd.read_csv(path / "influence_scores.csv").set_index("row") for path in (folder, args.folder / "exact")]
     scores = [tables[0]["score"], tables[1]["score"].loc[tables[0].index]]
     before = json.loads((folder / "influence.json").read_text())
@@ -224,11 +241,15 @@ def main():
     cells = [
         (pool, split, seed, False)
         for seed in args.seeds for pool in pools for split in args.splits
-        if split == "random" or pool in ("300", "external")
+        if split == "random" or pool not in ON_RANDOM_SPLITS
     ]  # fmt: skip
-    if "random" in args.splits:
-        leaking = [pool for pool in pools if pool in ("300", "external")]
-        cells += [(pool, "random", seed, True) for seed in args.seeds[:SEEDS_OF_MORE] for pool in leaking]
+    cells += [
+        (pool, "random", seed, True)
+        for seed in args.seeds for pool in pools
+        if "random" in args.splits and seed in SEEDS_OF_MORE and pool not in ON_RANDOM_SPLITS
+    ]  # fmt: skip
+    if not cells:
+        raise SystemExit(f"--pools {' '.join(args.pools)} is studied on the random split alone.")
     if args.finished:
         cells = [cell for cell in cells if is_done(*command_of(cell, args))]
     before = json.loads(args.output.read_text()) if args.output.exists() else {}

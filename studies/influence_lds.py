@@ -16,6 +16,7 @@ not repeated, nor halves of a seed that was interrupted; two processes may compu
 
 import argparse
 import copy
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ from utils_influence import (  # noqa: E402
     molecule_losses,
     scores_by_jvp,
 )
-from utils_molecules import load_molecules, read_json  # noqa: E402
+from utils_molecules import load_molecules, read_json, write_text  # noqa: E402
 
 
 BATCH, EPOCHS, RATE = 32, 7, 6e-4
@@ -165,20 +166,20 @@ def foretell(scores, halves):
 class Kept:
     """What is known of a seed that is being studied, in a file that a line is added to whenever more is.
 
-    A file of other settings begins anew; a line that was cut is left out.
+    Its name has a hash of the settings; a line that was cut is left out.
     """
 
-    def __init__(self, path, settings):
-        self.path, self.values = Path(path), {}
+    def __init__(self, folder, seed, settings):
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        self.path, self.values = Path(folder) / f"seed-{seed}-{key}.jsonl", {}
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        if lines[:1] == [json.dumps(settings)]:
-            for line in lines[1:]:
-                try:
-                    self.values |= json.loads(line)
-                except ValueError:
-                    break
+        for line in lines:
+            try:
+                self.values |= json.loads(line)
+            except ValueError:
+                break
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in (settings, self.values)))
+        write_text(f"{json.dumps(self.values)}\n", self.path)
 
     def get(self, name, compute):
         """Returns what is known by a name, or computes and keeps it."""
@@ -255,7 +256,7 @@ def study_seed(seed, args, settings):
         print(seed, number, np.round(losses, 4).tolist(), flush=True)
         return losses
 
-    kept = Kept(args.folder / f"seed-{seed}.jsonl", settings)
+    kept = Kept(args.folder, seed, settings)
     rows = kept.get("rows", foretold)  # before the trainings, which take long
     numbers = range(args.subsets)
     losses = np.array([kept.get(str(number), lambda number=number: measured(number)) for number in numbers])

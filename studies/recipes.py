@@ -19,7 +19,7 @@ from run_once import is_done
 
 
 START = "models/molformer-mini"
-SCRATCH = ["--config_name", "configs/molformer-mini.json"]
+SCRATCH = ["--config_name", "configs/molformer-mini.json", "--pooling", "mean"]
 SEEDS = (0, 1, 2)
 RATE = ["--learning_rate", "6e-4"]  # of all recipes that name no other one
 DESCRIPTORS = ["--head_descriptors", "all"]

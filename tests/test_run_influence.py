@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, TWO_PROCESSES
 from PIL import Image
 
+import arguments
 import run_influence
 import run_regression
 from arguments import DataTrainingArguments, InputError, ModelArguments, parse_arguments
@@ -98,6 +99,7 @@ def test_controls_take_as_many_and_those_of_their_name(table):
         "smallest_loss": [3, 5],
         "gradient_dot": [1, 4],
         "group_influence": [1, 4],
+        "score": [0, 2],
     }
     for name, rows in expected.items():
         assert np.flatnonzero(select_control(name, table, 0)).tolist() == rows, name
@@ -198,7 +200,8 @@ def flags(tiny_checkpoint, small_table):
 def finished_run(flags, tmp_path_factory):
     """A run on the small table with all controls."""
     folder = tmp_path_factory.mktemp("influence") / "out"
-    call_main(*flags, "--controls", *run_influence.CONTROLS, "--output_dir", folder)
+    controls = [name for name in run_influence.CONTROLS if name != "score"]
+    call_main(*flags, "--controls", *controls, "--output_dir", folder)
     return folder
 
 
@@ -465,6 +468,7 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     [
         (("--num_selected", "40"), "--num_selected 40 is more than the 31 molecules"),
         (("--pool_size", "90"), "--pool_size 90 would take more than half of the"),
+        (("--pool_size", "1", "--pool_noise", "0", "--split_seed", "5"), "takes no molecule, since stereo twins"),
         (("--pool_size", "4"), "--pool_size 4 takes 4 molecules, too few for 30% of their labels to change places"),
         (("--influence_params", "nowhere"), "matches no parameter"),
         (("--scale", "1e-3"), r"LiSSA diverged: norm .* at step \d+ of 20 with scale=0.001.*Raise --scale"),
@@ -473,10 +477,12 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
         (("--validation_fraction", "0"), "need validation molecules. Leave --validation_fraction 0 out"),
         (("--test_fraction", "0"), "need test molecules. Leave --test_fraction 0 out"),
         (("--external_file", "nowhere.csv"), "The file nowhere.csv is not there"),
+        (("--controls", "group_influence", "--ihvp", "identity"), "up to 30 molecules, and these are 31"),
         (("--ihvp", "cg", "--curvature", "hessian", "--damping", "1e-9"), "is not positive. Raise --damping"),
     ],
 )
-def test_bad_input_is_named(scoring, tmp_path, extra, message):
+def test_bad_input_is_named(scoring, tmp_path, extra, message, monkeypatch):
+    monkeypatch.setattr(run_influence, "MOST_IN_GROUP", 30)
     with pytest.raises(InputError, match=message):
         call_main(*scoring, *extra, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out" / "influence_scores.csv").exists()
@@ -692,6 +698,7 @@ def test_external_columns_are_those_of_the_training_file_where_they_are_there(tm
         ({"tolerance": math.nan}, "--tolerance is nan"),
         ({"tolerance": 1.0, "ihvp": "cg"}, "--tolerance is 1.0; give a number below 1"),
         ({"pool_size": 10, "external_file": "a.csv"}, "--pool_size goes without --external_file"),
+        ({"controls": ["none", "score"]}, "--controls score is what --rank_by selects. Leave it out"),
         ({"external_label_column": "y"}, "--external_label_column goes with --external_file"),
         ({"threshold": 0.5}, "--threshold goes with --select threshold, not with --select top_k"),
         ({"num_selected": 5, "select": "fraction"}, "--num_selected goes with --select top_k"),
@@ -709,6 +716,23 @@ def test_external_columns_are_those_of_the_training_file_where_they_are_there(tm
 def test_arguments_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         InfluenceArguments(**values)
+
+
+def test_a_run_that_began_before_there_was_a_flag_goes_on(tmp_path):
+    """It had the value that is the default now; another value is another run."""
+
+    def parsed(*more):
+        flags = ["--output_dir", str(tmp_path), "--seed", "3", *more]
+        return parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=flags)[-1]
+
+    arguments.write_arguments(parsed())
+    values = json.loads((tmp_path / "arguments.json").read_text())
+    assert values.pop("rank_by") == "score"
+    (tmp_path / "arguments.json").write_text(json.dumps(values))
+    arguments.check_resumed(parsed())
+    for more in (("--rank_by", "group_influence"), ("--pool_size", "200")):
+        with pytest.raises(InputError, match=f"began with {more[0]} .*, not {more[1]}"):
+            arguments.check_resumed(parsed(*more))
 
 
 def test_a_named_start_is_looked_for_where_the_user_is(finished_run, tiny_checkpoint, tmp_path, monkeypatch):

@@ -262,7 +262,7 @@ def test_chain_of_table_1_trains_every_row_once_and_writes_the_table(tiny_checkp
         "descriptor_boosting",
     ]
     assert all(len(r["test_mse"]) == 1 and r["command"].startswith("python ") for r in report["rows"])
-    assert (tmp_path / "table1.png").stat().st_size > 10_000 and "| ensemble | random | 72 % | 1 |" in done.stdout
+    assert (tmp_path / "table1.png").stat().st_size > 10_000 and "| ensemble | random | 80 % | 1 |" in done.stdout
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.startswith("| row |")  # nothing was trained again
     # another recipe or other weights are another cell
@@ -321,6 +321,8 @@ def test_rows_that_learn_the_validation_molecules_too_are_marked(tmp_path):
     assert {name: row["learned"] for name, row in rows.items()} == {
         "from_scratch": "80 %", "descriptor_boosting": "80 %", "chemprop": "72 %"
     }  # fmt: skip
+    assert table1.learned_share("python x.py --validation_fraction 0 --validation_fraction 0.05") == "76 %"
+    assert table1.learned_share("python x.py --protocol paper") == ""
     pair = {"first": "best_recipe", "second": "chemprop", "split": "random", "mean": -0.1, "low": -0.2, "high": 0.0}
     text = table1.markdown([*rows.values()], [pair | {"learned": ["80 %", "72 %"], "seeds": 5}])
     assert "| chemprop | random | 72 % | 1 | 0.400 |" in text
@@ -657,11 +659,15 @@ def test_the_commands_of_the_influence_study_are_taken_by_the_script(tmp_path):
         assert influence_args.score_split == ("test" if cell[3] else "validation")
         expected = {"300": 8, "1400": 6, "external": 5}  # more of the first three seeds, and right labels of a pool
         assert len(influence_args.controls) == (1 if cell[3] else expected[cell[0]])
-        exact = influence.exact_command(cell, args)
-        _, _, influence_args, training_args = parse_arguments(
-            *run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=exact[1:]
-        )
-        assert influence_args.ihvp == "cg" and training_args.do_predict and not training_args.do_train
+        args.extra += " --num_repeats 4"  # which conjugate gradients do not read
+        for solver in ("lissa", "cg"):
+            again = influence.scoring_command(cell, args, exact=solver == "cg")
+            parsed = parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=again[1:])
+            _, data_args, influence_args, training_args = parsed
+            assert influence_args.ihvp == solver and influence_args.controls == ["none"]
+            assert training_args.do_predict and not training_args.do_train and data_args.split == cell[1]
+            assert training_args.num_train_epochs == 1
+        args.extra = "--num_train_epochs 1"
     assert len(folders) == 4
 
 
@@ -779,9 +785,10 @@ def test_an_interrupted_seed_of_the_datamodeling_study_goes_on(tiny_checkpoint, 
     assert all(len(set(row["foretold"])) == 3 for row in rows)
     assert np.shape(losses["validation"]) == np.shape(losses["test"]) == (3, 2)
     assert len({value for name in losses for pair in losses[name] for value in pair}) == 12
-    lines = (tmp_path / "whole" / "seed-1.jsonl").read_text().splitlines()
+    (kept,) = (tmp_path / "whole").glob("seed-1-*.jsonl")
+    lines = kept.read_text().splitlines()
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "seed-1.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
+    (tmp_path / "cut" / kept.name).write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
     trained, train = [], influence_lds.train
     monkeypatch.setattr(influence_lds, "train", lambda *args: trained.append(args) or train(*args))
     assert study("cut") == (rows, losses) and len(trained) == 4  # the second and the third half, twice each

@@ -601,12 +601,21 @@ def test_group_influence_finds_wrong_labels_where_scores_of_first_order_do_not()
     assert found > 0.9 and chance < 0.65 and (errors[:, 0] < errors[:, 1]).all()
 
 
-def test_too_many_molecules_for_group_influence_are_refused(tiny, monkeypatch):
+@pytest.mark.parametrize(("target", "external"), [(1, 5), (8, 1), (8, 2)])
+def test_too_few_molecules_have_the_group_influence_of_least_harm(target, external, tiny, caplog):
     _, _, molecules = tiny
-    monkeypatch.setattr(utils_influence, "MOST_IN_GROUP", 3)
-    with pytest.raises(InputError, match="up to 3 molecules, and these are 4"):
-        parts = (molecules.iloc[:8], molecules.iloc[8:12], molecules.iloc[12:16])
-        utils_influence.order_by_group_influence(problem_of(tiny, "head"), *parts, seed=0)
+    parts = (molecules.iloc[:8], molecules.iloc[8 : 8 + target], molecules.iloc[16 : 16 + external])
+    columns, report = utils_influence.order_by_group_influence(problem_of(tiny, "head"), *parts, seed=0)
+    assert sorted(columns["group_rank"]) == list(range(1, external + 1)) and report["group_weight"] == 0
+    assert (columns["group_influence"] <= 0).all() and "group_weight 0" in caplog.text
+
+
+@pytest.mark.parametrize(("depth", "tail"), [(0, 0.5), (1, 1.0), (20, 0.0), (20, 0.5), (31, 1.0)])
+def test_where_there_is_no_curvature_lissa_damps_by_its_implicit_damping(depth, tail):
+    vector = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    answer = lissa_inverse_hvp(torch.zeros_like, vector, damping=0.0, scale=3.0, recursion_depth=depth,
+                               tail_fraction=tail)[0]  # fmt: skip
+    assert torch.allclose(answer, vector / utils_influence.implicit_damping(3.0, depth, tail))
 
 
 def test_a_projection_keeps_inner_products(tiny):
