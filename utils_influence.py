@@ -137,7 +137,7 @@ def project(vector, signs, size):
     return torch.nn.functional.pad(vector * signs, (0, -len(vector) % size)).view(-1, size).sum(dim=0)
 
 
-def group_influence(gradients, residuals, damping, on_step=None):
+def group_influence(gradients, residuals, damping, halves, on_step=None):
     """Orders external molecules by what each is expected to lower the loss of others by, beside those before it.
 
     In a model that is linear in its parameters, with the gradients g of the residuals r, one more training molecule z
@@ -154,6 +154,7 @@ def group_influence(gradients, residuals, damping, on_step=None):
         gradients (`dict[str, torch.Tensor]`): of the `train` (N), `target` (n) and `external` (M) molecules, in any
             coordinates that keep inner products; shape (N, p), (n, p), (M, p).
         residuals (`dict[str, torch.Tensor]`): their residuals, shape (N,), (n,), (M,).
+        halves (`list`): positions of two halves of the target; nothing is known of w where there are not two.
         on_step (`Callable`, *optional*): called after every molecule.
     Returns:
         rank of each molecule from 1, and its gain when it was added, times N; both of shape (M,). And w.
@@ -167,9 +168,10 @@ def group_influence(gradients, residuals, damping, on_step=None):
     residual, own = residuals["external"].clone(), pull[count:]
     step = residual / (1 + own.diagonal())
     lowered = residuals["target"][:, None] * pull[:count] * step  # (n, M)
-    halves = torch.stack([lowered[start::2].mean(dim=0) for start in (0, 1)])
-    # a correlation of two molecules says nothing
-    agreement = float(torch.corrcoef(halves)[0, 1]) if len(external) > 2 and count > 1 else 0.0
+    agreement = 0.0
+    if len(halves) == 2 and len(external) > 2:  # a correlation of two molecules says nothing
+        means = torch.stack([lowered[rows].mean(dim=0) for rows in halves])
+        agreement = float(torch.corrcoef(means)[0, 1])
     weight = 2 * agreement / (1 + agreement) if agreement > 0 else 0.0
     shared = weight * residuals["target"]  # what is left to lower
     rank, gains = torch.zeros(len(external), dtype=torch.long), torch.zeros_like(residual)
@@ -803,9 +805,20 @@ class StateFile:
         os.replace(part, self.path)
 
 
+def halves_of(texts):
+    """Returns the positions of two halves at random, a molecule that repeats in one of them; one part of one molecule.
+
+    Else replicates and stereo twins would have the halves agree.
+    """
+    codes, different = pd.factorize(np.asarray(texts))
+    place = np.random.default_rng(0).permutation(len(different))[codes]
+    parts = [np.flatnonzero(place % 2 == number) for number in (0, 1)]
+    return [rows for rows in parts if len(rows)]
+
+
 def gradients_of_halves(problem, molecules):
-    """Returns the gradients of the mean loss of every other molecule, shape (2, P), and that of all, shape (P,)."""
-    halves = [molecules.iloc[start::2] for start in range(min(2, len(molecules)))]
+    """Returns the gradients of the mean loss of two halves of the molecules, (2, P), and that of all, (P,)."""
+    halves = [molecules.iloc[rows] for rows in halves_of(molecules["text"])]
     gradients = torch.stack([problem.gradient(half) for half in halves])
     shares = torch.tensor([len(half) / len(molecules) for half in halves], device=gradients.device)
     return gradients, shares @ gradients
@@ -884,7 +897,8 @@ def order_by_group_influence(problem, train, target, external, seed):
     parts = {"train": train, "target": target, "external": external}
     gradients, residuals, damping = linearize(problem, parts, seed)
     with tqdm(total=len(external), desc="Group influence", delay=5, disable=not problem.show_progress) as bar:
-        rank, gains, weight = group_influence(gradients, residuals, damping, bar.update)
+        halves = halves_of(target["text"])
+        rank, gains, weight = group_influence(gradients, residuals, damping, halves, bar.update)
     if not gains.isfinite().all():
         raise InputError("Group influences are not finite: the checkpoint is broken. Use another one.")
     if not weight:
