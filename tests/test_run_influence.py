@@ -142,6 +142,8 @@ def test_the_pool_has_the_labels_of_others_where_it_says_so():
     assert sorted(pool["label"]) == sorted(before)  # permuted, not invented
     assert (pool["corrupted"].to_numpy() == (pool["label"].to_numpy() != before)).all()
     assert pool["corrupted"].sum() == round(0.3 * len(pool))
+    with pytest.raises(InputError, match="--pool_size 1 takes no molecule, since stereo twins stay together"):
+        take_pool(molecules, 1, 0.0, seed=1)
 
 
 def test_left_out_molecules_keep_their_reason_and_ranks_are_whole_numbers(table, tmp_path):
@@ -468,7 +470,6 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     [
         (("--num_selected", "40"), "--num_selected 40 is more than the 31 molecules"),
         (("--pool_size", "90"), "--pool_size 90 would take more than half of the"),
-        (("--pool_size", "1", "--pool_noise", "0", "--split_seed", "5"), "takes no molecule, since stereo twins"),
         (("--pool_size", "4"), "--pool_size 4 takes 4 molecules, too few for 30% of their labels to change places"),
         (("--influence_params", "nowhere"), "matches no parameter"),
         (("--scale", "1e-3"), r"LiSSA diverged: norm .* at step \d+ of 20 with scale=0.001.*Raise --scale"),
