@@ -136,6 +136,23 @@ def test_pretraining_is_clearly_better_than_from_scratch():
         assert len(mse[other]) == 5 and all(a < b for a, b in zip(mse["regression"], mse[other], strict=True))
 
 
+def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
+    report = json.loads((ROOT / "results" / "table1.json").read_text())
+    pairs = {(p["first"], p["second"]): p for p in report["paired_differences"] if p["split"] == "random"}
+    for first in ("best_recipe", "ensemble"):
+        pair = pairs[first, "descriptor_boosting"]
+        assert pair["high"] < 0 and pair["seeds"] == 5 and pair["learned"] == ["80 %", "80 %"], first
+    assert pairs["regression", "fingerprint_ridge"]["high"] < 0 and pairs["regression", "from_scratch"]["high"] < 0
+    assert pairs["regression", "descriptor_boosting"]["high"] > 0 > pairs["regression", "descriptor_boosting"]["low"]
+    assert pairs["best_recipe", "regression"]["high"] < 0
+    assert pairs["best_recipe", "regression"]["learned"] == ["80 %", "72 %"]
+    assert pairs["mlm_regression", "regression"]["mean"] > 0
+    mean = {
+        r["name"]: sum(r["test_mse"]) / 5 for r in report["rows"] if r["split"] == "random" and len(r["seeds"]) == 5
+    }
+    assert mean["regression"] <= 0.45 and mean["best_recipe"] <= 0.33 and mean["ensemble"] <= 0.33  # the goals
+
+
 def test_model_card_tells_what_training_logged():
     """Reference: training_log.json, which `python studies/ship_checkpoint.py` wrote from the runs."""
     folder = ROOT / "models" / "molformer-mini"
