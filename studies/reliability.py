@@ -365,13 +365,16 @@ def fuzz(inputs, seed, trials=None):
         return row | {"passed": not failures}
 
     before = signal.signal(signal.SIGALRM, too_long)
-    logging.getLogger("molformer").setLevel(logging.ERROR)  # each input would be warned of
+    logger = logging.getLogger("molformer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # each input would be warned of
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "table.csv"
             return [feed(trial, path) for trial in trials]
     finally:
         signal.signal(signal.SIGALRM, before)
+        logger.setLevel(level)
 
 
 @cache
