@@ -1,7 +1,8 @@
 #!/bin/sh
 # Table 1 of the paper and this project's rows beside it. Trains every cell that is not finished, continues the
-# interrupted ones, replaces those that other flags or files have made (another OUT keeps them), and writes table1.json, table1.md and table1.png: into results/ for the embedded checkpoint, beside
-# the cells for any other model, and for a part where the table in results/ has more.
+# interrupted ones, replaces those that other flags or files have made (another OUT keeps them), and writes
+# table1.json, table1.md and table1.png: into results/ for the embedded checkpoint, beside the cells for any other
+# model, and for a part where the table in results/ has more.
 #
 #   ./reproduce_table1.sh                                # the embedded checkpoint; hours on two cores
 #   ./reproduce_table1.sh ibm/MoLFormer-XL-both-10pct    # with a network, and better with a GPU

@@ -395,12 +395,10 @@ def select_control(name, table, seed):
         "gradient_dot": lambda: table["gradient_dot"],
         "score": lambda: table["score"],
         "group_influence": lambda: -table["group_rank"],
+        "right_label": lambda: np.where(table["corrupted"], -1.0, np.random.default_rng([seed, 1]).random(len(table))),
     }
     if name == "right_label":
-        right = np.flatnonzero(~table["corrupted"].to_numpy())
-        chosen = np.zeros(len(table), dtype=bool)
-        chosen[np.random.default_rng([seed, 1]).permutation(right)[:count]] = True
-        return chosen
+        count = min(count, int((~table["corrupted"]).sum()))
     return best(np.asarray(values[name]()), count)
 
 

@@ -202,7 +202,7 @@ def to_markdown(rows, detected, runs, exact=None):
     if exact is not None:
         lines += [
             "",
-            f"Rank correlation of the scores with those by conjugate gradients (residual "
+            "Rank correlation of the scores with those by conjugate gradients (residual "
             f"{exact['residual_of_exact']:.1e}): {exact['rank_correlation']:.3f}.",
         ]
     return "\n".join(lines) + "\n"

@@ -229,26 +229,26 @@ def study_seed(seed, args, settings):
     halves = [np.sort(generator.permutation(len(pool))[: len(pool) // 2]) for _ in range(args.subsets)]
 
     def foretold():
+        """Returns a row for each part of the model, target and solver, with what it foretells of the halves."""
         whole, rows = train(start, pool, seed), []
-        for params in ("all", "head"):
+        for params, title in (("all", "last layer and head"), ("head", "head")):
             names = [name for name in choose_parameters(whole, params) if "word_embeddings" not in name]
             problem = UpperProblem(whole, tokenizer, names, 64, "ggn")
             linear = linearize(problem, {"train": pool, **{target: parts[target] for target in TARGETS}}, seed)
             for target in TARGETS:
-                gradient = problem.gradient(parts[target])
+                gradient, place = problem.gradient(parts[target]), {"seed": seed, "params": title, "target": target}
                 for solver, options in SOLVERS.items():
                     solutions, report = inverse_curvature(problem, pool, gradient, InfluenceArguments(**options), seed)
                     scores = problem.each(scores_by_jvp, pool, solutions.mean(dim=0)).numpy()
-                    row = {"seed": seed, "params": "last layer and head" if params == "all" else "head"}
-                    row |= {"target": target, "solver": solver, "residual": report.get("residual")}
+                    row = {**place, "solver": solver, "residual": report.get("residual")}
                     print(row, flush=True)
                     rows.append(row | {"foretold": foretell(scores, halves)})
-                row = {name: row[name] for name in ("seed", "params", "target")} | {"solver": REFIT}
-                rows.append(row | {"foretold": refit(*linear, target, halves)})
+                rows.append({**place, "solver": REFIT, "foretold": refit(*linear, target, halves)})
         return rows
 
     def measured(number):
-        losses = []  # of each training
+        """Returns the losses of a half, (trainings, targets)."""
+        losses = []
         for repeat in range(args.trainings):
             trained = train(start, pool.iloc[halves[number]], 1000 * (number + 1) + repeat)
             problem = UpperProblem(trained, tokenizer, ["classifier.out_proj.bias"], 128, "ggn")
