@@ -153,6 +153,16 @@ def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
     assert mean["regression"] <= 0.45 and mean["best_recipe"] <= 0.33 and mean["ensemble"] <= 0.33  # the goals
 
 
+def test_time_and_memory_of_influence_scores_are_those_of_the_kept_runs():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    records = map(json.loads, (ROOT / "results" / "runs.jsonl").read_text().splitlines())
+    reports = [r["results"]["influence"] for r in records if r["folder"].startswith("outputs/paper/influence-")]
+    minutes, memory = ([r[key] / unit for r in reports] for key, unit in (("seconds", 60), ("peak_memory_bytes", 1e9)))
+    assert len(reports) == 3 and max(memory) < 3
+    assert f"took {min(minutes):.0f} to {max(minutes):.0f} minutes of one thread" in text
+    assert f"and {min(memory):.1f} to {max(memory):.1f} GB" in text
+
+
 def test_model_card_tells_what_training_logged():
     """Reference: training_log.json, which `python studies/ship_checkpoint.py` wrote from the runs."""
     folder = ROOT / "models" / "molformer-mini"
