@@ -34,6 +34,7 @@ START = "models/molformer-mini"
 CONTROLS = ("none", "all", "random", "bottom", "group_influence")
 MORE_CONTROLS = ("smallest_loss", "gradient_dot")
 ON_RANDOM_SPLITS = ("1400",)  # alone, and without the variant that leaks
+MEANS = ("added", "added_wrong", "validation_mse")  # of a row of the table, over its seeds
 EXACT = ["--ihvp", "cg", "--tolerance", "1e-2", "--recursion_depth", "100"]
 SEEDS_OF_MORE = (0, 1, 2)  # that have these too, and the variant that leaks
 NAMES = {
@@ -131,8 +132,8 @@ def groups(rows):
 
 
 def summarize(runs):
-    """Returns rows of the table: pool, split, name, values by seed, mean, interval, paired differences to top-k by
-    influence and by group influence."""
+    """Returns rows of the table: pool, split, name, values by seed, mean, interval, mean validation error, paired
+    differences to top-k by influence and by group influence."""
     rows = []
     for pool, split in groups(runs):
         here = [r for r in runs if (r["pool"], r["split"]) == (pool, split)]
@@ -144,15 +145,15 @@ def summarize(runs):
                         continue
                     name = "leakage"
                 errors[name][result["seed"]] = values["test_mse"]
-                added[name].append({key: values[key] for key in ("added", "added_wrong") if key in values})
+                added[name].append({key: values[key] for key in MEANS if key in values})
         for name, by_seed in errors.items():
             if not by_seed:
                 continue
             mean, half = interval(list(by_seed.values()))
             row = {"pool": pool, "split": split, "name": name, "test_mse": by_seed, "mean": mean, "half_width": half}
-            for key in ("added", "added_wrong"):
-                counts = [values[key] for values in added[name] if key in values]
-                row |= {key: float(np.mean(counts))} if counts else {}
+            for key in MEANS:
+                found = [values[key] for values in added[name] if key in values]
+                row |= {key: float(np.mean(found))} if found else {}
             for first in ("selected", "group_influence"):
                 common = sorted(by_seed.keys() & errors[first].keys())
                 if name != first and common:
@@ -179,15 +180,18 @@ def detection_rows(runs):
 def to_markdown(rows, detected, runs, exact=None):
     """Returns both tables as Markdown, and a line on how near the scores are to converged and to exact ones."""
     lines = [
-        "| pool | split | added | molecules (wrong) | n | test MSE | top-k minus this | group influence minus this |"
+        "| pool | split | added | molecules (wrong) | n | validation MSE | test MSE | top-k minus this "
+        "| group influence minus this |"
     ]
-    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
         keys = ("selected_minus_this", "group_influence_minus_this")
         paired = [with_interval(row[key], signed=True) if key in row else "" for key in keys]
         error = with_interval((row["mean"], row["half_width"]))
         count = f"{row['added']:.0f}" + (f" ({row['added_wrong']:.0f})" if row.get("added_wrong") else "")
-        cells = (row["pool"], row["split"], NAMES[row["name"]], count, str(len(row["test_mse"])), error, *paired)
+        chosen = f"{row['validation_mse']:.3f}" if "validation_mse" in row else ""
+        names = (row["pool"], row["split"], NAMES[row["name"]])
+        cells = (*names, count, str(len(row["test_mse"])), chosen, error, *paired)
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| pool | split | score | n | area under the ROC curve |", "| --- | --- | --- | ---: | ---: |"]
     for row in detected:
@@ -214,17 +218,21 @@ def plot(rows, path):
 
     found = groups(rows)
     names = [name for name in NAMES if any(r["name"] == name and "selected_minus_this" in r for r in rows)][::-1]
-    figure = Figure(figsize=(4.5 * len(found), 3.2), layout="constrained")
+    figure, handles = Figure(figsize=(4.5 * len(found), 3.4), layout="constrained"), {}
     for axes, group in zip(np.atleast_1d(figure.subplots(1, len(found), sharey=True)), found, strict=True):
-        for row in rows:
-            if (row["pool"], row["split"]) == group and "selected_minus_this" in row:
-                mean, half = row["selected_minus_this"]
-                axes.errorbar(mean, names.index(row["name"]), xerr=half, fmt="o", color="tab:blue", capsize=3)
+        here = [row for row in rows if (row["pool"], row["split"]) == group and row["name"] in names]
+        for first, color, shift in (("selected", "tab:blue", 0.12), ("group_influence", "tab:orange", -0.12)):
+            key = f"{first}_minus_this"
+            points = [(names.index(row["name"]) + shift, row[key][0], row[key][1] or 0) for row in here if key in row]
+            if points:
+                places, means, halves = zip(*points, strict=True)
+                handles[NAMES[first]] = axes.errorbar(means, places, xerr=halves, fmt="o", color=color, capsize=3)
         axes.axvline(0, color="0.5", linewidth=1)
         axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
         what = "external molecules" if group[0] == "external" else f"pool of {group[0]}"
         axes.set_title(f"{what}, {group[1]} split", fontsize=10)
-        axes.set_xlabel("test MSE: top-k by influence minus this")
+        axes.set_xlabel("test MSE minus that of this")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 

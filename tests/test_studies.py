@@ -581,7 +581,9 @@ def test_the_quick_form_of_the_paper_ends_in_its_tables(tmp_path):
 def influence_run(seed, errors, split="random", pool="300", leakage=False):
     aucs = {"auc_influence": 0.8, "auc_gradient_dot": 0.6, "auc_loss": 0.9, "auc_random": 0.45}
     wrong = {} if pool == "external" else {"added_wrong": 40 + seed}
-    results = {name: {"test_mse": error, "added": 150, **wrong} for name, error in errors.items()}
+    results = {
+        name: {"test_mse": error, "validation_mse": error / 2, "added": 150, **wrong} for name, error in errors.items()
+    }
     report = {"residual": 0.1 + seed / 100, "converged": seed < 3}
     return {
         "pool": pool, "split": split, "seed": seed, "leakage": leakage,
@@ -605,11 +607,12 @@ def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
     means = {row["score"]: row["mean"] for row in detected}
     assert means == pytest.approx({"influence": 0.8, "gradient_dot": 0.6, "loss": 0.9, "random": 0.45})
     text = influence.to_markdown(list(rows.values()), detected, runs)
-    assert "| 300 | random | random-k | 150 (41) | 3 | 0.520 ± 0.066 | -0.110 ± 0.033 |  |" in text
+    assert "| 300 | random | random-k | 150 (41) | 3 | 0.260 | 0.520 ± 0.066 | -0.110 ± 0.033 |  |" in text
     assert "| external | scaffold | top-k by influence | 150 | 1 |" in text
     assert "5 of 6 scorings converged; residuals 0.10 to 0.13." in text
     older, other = influence_run(1, {"selected": 0.4}), influence_run(0, {"selected": 0.4})
     older["results"]["selected"].pop("added_wrong")
+    older["results"]["selected"].pop("validation_mse")
     older["influence"].pop("residual")  # as of --ihvp identity
     mixed = influence.summarize([other, older])
     assert mixed[0]["added_wrong"] == 40 and "1 of 1 scorings" in influence.to_markdown(mixed, [], [other, older])
