@@ -737,7 +737,7 @@ def main(model_args, data_args, influence_args, training_args):
             f"{error} The model that was fine-tuned is in {folder}: give it as --model_name_or_path, with another "
             "--output_dir."
         ) from error
-    report |= {"split_hash": digest, "model": str(scored_args.model_name_or_path)}
+    report |= {"split_hash": digest, "model": shown_path(scored_args.model_name_or_path)}
     report |= {"excluded": excluded.reindex(columns=["row", "reason"]).to_dict("records")}
     report |= {"fine_tuned_from": str(start or start_args.config_name)} if training_args.do_train else {}
     if training_args.should_save:
