@@ -163,6 +163,32 @@ def test_time_and_memory_of_influence_scores_are_those_of_the_kept_runs():
     assert f"and {min(memory):.1f} to {max(memory):.1f} GB" in text
 
 
+def test_what_the_readme_says_of_the_influence_study_is_what_came():
+    report = json.loads((ROOT / "results" / "influence_study.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    rows = {r["name"]: r for r in report["selection"] if (r["pool"], r["split"]) == ("1400", "random")}
+    five = ("none", "all", "random", "bottom", "selected", "group_influence", "right_label")
+    assert all(len(rows[name]["test_mse"]) == 5 for name in five) and len(rows["smallest_loss"]["test_mse"]) == 3
+    chosen = {name: row["validation_mse"] for name, row in rows.items()}
+    assert chosen["selected"] < chosen["none"] < chosen["bottom"]
+    assert f"{chosen['none']:.3f} with none of them, {chosen['selected']:.3f} with the better half" in text
+    assert f"and {chosen['bottom']:.3f} with the worse one" in text
+    mean = {name: f"{row['mean']:.3f}" for name, row in rows.items()}
+    assert f"that the worse half harms ({mean['bottom']}), and not that the better half helps" in text
+    assert (
+        f"it is {mean['none']} with none, {mean['selected']} with the better half, {mean['random']} with half" in text
+    )
+    assert f"of them at random, {mean['all']} with all." in text and mean["selected"] > mean["random"]
+    paired = [rows[name]["group_influence_minus_this"] for name in ("random", "all")]
+    assert all(difference + half < 0 for difference, half in [*paired, rows["bottom"]["group_influence_minus_this"]])
+    less = "test error is {}, which is {} less than with half at random and {} less than with all (95 % intervals)"
+    differences = [f"{-difference:.3f} ± {half:.3f}" for difference, half in paired]
+    assert less.format(mean["group_influence"], *differences) in text
+    assert f"not far from {mean['right_label']}, that with half at random of the right labels alone" in text
+    assert f"With those of the smallest loss it is {mean['smallest_loss']} (three seeds)" in text
+    assert report["runs"][0]["influence"]["training_molecules"] == 1624
+
+
 def test_model_card_tells_what_training_logged():
     """Reference: training_log.json, which `python studies/ship_checkpoint.py` wrote from the runs."""
     folder = ROOT / "models" / "molformer-mini"
