@@ -147,6 +147,8 @@ def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
     assert pairs["best_recipe", "regression"]["high"] < 0
     assert pairs["best_recipe", "regression"]["learned"] == ["80 %", "72 %"]
     assert pairs["mlm_regression", "regression"]["mean"] > 0
+    assert abs(pairs["regression", "chemprop"]["mean"]) < 0.005 and pairs["regression", "chemprop"]["seeds"] == 5
+    assert all(pairs[first, "chemprop"]["high"] > 0 for first in ("best_recipe", "ensemble"))
     mean = {
         r["name"]: sum(r["test_mse"]) / 5 for r in report["rows"] if r["split"] == "random" and len(r["seeds"]) == 5
     }
