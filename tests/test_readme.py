@@ -149,6 +149,9 @@ def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
     assert pairs["mlm_regression", "regression"]["mean"] > 0
     assert abs(pairs["regression", "chemprop"]["mean"]) < 0.005 and pairs["regression", "chemprop"]["seeds"] == 5
     assert all(pairs[first, "chemprop"]["high"] > 0 for first in ("best_recipe", "ensemble"))
+    ahead = next(p for p in report["paired_differences"] if p["split"] == "scaffold" and p["second"] == "chemprop")
+    assert ahead["low"] < 0 and ahead["seeds"] == 5
+    assert f"by {ahead['mean']:.3f} (not shown" in " ".join((ROOT / "README.md").read_text().split())
     mean = {
         r["name"]: sum(r["test_mse"]) / 5 for r in report["rows"] if r["split"] == "random" and len(r["seeds"]) == 5
     }
