@@ -223,9 +223,10 @@ def plot(rows, path):
         here = [row for row in rows if (row["pool"], row["split"]) == group and row["name"] in names]
         for first, color, shift in (("selected", "tab:blue", 0.12), ("group_influence", "tab:orange", -0.12)):
             key = f"{first}_minus_this"
-            points = [(names.index(row["name"]) + shift, row[key][0], row[key][1] or 0) for row in here if key in row]
+            points = [(names.index(row["name"]) + shift, *row[key]) for row in here if key in row]
             if points:
                 places, means, halves = zip(*points, strict=True)
+                halves = np.array(halves, dtype=float)  # no bar for a single seed, which has no interval
                 handles[NAMES[first]] = axes.errorbar(means, places, xerr=halves, fmt="o", color=color, capsize=3)
         axes.axvline(0, color="0.5", linewidth=1)
         axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
