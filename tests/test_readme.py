@@ -29,6 +29,7 @@ import pretraining_trials  # noqa: E402
 import recipes  # noqa: E402
 import table1  # noqa: E402
 from common import interval  # noqa: E402
+from kept_runs import read_records  # noqa: E402
 from readme_tables import BLOCK  # noqa: E402
 from ship_checkpoint import table  # noqa: E402
 
@@ -164,14 +165,22 @@ def test_time_and_memory_of_influence_scores_are_those_of_the_kept_runs():
     reports = [r["results"]["influence"] for r in records if r["folder"].startswith("outputs/paper/influence-")]
     minutes, memory = ([r[key] / unit for r in reports] for key, unit in (("seconds", 60), ("peak_memory_bytes", 1e9)))
     assert len(reports) == 3 and max(memory) < 3
-    assert f"took {min(minutes):.0f} to {max(minutes):.0f} minutes of one thread" in text
+    assert f"beside other work, {min(minutes):.0f} to {max(minutes):.0f} minutes of one thread" in text
     assert f"and {min(memory):.1f} to {max(memory):.1f} GB" in text
+    alone = json.loads((ROOT / "results" / "influence_study.json").read_text())["exact"]
+    exact = read_records(ROOT / "results" / "runs.jsonl")["work/influence/exact"]["results"]["influence"]
+    assert alone["seconds"] < 600 and alone["peak_memory_bytes"] < 3e9
+    assert f"took {alone['seconds'] / 60:.1f} minutes on the two cores" in text
+    assert f"and {alone['peak_memory_bytes'] / 1e9:.1f} GB (`exact`" in text
+    assert alone["rank_correlation"] > 0.99 and exact["residual"] == alone["residual_of_exact"] < 0.01
+    assert f"{exact['seconds'] / 60:.1f} minutes) is {alone['rank_correlation']:.3f}" in text
 
 
 def test_what_the_readme_says_of_the_influence_study_is_what_came():
     report = json.loads((ROOT / "results" / "influence_study.json").read_text())
     text = " ".join((ROOT / "README.md").read_text().split())
     rows = {r["name"]: r for r in report["selection"] if (r["pool"], r["split"]) == ("1400", "random")}
+    small = {r["name"]: r for r in report["selection"] if (r["pool"], r["split"]) == ("300", "random")}
     five = ("none", "all", "random", "bottom", "selected", "group_influence", "right_label")
     assert all(len(rows[name]["test_mse"]) == 5 for name in five) and len(rows["smallest_loss"]["test_mse"]) == 3
     chosen = {name: row["validation_mse"] for name, row in rows.items()}
@@ -196,7 +205,9 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
         "better than with none ({:.3f} ± {:.3f} less) or with those of the smallest loss ({:.3f} ± {:.3f} less, three"
     )
     assert unclear.format(-none[0], none[1], -loss[0], loss[1]) in text
-    assert report["runs"][0]["influence"]["training_molecules"] == 1624
+    of_1400 = next(run for run in report["runs"] if run["pool"] == "1400")
+    assert of_1400["influence"]["training_molecules"] == 1624
+    assert "Of a pool of 300 the table has two seeds so far" in text and len(small["none"]["test_mse"]) == 2
 
 
 def test_model_card_tells_what_training_logged():
