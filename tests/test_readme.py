@@ -266,6 +266,8 @@ def test_default_learning_rate_is_the_best_of_those_tried():
     rows = json.loads((ROOT / "results" / "recipes.json").read_text())["rows"]
     tried = [row["minus_reference"][0] for row in rows if re.fullmatch(r"rate \S+", row["name"])]
     assert len(tried) >= 3 and min(tried) > 0 and LEARNING_RATES["default"] == 6e-4
+    scratch = {row["name"]: row["validation_mse"]["0"] for row in rows if row["name"].startswith("from scratch")}
+    assert len(scratch) == 3 and min(scratch, key=scratch.get) == "from scratch, rate 3e-4"
 
 
 def test_training_in_bfloat16_costs_no_accuracy():
