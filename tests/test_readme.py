@@ -172,6 +172,23 @@ def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
     assert mean["regression"] <= 0.45 and mean["best_recipe"] <= 0.33 and mean["ensemble"] <= 0.33  # the goals
 
 
+def test_what_the_readme_says_of_pretraining_is_what_the_trials_came_to():
+    report = json.loads((ROOT / "results" / "pretraining_trials.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    errors = {row["name"]: row["validation_mse"] for row in report["rows"]}
+    pairs = {
+        name: interval(
+            [errors[name][seed] - error for seed, error in errors["reference"].items()], pretraining_trials.HELD_OUT
+        )
+        for name in errors
+    }
+    assert all(mean > half for mean, half in (pairs[name] for name in ("mlm", "mtr", "mlm+mtr")))
+    (alone, _), (described, _), (moses, half) = (pairs[name] for name in ("mlm", "mlm+mtr", "with MOSES"))
+    assert f"masked language modeling alone ends {alone:.3f} higher, with descriptors {described:.3f}" in text
+    assert 0 < moses < half and f"is not shown ({moses:.3f} more, zero inside the interval)" in text
+    assert (len(errors) < len(pretraining_trials.TRIALS)) == ("has more trials" in text)
+
+
 def test_time_and_memory_of_influence_scores_are_those_of_the_kept_runs():
     text = " ".join((ROOT / "README.md").read_text().split())
     records = read_records(ROOT / "results" / "runs.jsonl")
