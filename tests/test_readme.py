@@ -57,6 +57,11 @@ def test_tables_are_those_of_the_numbers(path):
     assert path.read_text() == TABLES[path.stem](json.loads(path.with_suffix(".json").read_text()))
 
 
+def readme_text():
+    """Returns the README with its lines joined."""
+    return " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_the_readme_has_the_tables_of_the_results():
     """As `python studies/readme_tables.py` puts them there."""
     blocks = {block["name"]: block["table"] for block in BLOCK.finditer((ROOT / "README.md").read_text())}
@@ -94,7 +99,7 @@ def test_the_speeds_that_the_readme_tells_are_those_of_the_results():
 
 def test_what_the_readme_says_of_the_methods_is_what_they_reached():
     report = json.loads((ROOT / "results" / "peft_comparison.json").read_text())
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = readme_text()
     rows = {row["name"]: row for row in report["rows"] if row["split"] == "random"}
     best = rows[report["winner"]]
     assert report["winner"] == "rslora" and best["n"] == rows["full"]["n"] == 5 and best["of_full"] <= 1.05
@@ -139,7 +144,7 @@ def test_pretraining_is_clearly_better_than_from_scratch():
 
 def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
     report = json.loads((ROOT / "results" / "table1.json").read_text())
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = readme_text()
     random, scaffold = (
         {(p["first"], p["second"]): p for p in report["paired_differences"] if p["split"] == split}
         for split in ("random", "scaffold")
@@ -154,9 +159,8 @@ def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
         assert pairs["best_recipe", "regression"]["high"] < 0
         assert pairs["best_recipe", "regression"]["learned"] == ["80 %", "72 %"]
         assert all(pairs["regression", second]["high"] < 0 for second in ("fingerprint_ridge", "from_scratch"))
-        assert (
-            pairs["regression", "descriptor_boosting"]["mean"] < 0 < pairs["regression", "descriptor_boosting"]["high"]
-        )
+        plain = pairs["regression", "descriptor_boosting"]
+        assert plain["mean"] < 0 < plain["high"]
     level = random["regression", "chemprop"], scaffold["best_recipe", "chemprop"]
     assert all(abs(pair["mean"]) < 0.005 for pair in level)
     ahead = scaffold["regression", "chemprop"]
@@ -174,23 +178,19 @@ def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
 
 def test_what_the_readme_says_of_pretraining_is_what_the_trials_came_to():
     report = json.loads((ROOT / "results" / "pretraining_trials.json").read_text())
-    text = " ".join((ROOT / "README.md").read_text().split())
-    errors = {row["name"]: row["validation_mse"] for row in report["rows"]}
-    pairs = {
-        name: interval(
-            [errors[name][seed] - error for seed, error in errors["reference"].items()], pretraining_trials.HELD_OUT
-        )
-        for name in errors
-    }
+    text = readme_text()
+    pairs, records = report["minus_reference"], read_records(ROOT / "results" / "runs.jsonl")
+    learned = records["work/trials/reference-64000/model"]["results"]["train_samples"]
+    assert f"from the first {learned:,} of the molecules" in text
     assert all(mean > half for mean, half in (pairs[name] for name in ("mlm", "mtr", "mlm+mtr")))
     (alone, _), (described, _), (moses, half) = (pairs[name] for name in ("mlm", "mlm+mtr", "with MOSES"))
     assert f"masked language modeling alone ends {alone:.3f} higher, with descriptors {described:.3f}" in text
     assert 0 < moses < half and f"is not shown ({moses:.3f} more, zero inside the interval)" in text
-    assert (len(errors) < len(pretraining_trials.TRIALS)) == ("has more trials" in text)
+    assert (len(report["rows"]) < len(pretraining_trials.TRIALS)) == ("has more trials" in text)
 
 
 def test_time_and_memory_of_influence_scores_are_those_of_the_kept_runs():
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = readme_text()
     records = read_records(ROOT / "results" / "runs.jsonl")
     reports = [records[f"outputs/paper/influence-{seed}"]["results"]["influence"] for seed in range(3)]
     minutes, memory = ([r[key] / unit for r in reports] for key, unit in (("seconds", 60), ("peak_memory_bytes", 1e9)))
@@ -208,7 +208,7 @@ def test_time_and_memory_of_influence_scores_are_those_of_the_kept_runs():
 
 def test_what_the_readme_says_of_the_influence_study_is_what_came():
     report = json.loads((ROOT / "results" / "influence_study.json").read_text())
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = readme_text()
     rows = {r["name"]: r for r in report["selection"] if (r["pool"], r["split"]) == ("1400", "random")}
     small = {r["name"]: r for r in report["selection"] if (r["pool"], r["split"]) == ("300", "random")}
     five = ("none", "all", "random", "bottom", "selected", "group_influence", "right_label")
@@ -345,7 +345,7 @@ def test_the_readme_says_how_many_test_molecules_took_part_in_a_choice(molecules
             test = rows(seed, "test")
             yield round(100 * len(test & others) / len(test))
 
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = readme_text()
     of_recipes, of_rates = list(shares(recipes.SEEDS)), list(shares(peft_comparison.TUNING_SEEDS))
     assert f"{min(of_recipes)} to {max(of_recipes)} % of a seed's test molecules in Table 1 were validation" in text
     assert f"{min(of_rates)} to {max(of_rates)} % were validation molecules of another seed when the rates" in text
@@ -355,7 +355,7 @@ def test_the_readme_says_what_the_model_cannot_tell_apart(molecules):
     labels = molecules.groupby("text")["label"].agg(["size", "min", "max"])
     several = labels[labels["max"] > labels["min"]]
     apart = (several["max"] - several["min"]).max()
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = readme_text()
     assert f"{several['size'].sum()} of the 4,200 rows are of {len(several)} molecules" in text
     assert f"that have several labels, up to {apart:.2f} apart" in text
     assert molecules["text"].str.contains(".", regex=False).sum() == 1 and "one of the 4,200 has a second" in text
@@ -364,7 +364,7 @@ def test_the_readme_says_what_the_model_cannot_tell_apart(molecules):
 def test_what_the_readme_says_of_reliability_is_what_came():
     report = json.loads((ROOT / "results" / "reliability.json").read_text())
     parts = {name: report[name] for name in ("kills", "full_disk", "fuzz", "hostile", "second_run")}
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = readme_text()
     trials = [row for rows in parts.values() for row in rows]
     assert all(row["passed"] for row in trials) and f"all {len(trials)} trials passed" in text
     assert f"at {len(parts['kills'])} moments" in text and f"{len(parts['hostile'])} hostile checkpoints" in text
@@ -378,7 +378,7 @@ def test_results_name_no_folder_of_a_machine():
 
 def test_what_the_readme_says_of_the_papers_chain_is_what_came():
     rows = json.loads((ROOT / "results" / "paper_tables.json").read_text())["rows"]
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = readme_text()
     means = {row["name"]: next(iter(row["intervals"].values()))[0] for row in rows}
     chosen, chance, none = (
         means[f"regression {how}"]
