@@ -29,6 +29,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy import linalg
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
@@ -161,10 +162,14 @@ def group_influence(gradients, residuals, damping, halves, on_step=None):
     """
     train, external = gradients["train"], gradients["external"]
     count = len(residuals["target"])
-    matrix = 2 * train.T @ train
-    matrix.diagonal().add_(len(train) * damping)
+    matrix = torch.zeros(train.shape[1], train.shape[1], dtype=train.dtype)
+    matrix.diagonal().fill_(len(train) * damping)
+    matrix.addmm_(train.T, train, alpha=2)
+    # in its own place, which PyTorch has no way for: this is the largest thing in memory
+    factor = linalg.cho_factor(matrix.numpy().T, lower=True, overwrite_a=True, check_finite=False)
     both = torch.cat([gradients["target"], external])  # (n + M, p)
-    pull = 2 * both @ torch.cholesky_solve(external.T, torch.linalg.cholesky(matrix))  # b, (n + M, M)
+    solved = torch.from_numpy(linalg.cho_solve(factor, external.T.numpy(), check_finite=False))  # (p, M)
+    pull = 2 * both @ solved  # b, (n + M, M)
     residual, own = residuals["external"].clone(), pull[count:]
     step = residual / (1 + own.diagonal())
     lowered = residuals["target"][:, None] * pull[:count] * step  # (n, M)
@@ -881,7 +886,7 @@ def linearize(problem, parts, seed):
         values = problem.projected_gradients(molecules, size, seed, f"Gradients of {name} molecules")
         gradients[name], residuals[name] = (tensor.cpu().double() for tensor in values)
     known, start = gradients["train"], torch.randn(size, generator=torch.Generator().manual_seed(seed)).double()
-    _, largest = extreme_eigenvalues(lambda vector: 2 * known.T @ (known @ vector) / len(known), start)
+    _, largest = extreme_eigenvalues(lambda vector: known.T @ (known @ vector) * (2 / len(known)), start)
     damping = GROUP_DAMPING * largest
     if not (damping > 0 and math.isfinite(damping)):
         raise InputError("The gradients are zero or not finite: there is no linear model to refit.")
