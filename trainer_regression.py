@@ -145,11 +145,34 @@ def best_checkpoint(output_dir, resumed):
     return path and str(path)
 
 
-class Stopwatch(TrainerCallback, ExportableState):
-    """Counts seconds, peak memory and losses of a training over its interruptions; the checkpoints keep them."""
+def check_molecules(resumed, key):
+    """Raises `InputError` if the training of a checkpoint began with other molecules than it is to go on with.
 
-    def __init__(self, trainer):
-        self.trainer, self.begun = trainer, None
+    A corpus may have been replaced by another of its name.
+    """
+    kept = read_json(Path(resumed) / "trainer_state.json").get("stateful_callbacks", {}).get(Stopwatch.__name__, {})
+    if kept.get("attributes", {}).get("molecules", key) != key:  # one of an older checkpoint is not there
+        raise InputError(
+            f"The training of {resumed} began with other molecules than it is to go on with. Give the file that it "
+            "began with, unchanged, or train again with --overwrite_output_dir."
+        )
+
+
+def molecules_key(dataset):
+    """Returns a hash of how many rows a training set has, and of tokens and labels of a thousand at even distances."""
+    rows = dataset.select(range(0, len(dataset), math.ceil(len(dataset) / 1000)))
+    content = [len(dataset), *(rows[name][:] for name in ("input_ids", "labels") if name in rows.column_names)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+class Stopwatch(TrainerCallback, ExportableState):
+    """Counts seconds, peak memory and losses of a training over its interruptions; the checkpoints keep them.
+
+    `molecules` (`str`) says which it learns, as `molecules_key` does.
+    """
+
+    def __init__(self, trainer, molecules):
+        self.trainer, self.begun, self.molecules = trainer, None, molecules
         self.seconds_before, self.memory_before, self.loss_before = 0.0, 0, 0.0
         self.processes = None  # of an interrupted training
         self.best_checkpoint = None  # of a run that is resumed
@@ -188,7 +211,8 @@ class Stopwatch(TrainerCallback, ExportableState):
             values = (0.0, 0, 0.0, None)
         else:
             values = (self.seconds, self.peak_memory, self.loss_sum, self.processes)
-        names = ("seconds_before", "memory_before", "loss_before", "processes")
+        values = (*values, self.molecules)
+        names = ("seconds_before", "memory_before", "loss_before", "processes", "molecules")
         return {"args": {}, "attributes": dict(zip(names, values, strict=True))}
 
 
@@ -279,11 +303,14 @@ class MolformerTrainer(Trainer):
         Time, rates and mean loss of a training that was resumed are those of all its pieces.
 
         Raises:
-            InputError: if the training diverged, or the best checkpoint of a run that is resumed is not there.
+            InputError: if the training diverged; if a run that is resumed began with other molecules, or its best
+                checkpoint is not there.
         """
-        self.stopwatch = Stopwatch(self)
-        if resume_from_checkpoint is not None and self.args.load_best_model_at_end:
-            self.stopwatch.best_checkpoint = best_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        self.stopwatch = Stopwatch(self, molecules_key(self.train_dataset))
+        if resume_from_checkpoint is not None:
+            check_molecules(resume_from_checkpoint, self.stopwatch.molecules)
+            if self.args.load_best_model_at_end:
+                self.stopwatch.best_checkpoint = best_checkpoint(self.args.output_dir, resume_from_checkpoint)
         self.add_callback(self.stopwatch)
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)

@@ -206,7 +206,9 @@ def test_two_processes_resume_in_the_middle_of_a_later_epoch(tiny_checkpoint, co
     assert [again[step] for step in steps] == pytest.approx([expected[step] for step in steps], rel=1e-5)
 
 
-def test_a_run_is_not_resumed_with_other_settings(tiny_checkpoint, corpus, tmp_path):
+def test_a_run_is_not_resumed_with_other_settings_or_molecules(tiny_checkpoint, corpus, tmp_path):
+    lines, corpus = corpus.read_text().splitlines(), tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(lines))
     flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", corpus, "--cache_dir", tmp_path / "c",
         "--preprocessing_num_workers", 1, "--max_steps", 4, "--output_dir", tmp_path / "out"]  # fmt: skip
     run_mlm.main(*parse(*flags, "--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "no",
@@ -223,6 +225,9 @@ def test_a_run_is_not_resumed_with_other_settings(tiny_checkpoint, corpus, tmp_p
             run_mlm.main(*parse(*resumed, *more))
     assert (tmp_path / "out" / "arguments.json").read_text() == before
     run_mlm.main(*parse(*resumed, "--logging_steps", "3"))  # what changes no result may change
+    corpus.write_text("\n".join(lines[1:] + lines[:1]))  # another of that name
+    with pytest.raises(InputError, match="began with other molecules"):
+        run_mlm.main(*parse(*resumed))
 
 
 @pytest.mark.parametrize("objective", [pytest.param("mlm", marks=pytest.mark.slow), "mlm+mtr+atoms"])
