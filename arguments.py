@@ -64,8 +64,8 @@ GREATER_IS_BETTER = ("r2", "pearson", "spearman", "masked_accuracy")  # of the m
 TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate layer_rate_decay num_train_epochs
     max_steps weight_decay optim per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy
     lr_scheduler_type lr_scheduler_kwargs warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon optim_args
-    neftune_noise_alpha dataloader_drop_last bf16 fp16 tf32 eval_strategy eval_steps metric_for_best_model
-    greater_is_better load_best_model_at_end""".split()
+    neftune_noise_alpha label_smoothing_factor dataloader_drop_last bf16 fp16 tf32 eval_strategy eval_steps
+    metric_for_best_model greater_is_better load_best_model_at_end""".split()
 # what it does not depend on, beside the library's other arguments
 FREE_SETTINGS = """output_dir cache_dir preprocessing_num_workers overwrite_cache ignore_split_mismatch label_name
     predict_augment merge_adapter base_hub_name controls""".split()
@@ -673,7 +673,7 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
     if output_dir.resolve() == Path(EMBEDDED_CHECKPOINT):
         raise InputError(f"--output_dir {output_dir} is the embedded checkpoint. Give another --output_dir.")
     own = holds_run(output_dir)
-    found = [] if own else users_files(output_dir, training_args.do_train, in_pieces)
+    found = [] if own else users_files(output_dir, training_args.do_train or in_pieces, in_pieces)
     if found:
         raise InputError(
             f"The output folder {output_dir} holds no run of these scripts, but {', '.join(found)}, which one would "
@@ -687,7 +687,7 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
             f"The output folder {output_dir} holds an interrupted run. Continue it with --resume_from_checkpoint "
             "true, replace it with --overwrite_output_dir, or give another --output_dir."
         )
-    what = "Replace the run in it" if training_args.do_train and own else "Write beside what is in it"
+    what = "Replace the run in it" if (training_args.do_train or in_pieces) and own else "Write beside what is in it"
     raise InputError(
         f"The output folder {output_dir} is not empty. {what} with --overwrite_output_dir, or give another "
         "--output_dir."
@@ -701,9 +701,9 @@ def holds_run(output_dir):
     return bool(pieces) or any((output_dir / name).exists() for name in marks)
 
 
-def users_files(output_dir, do_train, in_pieces):
-    """Returns the names of the files in a folder without a run that a run would replace."""
-    names = RUN_FILES if do_train else EVALUATION_FILES
+def users_files(output_dir, replaces, in_pieces):
+    """Returns the names of the files in a folder without a run that one which `replaces` an earlier run would."""
+    names = RUN_FILES if replaces else EVALUATION_FILES
     spared = {CARD_FILE, OWN_CARD_FILE} | (set() if in_pieces else set(MERGED_FILES))
     return [name for name in names if name not in spared and (output_dir / name).exists()]
 
@@ -814,11 +814,12 @@ def remove_checkpoints(output_dir):
         shutil.rmtree(folder)
 
 
-def begin_writing(training_args, checkpoint, source=None, replace=None):
+def begin_writing(training_args, checkpoint, source=None, replace=None, check=None):
     """Prepares the output folder when all input was checked: an old run goes, and the new one is marked unfinished.
 
     Args:
         replace (`bool`, *optional*): whether an old run goes; by default if the new one trains and does not resume.
+        check (`Callable`, *optional*): refuses what else cannot be resumed, when the settings are known to be right.
     Raises:
         InputError: if the old run's checkpoints would go, and the model comes from one of them (`source`).
     """
@@ -835,6 +836,8 @@ def begin_writing(training_args, checkpoint, source=None, replace=None):
             )
     if checkpoint is not None:
         check_resumed(training_args)
+    if check is not None:
+        check()
     if training_args.world_size > 1:
         torch.distributed.barrier()  # no process may find the folder that another one has begun to write
     if training_args.should_save:

@@ -21,12 +21,11 @@ import math
 import shlex
 import time
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-import transformers
 
 from arguments import (
     EMBEDDED_CHECKPOINT,
@@ -38,6 +37,7 @@ from arguments import (
     TrainingArguments,
     as_flags,
     belongs_to_run,
+    paths_of_run,
     run_script,
     setup_run,
 )
@@ -72,6 +72,8 @@ from utils_report import finish_run, save_figure, shown_path
 DEFAULTS = {"output_dir": "outputs/influence", "per_device_eval_batch_size": 16}
 CONTROLS = ("none", "all", "random", "bottom", "smallest_loss", "gradient_dot", "score", "group_influence")
 CONTROLS += ("right_label",)
+STATE_FILE = "influence_state.safetensors"
+MODEL_FILES = ("model.safetensors", "adapter_model.safetensors")
 KIND = ("pooling", "regression_head", "head_descriptors", "redraw_features")
 SIZES = ("hidden_size", "num_hidden_layers")
 ONLY_LISSA = ("scale", "num_repeats", "tail_fraction", "hessian_batch_size")  # arguments
@@ -572,7 +574,7 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     halves, gradient = gradients_of_halves(problem, parts[influence_args.score_split])
     if not 0 < float(gradient.norm()) < math.inf:
         raise InputError("The gradient of the target loss is zero or not finite: no score can be computed.")
-    state_file = Path(training_args.output_dir) / "influence_state.safetensors"
+    state_file = Path(training_args.output_dir) / STATE_FILE
     solutions, solved = inverse_curvature(problem, parts["train"], gradient, influence_args, seed, state_file)
     earlier = solved.pop("earlier_seconds", 0.0)  # of a solution that was continued
     table, agreement = score_molecules(problem, external, solutions, gradient, influence_args, halves)
@@ -602,7 +604,7 @@ def compute_scores(problem, parts, external, influence_args, training_args):
         "selected": int(table["selected"].sum()),
         "seconds": time.monotonic() - started + earlier,
         "peak_memory_bytes": peak_memory(),  # of the process so far, with a fine-tuning that it did
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {package: version(package) for package in ("torch", "transformers", "accelerate", "rdkit")},
     }
     if report["leakage"]:
         logger.warning("Molecules were chosen by the loss of the test molecules: the test numbers below leak.")
@@ -667,6 +669,16 @@ def check_parts(parts, data_args, influence_args):
             raise InputError(f"Scores and their comparison need {name} molecules. Leave --{name}_fraction 0 out.")
 
 
+def check_replaced(output_dir):
+    """Raises `InputError` if the scores of a run that trains nothing would replace models in their folder."""
+    models = [path.name for path in paths_of_run(output_dir) if path.is_dir() or path.name in MODEL_FILES]
+    if models:
+        raise InputError(
+            f"The output folder {output_dir} holds what a training made ({', '.join(sorted(models))}), which scores "
+            "alone do not replace. Give another --output_dir."
+        )
+
+
 def main(model_args, data_args, influence_args, training_args):
     checkpoint = setup_run(training_args, data_args, in_pieces=True)
     output_dir, seed = Path(training_args.output_dir), training_args.seed
@@ -712,6 +724,8 @@ def main(model_args, data_args, influence_args, training_args):
     start = start_args.model_name_or_path
     if checkpoint is None and start is not None and belongs_to_run(output_dir, start):
         raise InputError(f"--output_dir {output_dir} would replace {start}. Give another --output_dir.")
+    if checkpoint is None and not training_args.do_train:
+        check_replaced(output_dir)
     begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped, replace=checkpoint is None)
     if training_args.should_save:
         known = {"pool": external, "corrupted": external[external["corrupted"]]} if "corrupted" in external else {}
@@ -758,7 +772,7 @@ def main(model_args, data_args, influence_args, training_args):
             training_args.do_train or is_same_size(load_config(start_args), load_config(scored_args))
         ):
             print(merged_command(parts, start_args, data_args, training_args, report["leakage"]))
-        (output_dir / "influence_state.safetensors").unlink(missing_ok=True)
+        (output_dir / STATE_FILE).unlink(missing_ok=True)
     models = [("", output_dir / "finetune-selected")] if "selected" in results else []
     finish_run(training_args, "influence", [*models, ("", output_dir)])
 

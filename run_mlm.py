@@ -18,6 +18,7 @@ https://arxiv.org/abs/2007.02835 (the surroundings of atoms).
 import logging
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from arguments import (
@@ -178,7 +179,8 @@ def main(model_args, data_args, mlm_args, training_args):
         compute_metrics=scorer.compute,
         preprocess_logits_for_metrics=scorer.score,
     )
-    begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
+    check = partial(trainer.check_resumed, checkpoint)
+    begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped, check=check)
     if split and training_args.should_save:
         write_splits(training_args.output_dir, split, digest, data_args)
 

@@ -20,6 +20,7 @@ import math
 import re
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -526,7 +527,8 @@ def main(model_args, data_args, peft_args, training_args):
     if peft_args.peft_method in PLAIN_METHODS and peft_args.peft_method != "full":
         trainer.partial_method, trainer.base_revision = peft_args.peft_method, revision
     trainer.base_weights = base_weights
-    begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
+    check = partial(trainer.check_resumed, checkpoint)
+    begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped, check=check)
 
     # Train
     if training_args.do_train:

@@ -20,6 +20,7 @@ https://arxiv.org/abs/2106.09553. Wu et al., MoleculeNet, 2018, https://arxiv.or
 import logging
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +212,8 @@ def main(model_args, data_args, regression_args, training_args):
         check_split(load_config(member_model_args), digest, data_args, start)
         trainer = build_trainer(member_model_args, data_args, member_args, tokenizer, parts, digest)
         if number == 0:  # all input is checked
-            begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped)
+            check = partial(trainer.check_resumed, start)
+            begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped, check=check)
         if len(plan) > 1:
             logger.info("Model %d of %d, seed %d", number + 1, len(plan), member_args.seed)
 

@@ -243,6 +243,7 @@ class MolformerTrainer(Trainer):
         self.optimizer = self.lr_scheduler = None
 
     def _save_checkpoint(self, model, trial):
+        self._check_loss(self.stopwatch.loss_sum)  # what is broken must not take the place of what is not
         # where a run was taken up before this step, its checkpoint of then must not make that of now look whole
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -297,20 +298,36 @@ class MolformerTrainer(Trainer):
         below = num_layers - int(layer[1]) if layer else (num_layers + 1) * ("embeddings." in name)
         return self.args.learning_rate * decay**below
 
+    def check_resumed(self, checkpoint):
+        """Returns the best checkpoint of the run that is to be resumed (`str`), if it is to be kept; else `None`.
+
+        To be asked before the output folder is written to; with `None` for a new run, of which nothing is asked.
+
+        Raises:
+            InputError: if the training began with other molecules, or its best checkpoint is not there.
+        """
+        if checkpoint is None:
+            return None
+        check_molecules(checkpoint, molecules_key(self.train_dataset))
+        return best_checkpoint(self.args.output_dir, checkpoint) if self.args.load_best_model_at_end else None
+
+    def _check_loss(self, loss):
+        if not math.isfinite(loss):
+            raise InputError(
+                f"The training diverged: its loss is {loss} after {self.state.global_step} steps. Lower "
+                "--learning_rate, or pass --bf16 false."
+            )
+
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Trains as the library does; from then on the model computes in float32, as it will for whoever loads it.
 
         Time, rates and mean loss of a training that was resumed are those of all its pieces.
 
         Raises:
-            InputError: if the training diverged; if a run that is resumed began with other molecules, or its best
-                checkpoint is not there.
+            InputError: if the training diverged; as `check_resumed` does.
         """
         self.stopwatch = Stopwatch(self, molecules_key(self.train_dataset))
-        if resume_from_checkpoint is not None:
-            check_molecules(resume_from_checkpoint, self.stopwatch.molecules)
-            if self.args.load_best_model_at_end:
-                self.stopwatch.best_checkpoint = best_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        self.stopwatch.best_checkpoint = self.check_resumed(resume_from_checkpoint)
         self.add_callback(self.stopwatch)
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -320,11 +337,7 @@ class MolformerTrainer(Trainer):
             metrics["train_loss"] = (before + self._total_loss_scalar) / max(state.global_step, 1)
             metrics["train_steps_per_second"] = state.global_step / seconds
             metrics["train_samples_per_second"] = len(self.train_dataset) * state.epoch / seconds
-        if not math.isfinite(metrics["train_loss"]):
-            loss = metrics["train_loss"]
-            raise InputError(
-                f"The training diverged: its loss is {loss}. Lower --learning_rate, or pass --bf16 false."
-            )
+        self._check_loss(metrics["train_loss"])
         return result
 
     def evaluation_loop(self, *args, **kwargs):
@@ -727,7 +740,7 @@ def evaluate_regression(trainer):
 
 def _settings_key(model_args, data_args, training_args, parts, digest):
     """Returns a hash of what a fine-tuning depends on: start, molecules, labels and training settings."""
-    settings = {name: str(getattr(training_args, name)) for name in (*TRAINING_SETTINGS, "world_size")}
+    settings = {name: str(getattr(training_args, name)) for name in TRAINING_SETTINGS}
     settings["digest"] = digest
     settings |= {"start": model_args.model_name_or_path, **model_args.config_overrides()}
     settings |= {"augment": data_args.augment_smiles, "form": data_args.smiles_form}
@@ -742,19 +755,29 @@ def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, di
 
     Args:
         digest (`str`): hash of the molecules of `parts` and of their split, which the model will carry.
+    Raises:
+        InputError: if other processes than now have trained there: their batches were others, and so is the model.
     """
     stage_args = copy.copy(training_args)
     stage_args.output_dir, stage_args.do_train, stage_args.run_values = str(folder), True, None
     key, key_file = _settings_key(model_args, data_args, training_args, parts, digest), Path(folder) / SETTINGS_KEY
-    start = None
-    if key_file.exists() and key_file.read_text(encoding="utf-8") == key:
+    processes, start = str(stage_args.world_size), None
+    kept = key_file.read_text(encoding="utf-8").split() if key_file.exists() else None
+    if kept == [key, processes]:
         if is_finished(folder):
             return json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
         start = last_complete_checkpoint(folder)
+    elif kept and kept[0] == key:
+        raise InputError(
+            f"The number of processes that train {folder} was {kept[-1]} and is {processes} now, with other batches. "
+            "Go on with as many as before, or start anew with --overwrite_output_dir."
+        )
+    elif kept:
+        logger.warning("%s was trained with other molecules or settings, and is trained again", folder)
     trainer = build_trainer(model_args, data_args, stage_args, tokenizer, parts, digest)
     begin_writing(stage_args, start)
     if stage_args.should_save:
-        write_text(key, key_file)
+        write_text(f"{key} {processes}\n", key_file)
     train_regression(trainer, parts, None if start is None else str(start))
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     evaluate_regression(trainer)

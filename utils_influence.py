@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import linalg
@@ -805,7 +805,7 @@ class StateFile:
             return
         # copies: two of them may be one tensor, which the format refuses
         tensors = {name: tensor.cpu().clone() for name, tensor in {"gradient": self.gradient, **vectors}.items()}
-        part = Path(self.path).with_suffix(".part")
+        part = Path(f"{self.path}.part")  # a name that RUN_PIECES knows
         save_file(tensors, part, {"key": self.key, "values": json.dumps(self.values)})
         os.replace(part, self.path)
 
@@ -901,9 +901,12 @@ def order_by_group_influence(problem, train, target, external, seed):
     """
     parts = {"train": train, "target": target, "external": external}
     gradients, residuals, damping = linearize(problem, parts, seed)
-    with tqdm(total=len(external), desc="Group influence", delay=5, disable=not problem.show_progress) as bar:
-        halves = halves_of(target["text"])
-        rank, gains, weight = group_influence(gradients, residuals, damping, halves, bar.update)
+    values = [None]
+    if problem.process.is_main_process:  # all go by one order, which another processor may round otherwise
+        with tqdm(total=len(external), desc="Group influence", delay=5, disable=not problem.show_progress) as bar:
+            halves = halves_of(target["text"])
+            values = [group_influence(gradients, residuals, damping, halves, bar.update)]
+    rank, gains, weight = broadcast_object_list(values)[0]
     if not gains.isfinite().all():
         raise InputError("Group influences are not finite: the checkpoint is broken. Use another one.")
     if not weight:

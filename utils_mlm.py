@@ -62,7 +62,11 @@ def read_corpus(path, data_args, cache_dir=None):
         options = {}
     else:
         columns, separator = read_header(path)
-        options = {"sep": separator, "usecols": [find_smiles(columns, data_args, path)], "keep_default_na": False}
+        column = find_smiles(columns, data_args, path)
+        options = {"sep": separator, "usecols": [column], "keep_default_na": False}
+        options["features"] = datasets.Features(
+            {column: datasets.Value("string")}
+        )  # numbers are no SMILES: said later
     try:
         corpus = datasets.load_dataset(
             "text" if text else "csv",
@@ -150,6 +154,11 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
             held_out, more = encode(corpus, data_args.validation_file, least=1)
             dropped = pd.concat([dropped, more], ignore_index=True)
     if held_out is None:
+        if not data_args.validation_fraction:
+            raise InputError(
+                f"{data_args.split_file} has no validation rows, and --validation_fraction 0 holds nothing out. Leave "
+                "--validation_fraction 0 out, or name such rows."
+            )
         size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
         seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
         train, held_out = hold_out(train, size, seed, source)

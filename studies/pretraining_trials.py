@@ -2,11 +2,11 @@
 
     python studies/pretraining_trials.py --mixed mixed.txt --chembl chembl.txt --validation_file held_out.txt
 
-Every trial pre-trains a model from random weights with run_mlm.py on as many molecules as all others (in nearly the
-same time; but for those that ask what the length does), and fine-tunes it with run_regression.py for every seed: 7
-epochs at 3e-4, with 30 % of the training side held out, which judges the model of the last epoch; the test set is not
-read. `--mixed` is a corpus with all sources in random order, `--chembl` one without those of MOSES; descriptors of all
-their lines are computed first, so give little more than the longest trial reads. Writes
+Every trial pre-trains a model from random weights with run_mlm.py on as many molecules as all others (but for those
+that ask what the length does; their seconds differ, and are in the report), and fine-tunes it with run_regression.py
+for every seed: 7 epochs at 3e-4, with 30 % of the training side held out, which judges the model of the last epoch.
+The test set is not read. `--mixed` is a corpus with all sources in random order, `--chembl` one without those of
+MOSES; descriptors of all their lines are computed first, so give little more than the longest trial reads. Writes
 results/pretraining_trials.json (.md): flags, seconds, held-out metrics of the pre-training, validation MSE of the
 fine-tunings, and the paired difference to the reference with its 95 % interval over fine-tunings (every trial
 pre-trains once: what another pre-training seed would give is not in it). Finished runs are not repeated.
@@ -126,7 +126,9 @@ def main():
     parser.add_argument("--validation_file", required=True, help="held-out molecules for the pre-training")
     parser.add_argument("--molecules", type=int, default=64_000, help="molecules that each trial sees")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the fine-tunings")
-    parser.add_argument("--trials", nargs="+", default=list(TRIALS), help="names of the trials")
+    parser.add_argument(
+        "--trials", nargs="+", default=list(TRIALS), choices=list(TRIALS), metavar="TRIAL", help="names of the trials"
+    )
     args = parser.parse_args()
     rows = run_all(lambda name, threads: run(name, args, threads), args.trials, args.jobs)
     if not rows:

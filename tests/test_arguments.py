@@ -828,11 +828,13 @@ def test_only_a_folder_that_holds_a_run_is_replaced(files, flags, message, tmp_p
             find_checkpoint(training_args, data_args)
 
 
-def test_molecules_are_not_replaced_by_those_of_a_selection(tmp_path):
-    (tmp_path / "test.csv").touch()
-    args = [OVERWRITE, "--output_dir", str(tmp_path)]
+@pytest.mark.parametrize("flags", [(), ("--do_predict",)])
+@pytest.mark.parametrize("name", ["test.csv", "model.safetensors"])
+def test_a_users_files_are_not_replaced_by_those_of_a_selection(name, flags, tmp_path):
+    (tmp_path / name).touch()
+    args = [OVERWRITE, *flags, "--output_dir", str(tmp_path)]
     data_args, training_args = parse_arguments(DataTrainingArguments, TrainingArguments, args=args)
-    with pytest.raises(InputError, match="no run of these scripts, but test.csv"):
+    with pytest.raises(InputError, match=f"no run of these scripts, but {name}"):
         find_checkpoint(training_args, data_args, in_pieces=True)
 
 

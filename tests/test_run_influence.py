@@ -605,6 +605,30 @@ def test_a_start_in_the_output_folder_is_not_replaced(finished_run, scoring, tmp
     assert (start / "model.safetensors").exists()
 
 
+def test_scores_alone_replace_no_models(finished_run, scoring, tiny_checkpoint, small_table, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    start = ("--model_name_or_path", finished_run / "finetune-none", "--pretrained_model", tiny_checkpoint)
+    before = {path.name for path in folder.iterdir()}
+    with pytest.raises(InputError, match="holds what a training made .*finetune-none.* Give another --output_dir"):
+        call_main(*scoring, *start, "--output_dir", folder, "--overwrite_output_dir")
+    assert {path.name for path in folder.iterdir()} - before <= {".lock"}
+    assert before <= {path.name for path in folder.iterdir()}
+
+
+def test_a_run_is_not_resumed_by_another_number_of_processes(flags, finished_run, tmp_path):
+    """Each step would have other batches, and the models could not be compared."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    key_file = folder / "finetune-none" / "settings_key"
+    key, processes = key_file.read_text().split()
+    assert processes == "1"
+    key_file.write_text(f"{key} 2\n")
+    controls = [name for name in run_influence.CONTROLS if name != "score"]
+    with pytest.raises(InputError, match="was 2 and is 1 now.*Go on with as many"):
+        call_main(*flags, "--controls", *controls, "--output_dir", folder, "--resume_from_checkpoint", "true")
+
+
 def test_a_diverging_run_ends_with_a_message_and_no_table(scoring, tmp_path, run_script):
     done = run_script("run_influence.py", *scoring, "--scale", "1e-3", "--output_dir", tmp_path / "out")
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -18,7 +18,7 @@ from conftest import ROOT, TWO_PROCESSES
 
 import run_mlm
 import utils_mlm
-from arguments import InputError, last_complete_checkpoint, parse_arguments
+from arguments import InputError, is_finished, last_complete_checkpoint, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
 from utils_checkpoints import build_tokenizer
 from utils_molecules import compute_descriptors, default_descriptors, parse_smiles
@@ -220,6 +220,7 @@ def test_a_run_is_not_resumed_with_other_settings_or_molecules(tiny_checkpoint, 
         (["--learning_rate", "1e-3"], "--learning_rate 0.0006, not 0.001"),
         (["--seed", "7"], "--seed"),
         (["--masked_share", "0.5"], "--masked_share 1.0, not 0.5"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor .*, not 0.1"),
     ):
         with pytest.raises(InputError, match=named):
             run_mlm.main(*parse(*resumed, *more))
@@ -228,6 +229,7 @@ def test_a_run_is_not_resumed_with_other_settings_or_molecules(tiny_checkpoint, 
     corpus.write_text("\n".join(lines[1:] + lines[:1]))  # another of that name
     with pytest.raises(InputError, match="began with other molecules"):
         run_mlm.main(*parse(*resumed))
+    assert is_finished(tmp_path / "out")  # as it was before
 
 
 @pytest.mark.parametrize("objective", [pytest.param("mlm", marks=pytest.mark.slow), "mlm+mtr+atoms"])

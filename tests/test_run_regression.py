@@ -593,9 +593,28 @@ def test_a_diverged_training_says_so(tiny_checkpoint, small_table, tmp_path, mon
         trainer_regression.RegressionTrainer, "training_step", lambda self, *args: step(self, *args) * float("nan")
     )
     flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--do_train", "--max_steps", "2")
-    with pytest.raises(InputError, match="The training diverged: its loss is nan. Lower --learning_rate"):
+    with pytest.raises(
+        InputError, match="The training diverged: its loss is nan after 2 steps. Lower --learning_rate"
+    ):
         call_main(*flags, "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false",
                   "--disable_tqdm", "true", "--output_dir", tmp_path / "out")  # fmt: skip
+
+
+def test_a_training_that_diverges_leaves_the_last_good_checkpoint(tiny_checkpoint, small_table, tmp_path, monkeypatch):
+    import trainer_regression
+
+    step = trainer_regression.RegressionTrainer.training_step
+
+    def diverging_step(self, *args):
+        return step(self, *args) * (float("nan") if self.state.global_step >= 2 else 1.0)
+
+    monkeypatch.setattr(trainer_regression.RegressionTrainer, "training_step", diverging_step)
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--do_train", "--max_steps", "100")
+    with pytest.raises(InputError, match="its loss is nan after 4 steps"):
+        call_main(*flags, "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "2",
+                  "--load_best_model_at_end", "false", "--disable_tqdm", "true",
+                  "--output_dir", tmp_path / "out")  # fmt: skip
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("stage", ["--do_train", "--do_predict"])

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 
 import numpy as np
@@ -191,6 +192,22 @@ def test_a_corpus_of_one_molecule_is_refused(tiny_checkpoint, tmp_path):
     (tmp_path / "c.txt").write_text("CCO\nOCC\n")
     with pytest.raises(InputError, match="the same molecule"):
         load(tmp_path / "c.txt", tiny_checkpoint, tmp_path)
+
+
+def test_a_corpus_whose_smiles_are_numbers_is_refused(tiny_checkpoint, tmp_path):
+    (tmp_path / "c.csv").write_text("molecule,name\n" + "".join(f"{n},CCO\n" for n in range(5)))
+    with pytest.raises(InputError, match="no usable molecule|invalid"):
+        load(tmp_path / "c.csv", tiny_checkpoint, tmp_path)
+
+
+def test_a_split_file_without_validation_rows_holds_out_a_part_of_the_training_rows(tiny_checkpoint, tmp_path):
+    (tmp_path / "t.csv").write_text("SMILES,label\n" + "".join(f"{'C' * n}O,{n}\n" for n in range(1, 31)))
+    (tmp_path / "s.json").write_text(json.dumps({"train": list(range(20)), "test": list(range(20, 30))}))
+    flags = (tmp_path / "t.csv", tiny_checkpoint, tmp_path, "--split_file", tmp_path / "s.json")
+    train, held_out, *_ = load(*flags, "--validation_fraction", "0.2")
+    assert (len(train), len(held_out)) == (16, 4)
+    with pytest.raises(InputError, match="no validation rows, and --validation_fraction 0 holds nothing out"):
+        load(*flags, "--validation_fraction", 0)
 
 
 UNREADABLE_AGAIN = "Cb1=C(OCc2ccc(F)cc2)C(=O)C=CO1"  # RDKit reads it, and not what it writes of it
