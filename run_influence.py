@@ -16,6 +16,8 @@ The mathematics, with its sources, is in utils_influence.py.
 import contextlib
 import ctypes
 import gc
+import hashlib
+import json
 import logging
 import math
 import shlex
@@ -50,6 +52,7 @@ from utils_influence import (
     inverse_curvature,
     order_by_group_influence,
     score_molecules,
+    settings_key,
 )
 from utils_molecules import (
     LABEL_COLUMNS,
@@ -59,6 +62,7 @@ from utils_molecules import (
     load_molecules,
     prepare_molecules,
     read_header,
+    read_json,
     read_table,
     split_groups,
     split_hash,
@@ -611,6 +615,33 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     return table, report
 
 
+def scores_key(problem, parts, external, influence_args, seed):
+    """Returns a hash of what the scores depend on: how they are computed, molecules, labels and the weights."""
+    digest = hashlib.sha256(settings_key(problem, parts["train"], influence_args, seed).encode())
+    for tensor in problem.model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    settings = [influence_args.score_mode, influence_args.rank_by]
+    molecules = [rows[["text", "label"]].to_numpy().tolist() for rows in (parts[influence_args.score_split], external)]
+    digest.update(json.dumps([settings, molecules]).encode())
+    return digest.hexdigest()
+
+
+def kept_scores(output_dir, key, external, with_group_influence):
+    """Returns what `compute_scores` did in an earlier piece of this run; `None` if those scores are not there.
+
+    Args:
+        key (`str`): of the scores that are wanted; see `scores_key`.
+    """
+    report = read_json(output_dir / "influence.json")
+    if report.get("scores_key") != key or (with_group_influence and "group_weight" not in report):
+        return None
+    scores = pd.read_csv(output_dir / "influence_scores.csv")
+    scores = scores[scores["excluded"].isna()]
+    names = [name for name in scores if name not in (*external, "SMILES", "excluded")]
+    logger.info("The scores of this run are there already: nothing is scored again")
+    return external.assign(**{name: scores[name].to_numpy() for name in names}), report
+
+
 def release_memory():
     """Gives what a training has freed back to the system, which C's allocator keeps otherwise; glibc only."""
     gc.collect()
@@ -741,9 +772,13 @@ def main(model_args, data_args, influence_args, training_args):
     model.to(training_args.device)
     chunk_size = training_args.per_device_eval_batch_size
     problem = MoleculeProblem(model, tokenizer, names, chunk_size, influence_args.curvature)
+    kept = None
     try:
         with full_float32():
-            table, report = compute_scores(problem, parts, external, influence_args, training_args)
+            key = scores_key(problem, parts, external, influence_args, seed)
+            if checkpoint is not None:
+                kept = kept_scores(output_dir, key, external, influence_args.with_group_influence)
+            table, report = kept or compute_scores(problem, parts, external, influence_args, training_args)
     except InputError as error:
         if "none" not in comparison.results:
             raise
@@ -751,7 +786,7 @@ def main(model_args, data_args, influence_args, training_args):
             f"{error} The model that was fine-tuned is in {folder}: give it as --model_name_or_path, with another "
             "--output_dir."
         ) from error
-    report |= {"split_hash": digest, "model": shown_path(scored_args.model_name_or_path)}
+    report |= {"scores_key": key, "split_hash": digest, "model": shown_path(scored_args.model_name_or_path)}
     report |= {"excluded": excluded.reindex(columns=["row", "reason"]).to_dict("records")}
     report |= {"fine_tuned_from": str(start or start_args.config_name)} if training_args.do_train else {}
     if training_args.should_save:

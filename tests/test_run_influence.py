@@ -616,6 +616,28 @@ def test_scores_alone_replace_no_models(finished_run, scoring, tiny_checkpoint, 
     assert before <= {path.name for path in folder.iterdir()}
 
 
+def test_a_finished_run_is_scored_again_only_if_something_changed(flags, finished_run, tmp_path, monkeypatch):
+    """To compare with another control, or to push."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+
+    def compute(*args):
+        raise InputError("scored again")
+
+    monkeypatch.setattr(run_influence, "compute_scores", compute)
+    resumed = (*flags, "--output_dir", folder, "--resume_from_checkpoint", "true", "--controls")
+    call_main(*resumed, "none", "all")
+    results = json.loads((folder / "all_results.json").read_text())["results"]
+    before = json.loads((finished_run / "all_results.json").read_text())["results"]
+    assert results == {name: before[name] for name in ("none", "selected", "all")}
+    for name in ("influence_scores.csv", "merged_train.csv"):
+        assert (folder / name).read_text() == (finished_run / name).read_text(), name
+    report = json.loads((folder / "influence.json").read_text())
+    (folder / "influence.json").write_text(json.dumps(report | {"scores_key": "of other molecules"}))
+    with pytest.raises(InputError, match="scored again"):
+        call_main(*resumed, "none")
+
+
 def test_a_run_is_not_resumed_by_another_number_of_processes(flags, finished_run, tmp_path):
     """Each step would have other batches, and the models could not be compared."""
     folder = tmp_path / "run"
