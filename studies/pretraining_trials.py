@@ -16,6 +16,7 @@ import json
 import re
 import shlex
 import statistics
+from operator import itemgetter
 from pathlib import Path
 
 from common import ROOT, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
@@ -98,23 +99,24 @@ def run(name, args, threads):
     return row
 
 
-def minus_reference(rows):
-    """Returns for each trial but the reference the mean difference to it of the same seeds, and its half width."""
+def minus(rows, other):
+    """Returns for each trial but the `other` the mean difference to it of the same seeds, and its half width."""
     errors = {row["name"]: row["validation_mse"] for row in rows}
-    reference, found = errors.pop("reference", {}), {}
+    compared, found = errors.pop(other, {}), {}
     for name, by_seed in errors.items():
-        if pairs := [error - reference[seed] for seed, error in by_seed.items() if seed in reference]:
+        if pairs := [error - compared[seed] for seed, error in by_seed.items() if seed in compared]:
             found[name] = interval(pairs, HELD_OUT)
     return found
 
 
 def to_markdown(rows):
-    """Returns the table of the README: one line a trial."""
+    """Returns the table of the README: one line a trial, that of the lowest error first."""
     lines = ["| trial | minutes | validation MSE | minus reference |", "| --- | ---: | ---: | ---: |"]
-    pairs = minus_reference(rows)
-    for row in rows:
+    pairs = minus(rows, "reference")
+    for mean, row in sorted(
+        ((statistics.mean(row["validation_mse"].values()), row) for row in rows), key=itemgetter(0)
+    ):
         paired = with_interval(pairs[row["name"]], signed=True) if row["name"] in pairs else ""
-        mean = statistics.mean(row["validation_mse"].values())
         lines.append(f"| {row['name']} | {row['seconds'] / 60:.1f} | {mean:.3f} | {paired} |")
     return "\n".join(lines) + "\n"
 
@@ -134,7 +136,9 @@ def main():
     if not rows:
         raise SystemExit("No trial finished. The logs stand beside the folders.")
     output = place_of(args.output, {"rows": rows}, number_of_runs, args.folder)
-    write_report(output, {"rows": rows, "minus_reference": minus_reference(rows)}, args.jobs)
+    # the second goes beside objectives that mask every molecule, as it does
+    differences = {f"minus_{name}": minus(rows, name) for name in ("reference", "mlm+mtr+atoms")}
+    write_report(output, {"rows": rows, **differences}, args.jobs)
     output.with_suffix(".md").write_text(to_markdown(rows))
     print(to_markdown(rows))
 
