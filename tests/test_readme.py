@@ -188,11 +188,24 @@ def test_what_the_readme_says_of_pretraining_is_what_the_trials_came_to():
     pairs, records = report["minus_reference"], read_records(ROOT / "results" / "runs.jsonl")
     learned = records["work/trials/reference-64000/model"]["results"]["train_samples"]
     assert f"from the first {learned:,} of the molecules" in text
-    assert all(mean > half for mean, half in (pairs[name] for name in ("mlm", "mtr", "mlm+mtr")))
-    (alone, _), (described, _), (moses, half) = (pairs[name] for name in ("mlm", "mlm+mtr", "with MOSES"))
-    assert f"masked language modeling alone ends {alone:.3f} higher, with descriptors {described:.3f}" in text
-    assert 0 < moses < half and f"is not shown ({moses:.3f} more, zero inside the interval)" in text
-    assert (len(report["rows"]) < len(pretraining_trials.TRIALS)) == ("has more trials" in text)
+    assert {row["name"] for row in report["rows"]} == set(pretraining_trials.TRIALS)
+    fewer = report["minus_mlm+mtr+atoms"]
+    assert all(mean > half for mean, half in (fewer[name] for name in ("mlm+mtr", "mlm")))
+    told = "without atoms `mlm+mtr` ends {:.3f} ± {:.3f} and `mlm` {:.3f} ± {:.3f} higher"
+    assert told.format(*fewer["mlm+mtr"], *fewer["mlm"]) in text
+    mean, half = fewer["atoms"]
+    assert mean + half < 0 and f"`atoms` alone ends {-mean:.3f} ± {half:.3f} lower than `mlm+mtr+atoms`" in text
+    mean, half = fewer["mtr+atoms"]
+    assert mean < 0 < mean + half and f"better than with masked tokens ({-mean:.3f} ± {half:.3f})" in text
+    assert "Half and twice the rate, batches of 128 and redrawn features teach less than the reference" in text
+    worse = ("rate 6e-4", "rate 2.4e-3", "batch 128", "redrawn features")
+    assert all(mean > half for mean, half in (pairs[name] for name in worse))
+    mean, half = pretraining_trials.minus(report["rows"], "half as long")["twice as long"]
+    assert mean + half < 0 and f"twice as long ends {-mean:.3f} ± {half:.3f} lower than half as long" in text
+    assert "`mtr+atoms`, the lowest of all" in text and min(pairs, key=pairs.get) == "mtr+atoms"
+    assert "shape, dropout, random SMILES, MOSES among the molecules, batches of 32 or the share of masked" in text
+    unclear = ("deeper, narrower", "shallower, wider", "dropout 0.1", "random SMILES", "with MOSES", "batch 32")
+    assert all(abs(mean) < half for mean, half in (pairs[name] for name in (*unclear, "mlm+mtr+atoms")))
 
 
 def test_time_and_memory_of_influence_scores_are_those_of_the_kept_runs():
