@@ -642,6 +642,17 @@ def kept_scores(output_dir, key, external, with_group_influence):
     return external.assign(**{name: scores[name].to_numpy() for name in names}), report
 
 
+def find_scores(problem, parts, external, influence_args, training_args, checkpoint):
+    """Returns what `compute_scores` does, which is computed again only where a run that is resumed has it not."""
+    with full_float32():
+        key, kept = scores_key(problem, parts, external, influence_args, training_args.seed), None
+        if checkpoint is not None:
+            output_dir = Path(training_args.output_dir)
+            kept = kept_scores(output_dir, key, external, influence_args.with_group_influence)
+        table, report = kept or compute_scores(problem, parts, external, influence_args, training_args)
+    return table, report | {"scores_key": key}
+
+
 def release_memory():
     """Gives what a training has freed back to the system, which C's allocator keeps otherwise; glibc only."""
     gc.collect()
@@ -772,13 +783,8 @@ def main(model_args, data_args, influence_args, training_args):
     model.to(training_args.device)
     chunk_size = training_args.per_device_eval_batch_size
     problem = MoleculeProblem(model, tokenizer, names, chunk_size, influence_args.curvature)
-    kept = None
     try:
-        with full_float32():
-            key = scores_key(problem, parts, external, influence_args, seed)
-            if checkpoint is not None:
-                kept = kept_scores(output_dir, key, external, influence_args.with_group_influence)
-            table, report = kept or compute_scores(problem, parts, external, influence_args, training_args)
+        table, report = find_scores(problem, parts, external, influence_args, training_args, checkpoint)
     except InputError as error:
         if "none" not in comparison.results:
             raise
@@ -786,7 +792,7 @@ def main(model_args, data_args, influence_args, training_args):
             f"{error} The model that was fine-tuned is in {folder}: give it as --model_name_or_path, with another "
             "--output_dir."
         ) from error
-    report |= {"scores_key": key, "split_hash": digest, "model": shown_path(scored_args.model_name_or_path)}
+    report |= {"split_hash": digest, "model": shown_path(scored_args.model_name_or_path)}
     report |= {"excluded": excluded.reindex(columns=["row", "reason"]).to_dict("records")}
     report |= {"fine_tuned_from": str(start or start_args.config_name)} if training_args.do_train else {}
     if training_args.should_save:

@@ -177,7 +177,8 @@ def main(model_args, data_args, regression_args, training_args):
         return predict_new(model_args, data_args, regression_args, training_args)
     if regression_args.export_embeddings is not None:
         raise InputError("--export_embeddings goes with --do_predict alone, and --test_file.")
-    checkpoint = setup_run(training_args, data_args, in_pieces=regression_args.num_seeds > 1)
+    in_pieces = regression_args.num_seeds > 1 and training_args.do_train
+    checkpoint = setup_run(training_args, data_args, in_pieces=in_pieces)
 
     # Imported here, so that --help does not wait for RDKit and the data libraries
     from trainer_regression import (

@@ -64,9 +64,8 @@ def read_corpus(path, data_args, cache_dir=None):
         columns, separator = read_header(path)
         column = find_smiles(columns, data_args, path)
         options = {"sep": separator, "usecols": [column], "keep_default_na": False}
-        options["features"] = datasets.Features(
-            {column: datasets.Value("string")}
-        )  # numbers are no SMILES: said later
+        # numbers too are read as text, and named as what is no SMILES
+        options["features"] = datasets.Features({column: datasets.Value("string")})
     try:
         corpus = datasets.load_dataset(
             "text" if text else "csv",

@@ -605,13 +605,12 @@ def test_a_start_in_the_output_folder_is_not_replaced(finished_run, scoring, tmp
     assert (start / "model.safetensors").exists()
 
 
-def test_scores_alone_replace_no_models(finished_run, scoring, tiny_checkpoint, small_table, tmp_path):
+def test_scores_alone_replace_no_models(finished_run, scoring, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
-    start = ("--model_name_or_path", finished_run / "finetune-none", "--pretrained_model", tiny_checkpoint)
     before = {path.name for path in folder.iterdir()}
     with pytest.raises(InputError, match="holds what a training made .*finetune-none.* Give another --output_dir"):
-        call_main(*scoring, *start, "--output_dir", folder, "--overwrite_output_dir")
+        call_main(*scoring, "--output_dir", folder, "--overwrite_output_dir")
     assert {path.name for path in folder.iterdir()} - before <= {".lock"}
     assert before <= {path.name for path in folder.iterdir()}
 
