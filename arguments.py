@@ -208,8 +208,8 @@ class DataTrainingArguments:
         metadata={
             "choices": ["canonical", "isomeric", "raw"],
             "help": "RDKit-canonical without stereo (as MoLFormer was pre-trained), canonical with it, or as given "
-            "(a corpus is then parsed only for descriptors, atoms and random SMILES, and a molecule that it writes in "
-            "two ways counts as two). Default: that of a fine-tuned checkpoint, else canonical.",
+            "(a corpus is then parsed only for descriptors, atoms, random SMILES and --exclude_file, and a molecule "
+            "that it writes in two ways counts as two). Default: that of a fine-tuned checkpoint, else canonical.",
         },
     )
     invalid_smiles: str = field(

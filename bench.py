@@ -642,7 +642,7 @@ def read_corpus(count):
             "from utils_mlm import *; from arguments import *; from run_mlm import MlmArguments\n"
             "from trainer_regression import peak_memory; from utils_checkpoints import build_tokenizer\n"
             f"data = DataTrainingArguments(train_file={str(path)!r}, smiles_form='canonical')\n"
-            f"start = time.time(); corpus = read_corpus(data.train_file, data, {folder!r})\n"
+            f"start = time.time(); corpus = read_corpus(data.train_file, cache_dir={folder!r})\n"
             "encode_corpus(corpus, build_tokenizer(), data, MlmArguments(), data.train_file)\n"
             "workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024\n"
             "print(time.time() - start, max(peak_memory(), workers))"

@@ -41,6 +41,7 @@ from arguments import (
     belongs_to_run,
     paths_of_run,
     run_script,
+    says_true,
     setup_run,
 )
 from utils_influence import (
@@ -722,8 +723,10 @@ def check_replaced(output_dir):
 
 
 def main(model_args, data_args, influence_args, training_args):
-    checkpoint = setup_run(training_args, data_args, in_pieces=True)
     output_dir, seed = Path(training_args.output_dir), training_args.seed
+    if not training_args.do_train and not says_true(training_args.resume_from_checkpoint):
+        check_replaced(output_dir)
+    checkpoint = setup_run(training_args, data_args, in_pieces=True)
 
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import begin_run, prepare_head, select_parts, set_learning_rate, write_splits
@@ -766,8 +769,6 @@ def main(model_args, data_args, influence_args, training_args):
     start = start_args.model_name_or_path
     if checkpoint is None and start is not None and belongs_to_run(output_dir, start):
         raise InputError(f"--output_dir {output_dir} would replace {start}. Give another --output_dir.")
-    if checkpoint is None and not training_args.do_train:
-        check_replaced(output_dir)
     begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped, replace=checkpoint is None)
     if training_args.should_save:
         known = {"pool": external, "corrupted": external[external["corrupted"]]} if "corrupted" in external else {}

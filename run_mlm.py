@@ -66,6 +66,13 @@ class MlmArguments:
             "whole molecules too."
         },
     )
+    exclude_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files of molecules that a corpus is read without, such as those that are to test the model: "
+            "text, CSV or TSV. They are left out whatever their stereo, and as a part of a mixture too."
+        },
+    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that read a corpus. Default: one a core."}
     )

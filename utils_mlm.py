@@ -45,24 +45,25 @@ from utils_molecules import (
 
 
 MOST_HELD_OUT = 10_000  # molecules of a corpus; more would cost time and tell nothing new
+EXCLUDED = "are molecules of --exclude_file"  # a reason to leave a molecule out that is no fault of its SMILES
 ENVIRONMENT_BUCKETS = (1024, 4096)  # classes of an atom's surroundings within one and two bonds
 
 logger = logging.getLogger("molformer.mlm")
 
 
-def read_corpus(path, data_args, cache_dir=None):
+def read_corpus(path, smiles_column=None, cache_dir=None):
     """Returns a text, CSV or TSV file as a memory-mapped `datasets.Dataset`; the column of text is `smiles`.
 
     Raises:
         InputError: if the file is absent, empty or not UTF-8, or has no SMILES column.
     """
-    text = has_lines(path, data_args.smiles_column)
+    text = has_lines(path, smiles_column)
     if text:
         check_file(path)
         options = {}
     else:
         columns, separator = read_header(path)
-        column = find_smiles(columns, data_args, path)
+        column = find_smiles(columns, smiles_column, path)
         options = {"sep": separator, "usecols": [column], "keep_default_na": False}
         # numbers too are read as text, and named as what is no SMILES
         options["features"] = datasets.Features({column: datasets.Value("string")})
@@ -85,17 +86,17 @@ def read_corpus(path, data_args, cache_dir=None):
     return corpus.rename_column(corpus.column_names[0], "smiles") if text else corpus
 
 
-def find_smiles(columns, data_args, source):
+def find_smiles(columns, smiles_column, source):
     """Returns the name of the SMILES column; an `InputError` if there is none."""
-    column = find_column(columns, data_args.smiles_column, SMILES_COLUMNS, "--smiles_column", source)
+    column = find_column(columns, smiles_column, SMILES_COLUMNS, "--smiles_column", source)
     if column is None:
         raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
     return column
 
 
-def take_smiles(corpus, data_args, source):
+def take_smiles(corpus, smiles_column, source):
     """Returns the column of the SMILES alone, called `smiles`; an `InputError` if there is none, or no row."""
-    column = find_smiles(corpus.column_names, data_args, source)
+    column = find_smiles(corpus.column_names, smiles_column, source)
     if not len(corpus):
         raise InputError(f"{source} holds no molecule.")
     corpus = corpus.select_columns([column])
@@ -127,6 +128,11 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         source = data_args.train_file
         columns = [] if has_lines(source, data_args.smiles_column) else read_header(source)[0]
     if find_labels(columns, data_args.label_column, "--label_column", source):
+        if mlm_args.exclude_file:
+            raise InputError(
+                f"{source} has labels: the test molecules of its split are not learned anyway. Leave --exclude_file "
+                "out, which goes with a corpus."
+            )
         molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
         split = dict(list(molecules.groupby("split", sort=False)))
         parts = {}
@@ -145,11 +151,12 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
                 f"{' and '.join(parts)} says. Name its labels with --label_column, or leave {' and '.join(parts)} out."
             )
         if data_args.dataset_name is None:
-            corpus = read_corpus(source, data_args, model_args.cache_dir)
-        train, dropped = encode(take_smiles(corpus, data_args, source), source)
+            corpus = read_corpus(source, data_args.smiles_column, model_args.cache_dir)
+        excluded = read_excluded(data_args, mlm_args, model_args.cache_dir)  # first: it may be at fault, and is short
+        train, dropped = encode(take_smiles(corpus, data_args.smiles_column, source), source, excluded=excluded)
         if data_args.validation_file is not None:
-            corpus = read_corpus(data_args.validation_file, data_args, model_args.cache_dir)
-            corpus = take_smiles(corpus, data_args, data_args.validation_file)
+            corpus = read_corpus(data_args.validation_file, data_args.smiles_column, model_args.cache_dir)
+            corpus = take_smiles(corpus, data_args.smiles_column, data_args.validation_file)
             held_out, more = encode(corpus, data_args.validation_file, least=1)
             dropped = pd.concat([dropped, more], ignore_index=True)
     if held_out is None:
@@ -208,33 +215,69 @@ def hold_out(corpus, size, seed, source):
     return corpus.select(np.flatnonzero(~held_out)), corpus.select(np.flatnonzero(held_out))
 
 
-def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False, named=False):
+def strip(lines, named):
+    """Returns SMILES without the space around them, nor the molecule's name after them if lines are `named`."""
+    texts = [(line or "").strip() for line in lines]
+    return [(text.split() or [""])[0] for text in texts] if named else texts
+
+
+def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False, named=False, excluded=()):
     """Returns token ids, lengths and what is wrong with each SMILES ("" if nothing), for `datasets.Dataset.map`.
 
     Args:
         must_parse (`bool`): whether a SMILES that is taken as given must be one for RDKit too.
         named (`bool`): whether a molecule's name may follow its SMILES, as in a line of a .smi file.
+        excluded (`tuple[str]`): canonical SMILES of the molecules that are left out.
     """
-    texts = [(line or "").strip() for line in batch["smiles"]]
-    if named:
-        texts = [(text.split() or [""])[0] for text in texts]
-    if smiles_form != "raw" or must_parse:
+    texts = strip(batch["smiles"], named)
+    if smiles_form != "raw" or must_parse or excluded:
         texts = [canonicalize(text, smiles_form) for text in texts]
     ids, problems = encode_smiles([text or "" for text in texts], tokenizer)
     reasons = [
         "invalid" if not text else problem or ("too_long" if len(row) > max_length else "")
         for text, row, problem in zip(texts, ids, problems, strict=True)
     ]
+    if excluded:
+        known = frozenset(excluded)
+        keys = texts if smiles_form == "canonical" else [text and canonicalize(text, "canonical") for text in texts]
+        reasons = [
+            EXCLUDED if key and not known.isdisjoint((key, *key.split("."))) else reason
+            for key, reason in zip(keys, reasons, strict=True)
+        ]
     return {"input_ids": ids, "length": [len(row) for row in ids], "reason": reasons}
 
 
-def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, checked=False):
+def read_excluded(data_args, mlm_args, cache_dir=None):
+    """Returns the canonical SMILES, without stereo, of the molecules in `--exclude_file` (`tuple[str]`).
+
+    Raises:
+        InputError: if a file cannot be read; if RDKit cannot read a SMILES and `--invalid_smiles` is `error`.
+    """
+    excluded = set()
+    for path in mlm_args.exclude_file or []:
+        named = has_lines(path)
+        column = None if named or data_args.smiles_column not in read_header(path)[0] else data_args.smiles_column
+        corpus = take_smiles(read_corpus(path, column, cache_dir), column, path)
+        texts = strip(corpus["smiles"], named)
+        keys = [canonicalize(text, "canonical") for text in texts]
+        bad = [row for row, key in enumerate(keys) if key is None]
+        if bad:
+            message = describe_unusable(["invalid"] * len(bad), bad, [texts[row] for row in bad], len(texts), path)
+            if data_args.invalid_smiles == "error":
+                raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
+            logger.warning("%s They exclude nothing.", message)
+        excluded.update(filter(None, keys))
+    return tuple(sorted(excluded))  # in one order, by which the cache is found
+
+
+def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, checked=False, excluded=()):
     """Returns the corpus as token ids with lengths, and a table of the dropped rows.
 
     Of a corpus that lies on disk the token ids are memory-mapped, and cached there.
 
     Args:
         checked (`bool`): whether the molecules are in their form already, and all of them to be used.
+        excluded (`tuple[str]`): canonical SMILES of the molecules that are left out.
     Raises:
         InputError: if a molecule cannot be used and `--invalid_smiles` is `error`, or if fewer than `least` are left.
     """
@@ -250,6 +293,7 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, check
         "max_length": data_args.max_length,
         "must_parse": not checked and (mlm_args.objective != "mlm" or data_args.augment_smiles > 0),
         "named": corpus.info.builder_name == "text",
+        "excluded": excluded,
     }
     encoded = cached_map(
         corpus,
@@ -264,7 +308,7 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, check
     )
     reasons = encoded.with_format("arrow")["reason"]
     reasons = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in reasons[:].chunks])
-    bad = np.flatnonzero(reasons != "")
+    bad = np.flatnonzero(~np.isin(reasons, ("", EXCLUDED)))
     if len(bad):
         smiles = corpus[bad[:1000]]["smiles"]
         message = describe_unusable(reasons[bad[:1000]], bad[:1000], smiles, len(corpus), source)
@@ -273,11 +317,14 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, check
         if data_args.invalid_smiles == "error":
             raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
         logger.warning("%s Dropped.", message)
-        dropped = pd.DataFrame({"row": bad, "smiles": corpus[bad]["smiles"], "reason": reasons[bad]})
+    if excluded:
+        count = int((reasons == EXCLUDED).sum())
+        logger.info("%d of %d molecules in %s are left out for --exclude_file", count, len(corpus), source)
+    dropped, left_out = pd.DataFrame(), np.flatnonzero(reasons != "")
+    if len(left_out):
+        dropped = pd.DataFrame({"row": left_out, "smiles": corpus[left_out]["smiles"], "reason": reasons[left_out]})
         dropped = dropped.replace({"reason": REASONS}).assign(source=str(source))
         encoded = encoded.select(np.flatnonzero(reasons == ""))
-    else:
-        dropped = pd.DataFrame()
     if len(encoded) < least:
         raise InputError(f"{source} has {len(encoded)} usable molecules; this needs at least {least}.")
     return encoded.remove_columns("reason"), dropped

@@ -71,8 +71,10 @@ def collect(folder, splits=("random", "scaffold")):
                 row["seeds"].append(seed)
                 for metric in METRICS:
                     row[f"test_{metric}"].append(values[key.format(metric)])
-                inside = pattern.partition("/")[2]
-                made = commands(folder, run_name.format(split, seed)) + (f"  # its {inside}" if inside else "")
+                made = commands(folder, run_name.format(split, seed))
+                if "/" in pattern:  # the ensemble's first member, which is what this gives
+                    alone = re.sub(r" --num_seeds \d+", "", made)
+                    made = alone.replace(f"/{run_name.format(split, seed)}", f"/{name}-{split}-{seed}")
                 row.setdefault("command", made)
                 row["learned"] = learned_share(made)
             if row["seeds"]:

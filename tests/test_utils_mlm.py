@@ -12,7 +12,8 @@ import torch
 
 import run_mlm
 import utils_mlm
-from arguments import InputError, parse_arguments
+from arguments import EMBEDDED_DATA, InputError, parse_arguments
+from conftest import ROOT
 from modeling_molformer_reg import MolformerAtomHead, MolformerConfig, MolformerForMaskedLM
 from utils_checkpoints import build_tokenizer
 from utils_mlm import PretrainingCollator, describe_atoms, describe_molecules, mlm_metrics, score_tokens
@@ -244,6 +245,54 @@ def test_encoding_tells_what_is_wrong_with_each_line():
     assert encoded["input_ids"][0] == tokenizer("CCO")["input_ids"] and encoded["length"][0] == 5
     raw = utils_mlm.encode_batch({"smiles": ["CXC", "[Zz]", "C1CC"]}, tokenizer, "raw", 20)
     assert raw["reason"] == ["lost", "unknown", ""]  # not parsed, but nothing is lost in silence
+
+
+@pytest.mark.parametrize("form", ["canonical", "isomeric", "raw"])
+def test_molecules_to_exclude_are_left_out_of_a_corpus_in_any_spelling(form, tiny_checkpoint, tmp_path, caplog):
+    """Reference: which lines are, stereo aside, or have in a mixture, a molecule of the files."""
+    lines = ["OCC", "C[C@H](N)C(=O)O", "CC(=O)O.OCC", "CCN", "CCOC", "c1ccccc1", "CC(N)C(=O)O.[Na]", "CCC", "CCCCO"]
+    left_out = [0, 1, 2, 5, 6]
+    (tmp_path / "corpus.csv").write_text("structure\n" + "\n".join(lines) + "\n")
+    (tmp_path / "test.csv").write_text("SMILES,label\nCCO,1.5\nC[C@@H](N)C(O)=O,2.5\n")
+    (tmp_path / "more.smi").write_text("C1=CC=CC=C1 benzene\n")
+    flags = ("--smiles_form", form, "--smiles_column", "structure", "--exclude_file", tmp_path / "test.csv",
+             tmp_path / "more.smi", "--preprocessing_num_workers", 1)  # fmt: skip
+    with caplog.at_level("INFO"):
+        train, held_out, _, _, dropped = load(tmp_path / "corpus.csv", tiny_checkpoint, tmp_path, *flags)
+    tokenizer = build_tokenizer()
+    kept = [row["input_ids"] for part in (train, held_out) for row in part]
+    expected = [line for row, line in enumerate(lines) if row not in left_out]
+    forms = [line if form == "raw" else utils_mlm.canonicalize(line, form) for line in expected]
+    assert sorted(kept) == sorted(tokenizer(forms)["input_ids"])
+    assert dropped["row"].tolist() == left_out and set(dropped["reason"]) == {"are molecules of --exclude_file"}
+    assert "5 of 9 molecules" in caplog.text
+
+
+def test_molecules_to_exclude_that_cannot_be_read_are_told(corpus, small_table, tiny_checkpoint, tmp_path, caplog):
+    (tmp_path / "test.txt").write_text("CCO\nC1CC\n")
+    exclude = ("--exclude_file", tmp_path / "test.txt")
+    with pytest.raises(InputError, match=r"1 of 2 SMILES in .*test.txt do not parse .* row 1: 'C1CC'"):
+        load(corpus, tiny_checkpoint, tmp_path, *exclude)
+    load(corpus, tiny_checkpoint, tmp_path, *exclude, "--invalid_smiles", "drop")
+    assert "They exclude nothing" in caplog.text
+    with pytest.raises(InputError, match="has 0 usable molecules"):
+        load(corpus, tiny_checkpoint, tmp_path, "--exclude_file", corpus)
+    with pytest.raises(InputError, match="absent.csv"):
+        load(corpus, tiny_checkpoint, tmp_path, "--exclude_file", tmp_path / "absent.csv")
+    with pytest.raises(InputError, match="has labels: .* Leave --exclude_file out"):
+        load(small_table, tiny_checkpoint, tmp_path, *exclude)
+
+
+def test_the_corpus_of_the_embedded_checkpoint_has_no_molecule_of_the_task():
+    """Reference: molecules of data/lipophilicity.csv without stereo, alone or in a mixture."""
+    path = ROOT.parent / "shared" / "data" / "pretrain_smiles.txt.xz"
+    if not path.exists():
+        pytest.skip("the corpus does not come with the repository")
+    smiles = pd.read_csv(EMBEDDED_DATA)["SMILES"]
+    known = {utils_mlm.canonicalize(text, "canonical") for text in smiles}
+    with lzma.open(path, "rt") as lines:
+        found = [line for line in map(str.strip, lines) if not known.isdisjoint((line, *line.split(".")))]
+    assert not found
 
 
 def test_validation_file_of_a_corpus_is_held_out_whole(corpus, tiny_checkpoint, tmp_path):
