@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 import run_mlm
 import utils_mlm
 from arguments import EMBEDDED_DATA, InputError, parse_arguments
-from conftest import ROOT
 from modeling_molformer_reg import MolformerAtomHead, MolformerConfig, MolformerForMaskedLM
 from utils_checkpoints import build_tokenizer
 from utils_mlm import PretrainingCollator, describe_atoms, describe_molecules, mlm_metrics, score_tokens
