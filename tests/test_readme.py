@@ -129,6 +129,11 @@ def test_what_the_readme_says_of_the_methods_is_what_they_reached():
     assert f"hardly learned with one seed (test R² {pissa[0]:.2f})" in text
     at_its_rate = [rows[f"paper-{name}"]["test_mse"] for name in told]
     assert "they come to {:.2f}, {:.2f} and {:.2f} here".format(*at_its_rate) in text
+    table = json.loads((ROOT / "results" / "table1.json").read_text())["rows"]
+    plain = {(row["split"], seed): error for row in table if row["name"] == "regression"
+             for seed, error in zip(row["seeds"], row["test_mse"], strict=True)}  # fmt: skip
+    full = {(run["split"], run["seed"]): run["test_mse"] for run in report["runs"] if run["name"] == "full"}
+    assert full.keys() == plain.keys() and [key for key in full if full[key] != plain[key]] == [("random", 0)]
     scaffold = {row["name"]: row for row in report["rows"] if row["split"] == "scaffold"}
     ratio, half = (scaffold["rslora"][key] for key in ("of_full", "of_full_half_width"))
     assert scaffold["rslora"]["n"] == scaffold["full"]["n"] == 5
