@@ -8,7 +8,8 @@ Every recipe trains run_regression.py on the same splits and seeds, with 20 % of
 judges the model of the last epoch; the test set is not read (of each seed's own split: a third of it are validation
 molecules of other seeds). With --recipes or --seeds the others are what is finished of them.
 Writes results/recipes.json (.md): flags, validation MSE of every seed, and the paired difference to the reference with
-its 95 % interval.
+its 95 % interval. A run whose predictions are means over random SMILES is two rows: the other one is of the same
+model's predictions from the molecules' own SMILES.
 """
 
 import shlex
@@ -22,6 +23,7 @@ START = "models/molformer-mini"
 SCRATCH = ["--config_name", "configs/molformer-mini.json", "--pooling", "mean"]
 SEEDS = (0, 1, 2)
 RATE = ["--learning_rate", "6e-4"]  # of all recipes that name no other one
+MEAN = ", mean of 11"  # in the name of a recipe: predictions are means over a molecule's own SMILES and 10 random ones
 DESCRIPTORS = ["--head_descriptors", "all"]
 RECIPES = {
     "reference": [],
@@ -62,6 +64,19 @@ RECIPES = {
 }
 
 
+def flags_of(name):
+    """Returns the flags of a row of the table; one that is no recipe is of a recipe without the mean."""
+    if name in RECIPES:
+        return RECIPES[name]
+    return next(without_mean(flags) for recipe, flags in RECIPES.items() if recipe.replace(MEAN, "") == name)
+
+
+def without_mean(flags):
+    """Returns flags without --predict_augment and its value."""
+    place = flags.index("--predict_augment")
+    return flags[:place] + flags[place + 2 :]
+
+
 def trainings_of(cell, args):
     """Returns the trainings of a recipe with one seed, in their order: command and folder of each."""
     name, seed = cell
@@ -91,13 +106,22 @@ def run(cell, args, threads):
     error = values["validation_mse" if "validation_mse" in values else "eval_mse"]  # the first: over random SMILES
     print(name, seed, round(error, 4), flush=True)
     commands = [as_text([*command, "--output_dir", str(folder)]) for command, folder in first]
-    return {"name": name, "seed": seed, "validation_mse": error, "minutes": values["train_runtime"] / 60,
-            "command": " && ".join([*commands, as_text(last[0])])}  # fmt: skip
+    row = {"name": name, "seed": seed, "validation_mse": error, "minutes": values["train_runtime"] / 60,
+           "command": " && ".join([*commands, as_text(last[0])])}  # fmt: skip
+    return row | ({"own_smiles_mse": values["eval_mse"]} if {"validation_mse", "eval_mse"} <= values.keys() else {})
 
 
 def summarize(runs):
     """Returns a row for each recipe: errors by seed, mean, paired difference to the reference; the best first."""
-    errors = {}
+    plain = [
+        row | {
+            "name": row["name"].replace(MEAN, ""),
+            "validation_mse": row["own_smiles_mse"],
+            "command": shlex.join(without_mean(shlex.split(row["command"]))),
+        }
+        for row in runs if "own_smiles_mse" in row
+    ]  # fmt: skip
+    errors, runs = {}, [*runs, *plain]
     for row in runs:
         errors.setdefault(row["name"], {})[row["seed"]] = row["validation_mse"]
     rows = []

@@ -1145,6 +1145,13 @@ def test_a_recipe_is_trained_as_it_says(tiny_checkpoint, small_table, tmp_path, 
     row = recipes.run(("1 random SMILES, mean of 11", 3), args, threads=1)
     values = json.loads((tmp_path / "1-random-SMILES--mean-of-11-3" / "all_results.json").read_text())
     assert row["validation_mse"] == values["validation_mse"] != values["eval_mse"]
+    mean, own = recipes.summarize([row])
+    assert [r["name"] for r in (mean, own)] == ["1 random SMILES, mean of 11", "1 random SMILES"]
+    assert own["validation_mse"] == {3: values["eval_mse"]} and recipes.flags_of(own["name"]) == [
+        "--augment_smiles",
+        "1",
+    ]
+    assert own["command"] == mean["command"].replace(" --predict_augment 10", "") != mean["command"]
 
 
 def test_the_commands_of_the_trials_are_taken_by_the_scripts(tmp_path):
