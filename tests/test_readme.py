@@ -276,7 +276,16 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     )
     assert unclear.format(-none[0], none[1], -loss[0], loss[1]) in text
     assert runs[0]["influence"]["training_molecules"] == 1624
-    assert "Of a pool of 300 the table has two seeds so far" in text and len(small["none"]["test_mse"]) == 2
+    assert all(len(small[name]["test_mse"]) == 5 for name in five)
+    mean = {name: f"{row['mean']:.3f}" for name, row in small.items()}
+    less, half = small["all"]["group_influence_minus_this"]
+    assert f"{mean['none']} with none, {mean['selected']} with the better half by the score, " in text
+    assert f"{mean['group_influence']} with the half that group influence chooses, {mean['random']} with half" in text
+    assert f"{mean['right_label']} with half at random of the right labels alone and {mean['all']} with all." in text
+    assert less + half < 0 and f"better than all is shown ({-less:.3f} ± {half:.3f} less), no other lead" in text
+    leads = {(first, name): small[name][f"{first}_minus_this"] for first in ("selected", "group_influence")
+             for name in five if name != first and (first, name) != ("group_influence", "all")}  # fmt: skip
+    assert all(abs(mean) < half for mean, half in leads.values())
 
 
 def test_model_card_tells_what_training_logged():
