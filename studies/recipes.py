@@ -53,6 +53,14 @@ RECIPES = {
         *"--augment_smiles 3 --predict_augment 10 --layer_rate_decay 0.8".split(),
         *DESCRIPTORS,
     ],
+    "4 epochs, 3 random SMILES, mean of 11, layer rates 0.8, descriptors": [
+        *"--num_train_epochs 4 --augment_smiles 3 --predict_augment 10 --layer_rate_decay 0.8".split(),
+        *DESCRIPTORS,
+    ],
+    "4 epochs, 7 random SMILES, mean of 11, layer rates 0.8, descriptors": [
+        *"--num_train_epochs 4 --augment_smiles 7 --predict_augment 10 --layer_rate_decay 0.8".split(),
+        *DESCRIPTORS,
+    ],
     "15 epochs, 1 random SMILES, mean of 11": "--num_train_epochs 15 --augment_smiles 1 --predict_augment 10".split(),
     "from scratch": SCRATCH,
     "from scratch, rate 3e-4": [*SCRATCH, "--learning_rate", "3e-4"],
