@@ -39,8 +39,10 @@ from utils_molecules import (
     load_molecules,
     parse_smiles,
     read_header,
+    refuse_or_warn,
     scale_of,
     to_text,
+    twin_key,
 )
 
 
@@ -83,7 +85,7 @@ def read_corpus(path, smiles_column=None, cache_dir=None):
         if any(text in str(reason) for text in ("at least one example", "corresponds to no data")):
             raise InputError(f"{path} holds no molecule. Give another file.") from error
         raise InputError(f"{path} cannot be read as UTF-8 {'text' if text else 'CSV'}: {reason}") from error
-    return corpus.rename_column(corpus.column_names[0], "smiles") if text else corpus
+    return take_smiles(corpus, corpus.column_names[0], path)
 
 
 def find_smiles(columns, smiles_column, source):
@@ -152,11 +154,12 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
             )
         if data_args.dataset_name is None:
             corpus = read_corpus(source, data_args.smiles_column, model_args.cache_dir)
+        else:
+            corpus = take_smiles(corpus, data_args.smiles_column, source)
         excluded = read_excluded(data_args, mlm_args, model_args.cache_dir)  # first: it may be at fault, and is short
-        train, dropped = encode(take_smiles(corpus, data_args.smiles_column, source), source, excluded=excluded)
+        train, dropped = encode(corpus, source, excluded=excluded)
         if data_args.validation_file is not None:
             corpus = read_corpus(data_args.validation_file, data_args.smiles_column, model_args.cache_dir)
-            corpus = take_smiles(corpus, data_args.smiles_column, data_args.validation_file)
             held_out, more = encode(corpus, data_args.validation_file, least=1)
             dropped = pd.concat([dropped, more], ignore_index=True)
     if held_out is None:
@@ -240,6 +243,7 @@ def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False, na
     if excluded:
         known = frozenset(excluded)
         keys = texts if smiles_form == "canonical" else [text and canonicalize(text, "canonical") for text in texts]
+        keys = [key and twin_key(key) for key in keys]
         reasons = [
             EXCLUDED if key and not known.isdisjoint((key, *key.split("."))) else reason
             for key, reason in zip(keys, reasons, strict=True)
@@ -257,16 +261,13 @@ def read_excluded(data_args, mlm_args, cache_dir=None):
     for path in mlm_args.exclude_file or []:
         named = has_lines(path)
         column = None if named or data_args.smiles_column not in read_header(path)[0] else data_args.smiles_column
-        corpus = take_smiles(read_corpus(path, column, cache_dir), column, path)
-        texts = strip(corpus["smiles"], named)
+        texts = strip(read_corpus(path, column, cache_dir)["smiles"], named)
         keys = [canonicalize(text, "canonical") for text in texts]
         bad = [row for row, key in enumerate(keys) if key is None]
         if bad:
             message = describe_unusable(["invalid"] * len(bad), bad, [texts[row] for row in bad], len(texts), path)
-            if data_args.invalid_smiles == "error":
-                raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
-            logger.warning("%s They exclude nothing.", message)
-        excluded.update(filter(None, keys))
+            refuse_or_warn(message, data_args, "They exclude nothing.")
+        excluded.update(twin_key(key) for key in keys if key is not None)
     return tuple(sorted(excluded))  # in one order, by which the cache is found
 
 
@@ -314,9 +315,7 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, check
         message = describe_unusable(reasons[bad[:1000]], bad[:1000], smiles, len(corpus), source)
         if len(bad) > 1000:
             message = f"{len(bad)} of {len(corpus)} molecules cannot be used; of the first 1000: {message}"
-        if data_args.invalid_smiles == "error":
-            raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
-        logger.warning("%s Dropped.", message)
+        refuse_or_warn(message, data_args, "Dropped.")
     if excluded:
         count = int((reasons == EXCLUDED).sum())
         logger.info("%d of %d molecules in %s are left out for --exclude_file", count, len(corpus), source)

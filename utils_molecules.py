@@ -397,9 +397,7 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
     bad = molecules[molecules["reason"].notna()]
     if len(bad):
         message = describe_unusable(bad["reason"], bad["row"], bad["smiles"], len(molecules), source)
-        if data_args.invalid_smiles == "error":
-            raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
-        logger.warning("%s Dropped; a file in the output folder lists them.", message)
+        refuse_or_warn(message, data_args, "Dropped; a file in the output folder lists them.")
         molecules = molecules[molecules["reason"].isna()]
     if not len(molecules):
         raise InputError(f"No molecule of {source} can be used.")
@@ -408,13 +406,25 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
     if data_args.smiles_form != "canonical":
         smiles = with_progress(molecules["smiles"], "Finding stereo twins")
         smiles = [canonicalize(text, "canonical") for text in smiles]
-    # deuterium is written as [H] without isotopes; read again, it is the hydrogen of the other twin
-    molecules["group"] = [canonicalize(text, "canonical") or text if "[H]" in text else text for text in smiles]
+    molecules["group"] = [twin_key(text) for text in smiles]
     for column in label_columns(molecules):
         warn_of_conflicting_labels(molecules, source, column)
     dropped = bad[["row", "smiles"]].assign(reason=bad["reason"].map(REASONS))
     dropped.insert(0, "source", str(source))
     return molecules, dropped
+
+
+def twin_key(canonical):
+    """Returns what stereo twins and isotopes of a molecule share, from its canonical SMILES without them."""
+    # deuterium is written as [H] without isotopes; read again, it is the hydrogen of the other twin
+    return canonicalize(canonical, "canonical") or canonical if "[H]" in canonical else canonical
+
+
+def refuse_or_warn(message, data_args, consequence):
+    """Raises `InputError` for SMILES that cannot be used, or warns where `--invalid_smiles` is `drop`."""
+    if data_args.invalid_smiles == "error":
+        raise InputError(f"{message} Correct them, or pass --invalid_smiles drop to go on without them.")
+    logger.warning("%s %s", message, consequence)
 
 
 def shorten(text, most=60):
