@@ -59,7 +59,8 @@ SETTINGS_KEY = "settings_key"  # a file in every folder finetune-…
 ARGUMENTS_FILE = "arguments.json"
 LOCK_FILE = ".lock"
 LOCKS = {}  # of the folders that this process writes
-GREATER_IS_BETTER = ("r2", "pearson", "spearman", "masked_accuracy")  # of the metrics by which a model can be chosen
+# of the metrics by which a model can be chosen; an environment_… is an accuracy
+GREATER_IS_BETTER = ("r2", "pearson", "spearman", "masked_accuracy", "descriptor_r2", "environment_")
 # what the result of a training depends on
 TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate layer_rate_decay num_train_epochs
     max_steps weight_decay optim per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy
@@ -209,7 +210,8 @@ class DataTrainingArguments:
             "choices": ["canonical", "isomeric", "raw"],
             "help": "RDKit-canonical without stereo (as MoLFormer was pre-trained), canonical with it, or as given "
             "(a corpus is then parsed only for descriptors, atoms, random SMILES and --exclude_file, and a molecule "
-            "that it writes in two ways counts as two). Default: that of a fine-tuned checkpoint, else canonical.",
+            "that it writes in two ways counts as two). Default: that with which the checkpoint was trained, else "
+            "canonical.",
         },
     )
     invalid_smiles: str = field(

@@ -2,7 +2,8 @@
 
     python run_influence.py                                              # a pool of 300 molecules, 30 % mislabeled
     python run_influence.py --external_file my.csv --output_dir outputs/mine
-    python run_influence.py --model_name_or_path outputs/influence/finetune-none --ihvp cg --output_dir outputs/exact
+    python run_influence.py --do_predict --model_name_or_path outputs/influence/finetune-none --ihvp cg \\
+      --output_dir outputs/exact                                         # scores alone, of a fine-tuned model
     accelerate launch run_influence.py
 
 The score of a molecule is positive if learning it lowers the loss of the validation molecules. Writes to --output_dir
@@ -627,14 +628,14 @@ def scores_key(problem, parts, external, influence_args, seed):
     return digest.hexdigest()
 
 
-def kept_scores(output_dir, key, external, with_group_influence):
+def kept_scores(output_dir, key, external):
     """Returns what `compute_scores` did in an earlier piece of this run; `None` if those scores are not there.
 
     Args:
         key (`str`): of the scores that are wanted; see `scores_key`.
     """
     report = read_json(output_dir / "influence.json")
-    if report.get("scores_key") != key or (with_group_influence and "group_weight" not in report):
+    if report.get("scores_key") != key:
         return None
     scores = pd.read_csv(output_dir / "influence_scores.csv")
     scores = scores[scores["excluded"].isna()]
@@ -649,8 +650,12 @@ def find_scores(problem, parts, external, influence_args, training_args, checkpo
         key, kept = scores_key(problem, parts, external, influence_args, training_args.seed), None
         if checkpoint is not None:
             output_dir = Path(training_args.output_dir)
-            kept = kept_scores(output_dir, key, external, influence_args.with_group_influence)
+            kept = kept_scores(output_dir, key, external)
         table, report = kept or compute_scores(problem, parts, external, influence_args, training_args)
+        if influence_args.with_group_influence and "group_weight" not in report:  # a control that has been added
+            target = parts[influence_args.score_split]
+            columns, group = order_by_group_influence(problem, parts["train"], target, external, training_args.seed)
+            table, report = table.assign(**columns), report | group
     return table, report | {"scores_key": key}
 
 
@@ -789,9 +794,10 @@ def main(model_args, data_args, influence_args, training_args):
     except InputError as error:
         if "none" not in comparison.results:
             raise
+        same = "" if start == EMBEDDED_CHECKPOINT or start is None else f" and --pretrained_model {start}"
         raise InputError(
             f"{error} The model that was fine-tuned is in {folder}: give it as --model_name_or_path, with another "
-            "--output_dir."
+            f"--output_dir{same}."
         ) from error
     report |= {"split_hash": digest, "model": shown_path(scored_args.model_name_or_path)}
     report |= {"excluded": excluded.reindex(columns=["row", "reason"]).to_dict("records")}
@@ -857,14 +863,16 @@ def merged_command(parts, start_args, data_args, training_args, leakage):
         command += [f"--{name}", *(value if isinstance(value, list) else [str(value).lower()])]
     for part, name in files.items():
         command += [f"--{part}_file", str(output_dir / name)] if part in parts else []
-    command += [] if data_args.smiles_form == "canonical" else ["--smiles_form", data_args.smiles_form]
+    usual = getattr(load_config(start_args), "smiles_form", None) or "canonical"
+    command += [] if data_args.smiles_form == usual else ["--smiles_form", data_args.smiles_form]
     command += ["--protocol", "paper"] if data_args.protocol == "paper" else []
     longer = data_args.max_length != DataTrainingArguments.max_length
     command += ["--max_length", str(data_args.max_length)] if longer else []
     if data_args.label_name not in (None, "the label"):  # the merged file calls its column label
         command += ["--label_name", data_args.label_name]
     values = getattr(training_args, "run_values", None) or {}
-    names = [name for name in (*TRAINING_SETTINGS, "augment_smiles") if name in training_args.given]
+    settings = (*TRAINING_SETTINGS, "augment_smiles", "save_strategy", "save_steps")
+    names = [name for name in settings if name in training_args.given]
     command += as_flags({name: values.get(name) for name in names})
     leak = " (chosen by the test molecules, whose error there will be optimistic too)" if leakage else ""
     command += ["--output_dir", f"outputs/{output_dir.name}-merged"]
@@ -922,8 +930,8 @@ def pretrained_arguments(model_args, influence_args, model, needed=True):
             f"{model_args.model_name_or_path} is fine-tuned, and not from models/molformer-mini: their sizes "
             "differ. Pass --pretrained_model with the checkpoint that the selection is to be fine-tuned from."
         )
-    if needed:
-        logger.info("Models are fine-tuned again from %s; --pretrained_model names another start", source)
+    if needed or is_same_size(config, model.config):
+        logger.info("The selection is learned by models that start from %s; --pretrained_model names another", source)
     return pretrained_args
 
 

@@ -129,7 +129,14 @@ def main(model_args, data_args, mlm_args, training_args):
 
     from modeling_molformer_reg import MolformerForMaskedLM
     from trainer_regression import MolformerTrainer, begin_run, write_splits
-    from utils_checkpoints import check_split, load_config, load_model, load_tokenizer, settle_smiles_form
+    from utils_checkpoints import (
+        check_split,
+        forget_head,
+        load_config,
+        load_model,
+        load_tokenizer,
+        settle_smiles_form,
+    )
     from utils_mlm import (
         PretrainingCollator,
         PretrainingMetrics,
@@ -148,7 +155,8 @@ def main(model_args, data_args, mlm_args, training_args):
     chosen = {name: value for name, value in heads.items() if value}
     model = load_model(MolformerForMaskedLM, model_args, tokenizer, **chosen)
     check_heads(model, mlm_args.parts, training_args.do_train)
-    model.config.head_descriptors = None  # of the regression head that a fine-tuned checkpoint had
+    forget_head(model.config)
+    model.config.smiles_form, model.config.smiles_max_length = data_args.smiles_form, data_args.max_length
     with training_args.main_process_first(desc="reading the corpus"):  # the others then find it in the cache
         arguments = (model_args, data_args, mlm_args, training_args)
         train, held_out, digest, split, dropped = load_data(tokenizer, *arguments, heads)
@@ -159,7 +167,8 @@ def main(model_args, data_args, mlm_args, training_args):
         if column in train.column_names and f"{name}_head." in model.new_heads:
             head = getattr(model, f"{name}_head")
             head.set_scale(*measure_scale(train, column, len(head.mean)))
-    logger.info("%d training molecules, %d held out, %d parameters", len(train), len(held_out), model.num_parameters())
+    molecules = len(train) // (1 + data_args.augment_smiles * training_args.do_train)
+    logger.info("%d training molecules, %d held out, %d parameters", molecules, len(held_out), model.num_parameters())
 
     # Trainer
     if mlm_args.objective != "mlm":
@@ -186,6 +195,7 @@ def main(model_args, data_args, mlm_args, training_args):
         compute_metrics=scorer.compute,
         preprocess_logits_for_metrics=scorer.score,
     )
+    trainer.check_best_metric(scorer.names())
     check = partial(trainer.check_resumed, checkpoint)
     begin_run(training_args, checkpoint, model_args.model_name_or_path, dropped, check=check)
     if split and training_args.should_save:
@@ -195,7 +205,8 @@ def main(model_args, data_args, mlm_args, training_args):
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        metrics = {**result.metrics, "train_samples": len(train), "train_steps": trainer.state.global_step}
+        metrics = {**result.metrics, "train_samples": molecules, "train_smiles": len(train)}
+        metrics["train_steps"] = trainer.state.global_step
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()
@@ -206,7 +217,7 @@ def main(model_args, data_args, mlm_args, training_args):
         metrics["eval_samples"] = len(held_out)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-        if trainer.is_world_process_zero():
+        if training_args.do_train and trainer.is_world_process_zero():
             path = Path(training_args.output_dir) / "loss_curves.png"
             loss_name = " + ".join(LOSSES[part] for part in mlm_args.parts)
             plot_losses(trainer.state.log_history, path, "held-out", loss_name)

@@ -127,8 +127,9 @@ def plan_members(model_args, training_args, num_seeds, checkpoint):
         member_args = member_arguments(training_args, number)
         start = None if checkpoint is None else last_complete_checkpoint(member_args.output_dir)
         if checkpoint is not None and is_finished(member_args.output_dir):
-            # in float32, as after a training
+            # in float32, as after a training; it predicts, so that it has something to do without held-out molecules
             member_args.do_train = member_args.bf16 = member_args.fp16 = False
+            member_args.do_predict = True
             plan.append((_from_folder(model_args, member_args.output_dir), member_args, None))
         else:
             plan.append((model_args, member_args, None if start is None else str(start)))

@@ -46,7 +46,7 @@ from arguments import (
     remove_checkpoints,
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
-from utils_checkpoints import PARTIAL_FILE, load_model, portable_path
+from utils_checkpoints import PARTIAL_FILE, hub_options, load_model, portable_path, weights_digest
 from utils_molecules import (
     LABEL_PREFIX,
     MOST_FOR_RIDGE,
@@ -242,6 +242,16 @@ class MolformerTrainer(Trainer):
             raise InputError(f"The training cannot be set up: {error}") from error
         self.optimizer = self.lr_scheduler = None
 
+    def check_best_metric(self, metrics):
+        """Refuses a `--metric_for_best_model` that no evaluation will give, before anything is trained.
+
+        Args:
+            metrics (`Iterable[str]`): names of what an evaluation gives beside the loss.
+        """
+        wanted, known = (self.args.metric_for_best_model or "loss").removeprefix("eval_"), ["loss", *metrics]
+        if wanted not in known:
+            raise InputError(f"--metric_for_best_model {wanted} is unknown. Choose one of {', '.join(known)}.")
+
     def _save_checkpoint(self, model, trial):
         self._check_loss(self.stopwatch.loss_sum)  # what is broken must not take the place of what is not
         # where a run was taken up before this step, its checkpoint of then must not make that of now look whole
@@ -422,15 +432,8 @@ class RegressionTrainer(MolformerTrainer):
         kwargs.setdefault("compute_metrics", lambda output: label_metrics(output.predictions, output.label_ids, names))
         kwargs.setdefault("data_collator", DataCollatorWithPadding(kwargs["processing_class"]))
         super().__init__(*args, **kwargs)
-        self._check_best_metric()
-
-    def _check_best_metric(self):
-        """Refuses a `--metric_for_best_model` that no evaluation will give, before anything is trained."""
-        wanted = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         numbers = np.indices((2, self.model.config.num_labels))[0].astype(float)  # two molecules that differ
-        known = ["loss", *self.compute_metrics(EvalPrediction(numbers, numbers))]
-        if wanted not in known:
-            raise InputError(f"--metric_for_best_model {wanted} is unknown. Choose one of {', '.join(known)}.")
+        self.check_best_metric(self.compute_metrics(EvalPrediction(numbers, numbers)))
 
     def _get_num_items_in_batch(self, batch_samples, device):
         # The parent leaves out labels of -100, which is a legal value of a regression label; a missing one is NaN.
@@ -742,7 +745,9 @@ def _settings_key(model_args, data_args, training_args, parts, digest):
     """Returns a hash of what a fine-tuning depends on: start, molecules, labels and training settings."""
     settings = {name: str(getattr(training_args, name)) for name in TRAINING_SETTINGS}
     settings["digest"] = digest
-    settings |= {"start": model_args.model_name_or_path, **model_args.config_overrides()}
+    start = model_args.model_name_or_path  # by its weights: others may come to lie there, and it may move
+    settings["start"] = (start and weights_digest(start, hub_options(model_args))) or start
+    settings |= {"config": model_args.config_name, **model_args.config_overrides()}
     settings |= {"augment": data_args.augment_smiles, "form": data_args.smiles_form}
     labels = {name: sorted(zip(part["text"], part["label"], strict=True)) for name, part in parts.items()}
     return hashlib.sha256(json.dumps([settings, labels]).encode()).hexdigest()

@@ -459,6 +459,13 @@ def check_descriptors(config, source, named):
         )  # fmt: skip
 
 
+def forget_head(config):
+    """Takes from a configuration what it knows of a regression head that the model no longer has."""
+    config.label_mean = config.label_std = config.label_names = config.label_column = config.head_descriptors = None
+    config.id2label, config.label2id = {0: "LABEL_0"}, {"LABEL_0": 0}
+    vars(config).pop("rdkit_version", None)
+
+
 def check_labels(config, source, count):
     """Refuses another number of labels than the trained head of the checkpoint `source` predicts."""
     if config.label_mean is not None and config.num_labels != count:

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
+from transformers import EvalPrediction
 
 from arguments import InputError, is_out_of_space
 from trainer_regression import NO_ROOM, augment, cached_map
@@ -40,6 +41,7 @@ from utils_molecules import (
     parse_smiles,
     read_header,
     refuse_or_warn,
+    refuse_shifted,
     scale_of,
     to_text,
     twin_key,
@@ -66,6 +68,7 @@ def read_corpus(path, smiles_column=None, cache_dir=None):
     else:
         columns, separator = read_header(path)
         column = find_smiles(columns, smiles_column, path)
+        refuse_shifted(path, columns, separator)
         options = {"sep": separator, "usecols": [column], "keep_default_na": False}
         # numbers too are read as text, and named as what is no SMILES
         options["features"] = datasets.Features({column: datasets.Value("string")})
@@ -487,6 +490,13 @@ class PretrainingMetrics:
         if "descriptors" in self.label_names:
             metrics |= descriptor_metrics(scores.pop(0), scores.pop(0))
         return metrics | (atom_metrics(scores.pop(0)) if scores else {})
+
+    def names(self):
+        """Returns the names of the metrics that an evaluation gives."""
+        widths = [3] * ("labels" in self.label_names) + [1, 1] * ("descriptors" in self.label_names)
+        widths += [2 + len(self.model.atom_head.buckets)] if "environments" in self.label_names else []
+        scores = tuple(np.indices((2, width))[0] for width in widths)  # of two molecules that differ
+        return list(self.compute(EvalPrediction(scores, None)))
 
 
 def score_atoms(head, descriptor_logits, environment_logits, atom_descriptors, environments):

@@ -78,9 +78,21 @@ def read_table(path, smiles_column=None, label_column=None, require_label=True, 
         raise InputError(f"{path} is empty. It needs a header and at least one row.") from error
     except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from error
-    if not isinstance(table.index, pd.RangeIndex):
-        raise InputError(f"{path} has {len(columns)} columns in its header and more fields in its rows.")
+    refuse_shifted(path, columns, separator)
     return _to_molecules(table, path, smiles_column, label_column, require_label, prefix)
+
+
+def refuse_shifted(path, columns, separator):
+    """Raises `InputError` if the rows have more fields than the header: pandas takes the first one for their names."""
+    try:
+        table = pd.read_csv(path, sep=separator, dtype=str, nrows=1, encoding="utf-8-sig", encoding_errors="replace")
+    except UNREADABLE:
+        return  # which the reading of all rows tells
+    if not isinstance(table.index, pd.RangeIndex):
+        raise InputError(
+            f"{path} has {len(columns)} columns in its header and more fields in its rows. Give each a name, or "
+            "remove what ends each row."
+        )
 
 
 def not_utf8(path):

@@ -49,6 +49,9 @@ RECIPES = {
     "weight decay 0.01": ["--weight_decay", "0.01"],
     "1 random SMILES, mean of 11": ["--augment_smiles", "1", "--predict_augment", "10"],
     "3 random SMILES, mean of 11": ["--augment_smiles", "3", "--predict_augment", "10"],
+    "3 random SMILES, mean of 11, layer rates 0.8": (
+        "--augment_smiles 3 --predict_augment 10 --layer_rate_decay 0.8".split()
+    ),
     "3 random SMILES, mean of 11, layer rates 0.8, descriptors": [
         *"--augment_smiles 3 --predict_augment 10 --layer_rate_decay 0.8".split(),
         *DESCRIPTORS,

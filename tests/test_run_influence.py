@@ -11,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, TWO_PROCESSES
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import arguments
 import run_influence
 import run_regression
+import trainer_regression
 from arguments import DataTrainingArguments, InputError, ModelArguments, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from run_influence import (
@@ -593,7 +596,9 @@ def test_the_command_that_is_printed_has_the_whole_start(finished_run, tiny_chec
     assert "--ignore_split_mismatch" in command and "--config_name" not in command
     command = merged_command("--model_name_or_path", start, "--config_name", tiny_checkpoint)
     assert f"--model_name_or_path {start} --config_name {tiny_checkpoint} " in command
-    assert "--ignore_split_mismatch" not in command
+    assert "--ignore_split_mismatch" not in command and "--smiles_form" not in command
+    (start / "config.json").write_text(json.dumps(config | {"smiles_form": "isomeric"}))
+    assert "--smiles_form canonical" in merged_command(*flags)  # or the start's would be taken
 
 
 def test_a_start_in_the_output_folder_is_not_replaced(finished_run, scoring, tmp_path):
@@ -632,10 +637,43 @@ def test_a_finished_run_is_scored_again_only_if_something_changed(flags, finishe
     assert results == {name: before[name] for name in ("none", "selected", "all")}
     for name in ("influence_scores.csv", "merged_train.csv"):
         assert (folder / name).read_text() == (finished_run / name).read_text(), name
+    # a control that takes more than the scores: that alone is computed
     report = json.loads((folder / "influence.json").read_text())
+    fewer = {name: value for name, value in report.items() if not name.startswith("group_")}
+    (folder / "influence.json").write_text(json.dumps(fewer))
+    scores = pd.read_csv(folder / "influence_scores.csv")
+    scores.drop(columns=["group_influence", "group_rank"]).to_csv(folder / "influence_scores.csv", index=False)
+    call_main(*resumed, "group_influence")
+    again = json.loads((folder / "all_results.json").read_text())["results"]
+    assert again == {name: before[name] for name in ("none", "selected", "group_influence")}
+    again = pd.read_csv(folder / "influence_scores.csv")
+    assert again["group_rank"].equals(scores["group_rank"])
+    assert json.loads((folder / "influence.json").read_text())["group_weight"] == report["group_weight"]
+
     (folder / "influence.json").write_text(json.dumps(report | {"scores_key": "of other molecules"}))
     with pytest.raises(InputError, match="scored again"):
         call_main(*resumed, "none")
+
+
+def test_a_start_is_the_same_by_its_weights_wherever_it_lies(
+    flags, finished_run, tiny_checkpoint, tmp_path, monkeypatch
+):
+    """Models of several starts would not be compared fairly; those of one that moved are not trained again."""
+    folder, start = tmp_path / "run", tmp_path / Path(tiny_checkpoint).name
+    shutil.copytree(finished_run, folder)
+    shutil.copytree(tiny_checkpoint, start)
+
+    def train(*args):
+        raise InputError("trained again")
+
+    monkeypatch.setattr(trainer_regression, "train_regression", train)
+    resumed = ("--model_name_or_path", start, *flags[2:], "--controls", "all", "--output_dir", folder)
+    resumed += ("--resume_from_checkpoint", "true")
+    call_main(*resumed)
+    weights = load_file(start / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, start / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="trained again"):
+        call_main(*resumed)
 
 
 def test_a_run_is_not_resumed_by_another_number_of_processes(flags, finished_run, tmp_path):
@@ -701,6 +739,7 @@ def test_the_command_for_elsewhere_names_the_descriptors(named, printed):
 
 def test_the_command_for_elsewhere_trains_as_this_run_did():
     flags = ("--protocol", "paper", "--max_length", "300", "--num_train_epochs", "3", "--lr_scheduler_type", "cosine")
+    flags += ("--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "8")
     command = merged_command(*flags, "--augment_smiles", "2", "--logging_steps", "7", "--label_name", "pKa, half",
                              leakage=True)  # fmt: skip
     assert "chosen by the test molecules" in command
@@ -708,6 +747,7 @@ def test_the_command_for_elsewhere_trains_as_this_run_did():
     _, data, _, training = parse_arguments(*run_regression.ARGUMENTS, args=words[2:])
     assert (data.protocol, data.max_length, data.augment_smiles, data.label_name) == ("paper", 300, 2, "pKa, half")
     assert (training.num_train_epochs, training.lr_scheduler_type) == (3, "cosine")
+    assert (training.eval_steps, training.save_strategy, training.save_steps) == (4, "steps", 8)
     assert training.given.isdisjoint({"logging_steps", "learning_rate", "seed"})
     assert "--learning_rate=0.001" in merged_command("--learning-rate", "1e-3")
     assert "--load_best_model_at_end=False" in merged_command("--no_load_best_model_at_end")

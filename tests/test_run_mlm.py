@@ -33,19 +33,59 @@ def parse(*flags):
     return parse_arguments(*classes, defaults=run_mlm.DEFAULTS, args=[str(flag) for flag in flags])
 
 
-def test_descriptors_of_a_regression_head_are_left_to_it(tiny_checkpoint, tmp_path):
-    """The flag is refused; what a fine-tuned checkpoint's head read is forgotten with that head."""
+def test_a_regression_head_is_forgotten_with_all_that_belongs_to_it(tiny_checkpoint, small_table, tmp_path):
+    """Its descriptors cannot be chosen here; another head, of other descriptors, can then be trained.
+
+    The form of the SMILES that were learned stays, and the regression takes them so.
+    """
     with pytest.raises(InputError, match="is for a regression head"):
         run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--head_descriptors", "all", "--output_dir",
                             tmp_path / "x"))  # fmt: skip
     (tmp_path / "c.txt").write_text("CCO\nCCN\n" * 8)
     torch.manual_seed(0)
-    MolformerForRegression.from_pretrained(tiny_checkpoint, head_descriptors=["TPSA"]).save_pretrained(tmp_path / "ft")
+    head = {"head_descriptors": ["TPSA"], "num_labels": 2, "label_mean": [1.0, 2.0], "label_std": [3.0, 4.0]}
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint, **head, label_names=["logD", "pKa"])
+    model.save_pretrained(tmp_path / "ft")
     build_tokenizer().save_pretrained(tmp_path / "ft")
     flags = ("--train_file", tmp_path / "c.txt", "--cache_dir", tmp_path / "cache", "--max_steps", "1")
     flags += ("--disable_tqdm", "true", "--output_dir", tmp_path / "out")
-    run_mlm.main(*parse("--model_name_or_path", tmp_path / "ft", *flags))
-    assert json.loads((tmp_path / "out" / "config.json").read_text()).get("head_descriptors") is None
+    form = ("--smiles_form", "isomeric", "--max_length", 300)
+    run_mlm.main(*parse("--model_name_or_path", tmp_path / "ft", *flags, *form))
+
+    import run_regression
+
+    flags = ["--model_name_or_path", tmp_path / "out", "--train_file", small_table, "--output_dir", tmp_path / "reg"]
+    flags += ["--max_steps", 1, "--disable_tqdm", "true", "--head_descriptors", "MolLogP", "--pooling", "mean"]
+    classes = run_regression.ARGUMENTS
+    run_regression.main(*parse_arguments(*classes, defaults=run_regression.DEFAULTS, args=[str(f) for f in flags]))
+    config = json.loads((tmp_path / "reg" / "config.json").read_text())
+    assert config["head_descriptors"] == ["MolLogP"] and len(config["label_mean"]) == 1
+    assert (config["smiles_form"], config["smiles_max_length"]) == ("isomeric", 300)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mtr+atoms"])
+def test_unknown_metric_for_the_best_model_is_refused_before_an_older_run_is_replaced(
+    objective, tiny_checkpoint, small_table, tmp_path
+):
+    """Reference: the metrics of an evaluation, which the message names."""
+    flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--objective", objective)
+    flags += ("--max_steps", 1, "--disable_tqdm", "true", "--output_dir", tmp_path / "x")
+    run_mlm.main(*parse(*flags))
+    measured = {name.removeprefix("eval_") for name in results(tmp_path / "x") if name.startswith("eval_")}
+    with pytest.raises(InputError, match="accuracy is unknown. Choose one of loss, ") as error:
+        run_mlm.main(*parse(*flags, "--metric_for_best_model", "accuracy", "--overwrite_output_dir"))
+    assert {*re.search("one of (.*)[.]", str(error.value))[1].split(", ")} == measured - {"samples"}
+    assert (tmp_path / "x" / "model.safetensors").exists()
+
+
+def test_an_evaluation_leaves_the_curves_of_the_training(tiny_checkpoint, small_table, tmp_path):
+    flags = ("--train_file", small_table, "--disable_tqdm", "true", "--output_dir", tmp_path / "x")
+    run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, *flags, "--max_steps", 1))
+    curves = (tmp_path / "x" / "loss_curves.png").read_bytes()
+    more = ("--do_eval", "--overwrite_output_dir", "--max_eval_samples", 4)
+    run_mlm.main(*parse("--model_name_or_path", tmp_path / "x", *flags, *more))
+    assert results(tmp_path / "x")["eval_samples"] == 4
+    assert (tmp_path / "x" / "loss_curves.png").read_bytes() == curves
 
 
 def results(folder):
@@ -92,6 +132,7 @@ def test_main_writes_its_result_files_and_regression_takes_the_checkpoint(tiny_c
         ("c.txt", "CCO\n" + "C" * 300 + "\n", "more tokens than --max_length"),
         ("c.csv", "name,mass\nCCO,1\n", "no SMILES column"),
         ("c.csv", "smiles,mass\n", "holds no molecule"),
+        ("c.csv", "smiles,parent,id\nCC.Cl,CO,0,\nCN.Cl,CCO,1,\n", "3 columns in its header and more fields"),
         ("c.txt.gz", "", "holds no molecule"),
     ],
 )
@@ -291,8 +332,10 @@ def test_descriptors_are_learned_and_their_scale_stays_with_the_checkpoint(
     """References: RDKit's values of the training molecules, and the scale that the first run saved."""
     flags = ("--train_file", small_table, "--objective", objective, "--learning_rate", "3e-3", *QUICK)
     out = tmp_path / "first"
-    run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--output_dir", out, *flags))
+    run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--output_dir", out, *flags, "--augment_smiles", 1))
     values = results(out)
+    assert (values["train_samples"], values["train_smiles"]) == (115, 230)
+    assert "Learned from 115 molecules" in (out / "README.md").read_text()
     assert ("eval_masked_accuracy" in values) == (objective == "mlm+mtr+atoms")
     assert ("eval_environment_2_accuracy" in values) == (objective == "mlm+mtr+atoms")
     assert 0 < values["eval_descriptor_mse"] < 5 and values["eval_descriptor_r2"] < 1

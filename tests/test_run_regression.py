@@ -810,6 +810,26 @@ def test_interrupted_ensemble_keeps_its_finished_members(tiny_checkpoint, small_
     assert calls[3:] == [42, 43]
 
 
+def test_an_ensemble_without_held_out_molecules_is_resumed(tiny_checkpoint, small_table, tmp_path):
+    """Finished members then have nothing to train, to evaluate or to predict."""
+    flags = (
+        "--model_name_or_path",
+        tiny_checkpoint,
+        "--train_file",
+        small_table,
+        "--num_seeds",
+        2,
+        *QUICK,
+        "--do_train",
+    )
+    flags += ("--validation_fraction", 0, "--output_dir", tmp_path / "x")
+    call_main(*flags)
+    weights = (tmp_path / "x" / "member-0" / "model.safetensors").read_bytes()
+    call_main(*flags, "--resume_from_checkpoint", "true")
+    assert (tmp_path / "x" / "member-0" / "model.safetensors").read_bytes() == weights
+    assert results(tmp_path / "x") == {"members": 2}
+
+
 def test_an_ensemble_that_was_trained_in_bfloat16_is_reported_in_float32(
     tiny_checkpoint, small_table, tmp_path, run_script
 ):

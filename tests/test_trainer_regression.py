@@ -235,7 +235,13 @@ def test_unknown_metric_for_the_best_model_is_refused_before_training(tiny_check
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model="accuracy"))
 
 
-@pytest.mark.parametrize("name, greater", [("mse", False), ("eval_mae", False), ("loss", False), ("eval_r2", True)])
+@pytest.mark.parametrize(
+    "name, greater",
+    [
+        ("mse", False), ("eval_mae", False), ("loss", False), ("perplexity", False), ("descriptor_mse", False),
+        ("eval_r2", True), ("descriptor_r2", True), ("eval_environment_2_accuracy", True), ("masked_accuracy", True),
+    ],
+)  # fmt: skip
 def test_the_best_model_is_that_of_the_better_metric(tmp_path, name, greater):
     """The library takes every metric that is no loss for one that is better if greater."""
     assert arguments(tmp_path, metric_for_best_model=name).greater_is_better == greater
