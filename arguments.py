@@ -61,6 +61,11 @@ LOCK_FILE = ".lock"
 LOCKS = {}  # of the folders that this process writes
 # of the metrics by which a model can be chosen; an environment_… is an accuracy
 GREATER_IS_BETTER = ("r2", "pearson", "spearman", "masked_accuracy", "descriptor_r2", "environment_")
+# of the library, whose other values take from the evaluation, or from the model, what these scripts work with
+NEEDED_SETTINGS = {
+    "prediction_loss_only": False, "label_names": None, "eval_do_concat_batches": True, "batch_eval_metrics": False,
+    "remove_unused_columns": True,
+}  # fmt: skip
 # what the result of a training depends on
 TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate layer_rate_decay num_train_epochs
     max_steps weight_decay optim per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy
@@ -416,6 +421,9 @@ class TrainingArguments(transformers.TrainingArguments):
                 wanted = "no"  # of a configuration that is meant for GPUs; emulated it is several times slower
             self.bf16 = self.do_train and not self.fp16 and wanted == "bf16"
             self.fp16 = self.fp16 or (self.do_train and wanted == "fp16")
+        for name, usual in NEEDED_SETTINGS.items():
+            if getattr(self, name) != usual:
+                raise ValueError(f"--{name} is not for these scripts, which need {usual} there. Leave it out.")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             # the library takes every metric but a loss for one that is better if greater
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_").startswith(GREATER_IS_BETTER)
@@ -665,6 +673,13 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
             inside = None if path is None else last_complete_checkpoint(path)
             advice = "Leave --resume_from_checkpoint out" if inside is None else f"Pass {inside}, or true"
             raise InputError(f"There is no complete checkpoint in {path or output_dir}. {advice}.")
+        if (
+            path.resolve().parent != output_dir.resolve()
+        ):  # whose settings are unknown, and the folder's files would go
+            raise InputError(
+                f"The checkpoint {path} is of a run in {path.resolve().parent}. Pass that as --output_dir to go on "
+                "with it, or leave --resume_from_checkpoint out."
+            )
         logger.info("Resuming from %s", path)
         return str(path)
     for path in (output_dir, *output_dir.parents):
@@ -689,7 +704,9 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
             f"The output folder {output_dir} holds an interrupted run. Continue it with --resume_from_checkpoint "
             "true, replace it with --overwrite_output_dir, or give another --output_dir."
         )
-    what = "Replace the run in it" if (training_args.do_train or in_pieces) and own else "Write beside what is in it"
+    replaced = [name for name in EVALUATION_FILES if (output_dir / name).exists()]
+    what = f"Replace {', '.join(replaced)} in it" if replaced else "Write beside what is in it"
+    what = "Replace the run in it" if (training_args.do_train or in_pieces) and own else what
     raise InputError(
         f"The output folder {output_dir} is not empty. {what} with --overwrite_output_dir, or give another "
         "--output_dir."
@@ -774,15 +791,21 @@ def paths_of_run(output_dir):
     """Returns what a run has left in its output folder: no files of the user's that are called like them."""
     output_dir = Path(output_dir)
     found = [path for path in output_dir.glob("*") if is_piece(path) or is_checkpoint(path)]
-    try:  # the plain model of an adapter
-        of_adapter = json.loads((output_dir / "merged" / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-        found += [output_dir / "merged"] if of_adapter.get("merge_adapter") else []
-    except (OSError, ValueError, AttributeError):
-        pass
+    found += [output_dir / "merged"] if is_merged(output_dir / "merged") else []
     found += [output_dir / STAGED] if is_card(output_dir / STAGED / CARD_FILE) else []
     names = RUN_FILES if (output_dir / "influence.json").exists() else set(RUN_FILES) - set(MERGED_FILES)
     files = [output_dir / name for name in names if (output_dir / name).exists()]
     return found + [path for path in files if path.name not in (CARD_FILE, OWN_CARD_FILE) or is_card(path)]
+
+
+def is_merged(folder):
+    """Returns whether a folder holds the plain model of an adapter that these scripts have merged into its base."""
+    try:
+        values = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+        others = ("adapter_config.json", "trained_parameters.json", UNFINISHED)  # of a run that merges beside them
+        return bool(values.get("merge_adapter")) and not any((folder / name).exists() for name in others)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def clear_run(output_dir):

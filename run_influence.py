@@ -71,7 +71,7 @@ from utils_molecules import (
     write_csv,
     write_json,
 )
-from utils_report import finish_run, save_figure, shown_path
+from utils_report import finish_run, name_in_plot, save_figure, shown_path
 
 
 # chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding
@@ -535,7 +535,7 @@ def plot_selection(results, path, label_name):
     values = [results[name]["test_mse"] for name in names]
     axes.scatter(values, range(len(names)), color=["tab:red" if n == "selected" else "tab:blue" for n in names])
     axes.set_yticks(range(len(names)), [f"{name} (+{results[name]['added']})" for name in names])
-    axes.set(xlabel=f"test mean squared error of {label_name}", ylim=(-0.5, len(names) - 0.5))
+    axes.set(xlabel=f"test mean squared error of {name_in_plot(label_name)}", ylim=(-0.5, len(names) - 0.5))
     axes.locator_params(axis="x", nbins=6)  # or the labels of like errors touch
     axes.grid(axis="x", alpha=0.3)
     save_figure(figure, path)

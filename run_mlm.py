@@ -128,7 +128,7 @@ def main(model_args, data_args, mlm_args, training_args):
     check_arguments(model_args, data_args, mlm_args, training_args)
 
     from modeling_molformer_reg import MolformerForMaskedLM
-    from trainer_regression import MolformerTrainer, begin_run, write_splits
+    from trainer_regression import MolformerTrainer, begin_run, check_evaluated, write_splits
     from utils_checkpoints import (
         check_split,
         forget_head,
@@ -161,6 +161,7 @@ def main(model_args, data_args, mlm_args, training_args):
         arguments = (model_args, data_args, mlm_args, training_args)
         train, held_out, digest, split, dropped = load_data(tokenizer, *arguments, heads)
     check_split(model.config, digest, data_args, checkpoint)
+    check_evaluated(training_args, digest)
     if digest is not None:
         model.config.split_hash = digest
     for name, column in (("descriptor", "descriptors"), ("atom", "atom_descriptors")):

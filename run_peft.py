@@ -32,6 +32,7 @@ from arguments import (
     InputError,
     ModelArguments,
     TrainingArguments,
+    is_merged,
     run_script,
     says_true,
     setup_run,
@@ -316,7 +317,7 @@ def check_base_name(model_args, peft_args, training_args, base_weights):
         )
     if peft_args.base_hub_name and training_args.push_when_done:
         name, source = peft_args.base_hub_name, model_args.model_name_or_path
-        hub = {**hub_options(model_args), "revision": "main"}
+        hub = {**hub_options(model_args), "revision": "main", "token": training_args.hub_token}
         try:
             fits = find_file(name, "config.json", hub) and weights_digest(name, hub) in (None, base_weights)
         except InputError:  # there is no such repository
@@ -360,8 +361,8 @@ def write_merged(model, tokenizer, folder, find, base=None):
     for name in (ARGUMENTS_FILE, "all_results.json", "splits.json", "trainer_state.json", *FIGURES) if known else ():
         if (path := find(name)) is not None:
             shutil.copyfile(path, folder / name)
-    values = read_json(folder / ARGUMENTS_FILE)
-    if values:  # those of the run that made, or evaluated, the adapter: repeated, it merges it too
+    if known:  # those of the run that made, or evaluated, the adapter: repeated, it merges it too
+        values = read_json(folder / ARGUMENTS_FILE)
         values.pop("base_hub_name", None)
         if base is not None:
             values.pop("hub_model_id", None)  # that of the adapter
@@ -379,7 +380,12 @@ def merge_alone(model_args, data_args, training_args):
     source, folder = model_args.model_name_or_path, Path(training_args.output_dir)
     if Path(source).resolve() == folder.resolve():
         raise InputError(f"--output_dir {folder} is the adapter itself. Give another folder for the merged model.")
-    if says_true(training_args.resume_from_checkpoint):  # to push it later: it is made again
+    if training_args.resume_from_checkpoint is not None:  # to push it later: it is made again
+        if not says_true(training_args.resume_from_checkpoint) or not is_merged(folder):
+            raise InputError(
+                f"{folder} holds no merged adapter, and there is no training to resume. Leave "
+                "--resume_from_checkpoint out."
+            )
         training_args.resume_from_checkpoint, data_args.overwrite_output_dir = None, True
     setup_run(training_args, data_args)
     logger.info("%s holds an adapter: it is merged into its base, and nothing is trained", source)
@@ -454,6 +460,10 @@ def begin_peft(model_args, data_args, peft_args, training_args):
     base_weights = weights_digest(source) if source is not None else None
     if checkpoint is not None:
         check_resumed(training_args, checkpoint, base_weights)
+    merged = Path(training_args.output_dir) / "merged"
+    if peft_args.merge_adapter and (merged.is_file() or (merged.is_dir() and any(merged.iterdir()))):
+        if not is_merged(merged):
+            raise InputError(f"{merged} is not of these scripts and would be replaced. Give another --output_dir.")
     if peft_args.peft_method != "full" and training_args.do_train:
         check_base(model_args)
         check_base_name(model_args, peft_args, training_args, base_weights)
@@ -482,6 +492,7 @@ def main(model_args, data_args, peft_args, training_args):
     from trainer_regression import (
         begin_run,
         build_trainer,
+        check_evaluated,
         evaluate_regression,
         order_labels,
         select_parts,
@@ -508,6 +519,7 @@ def main(model_args, data_args, peft_args, training_args):
         with torch.device("meta"):  # what does not fit is named before the data are read
             find_targets(MolformerForRegression(config), peft_args)
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
+    check_evaluated(training_args, digest)
     parts = select_parts(order_labels(molecules, config, training_args), data_args)
 
     # Model and trainer

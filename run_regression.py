@@ -185,6 +185,7 @@ def main(model_args, data_args, regression_args, training_args):
     from trainer_regression import (
         begin_run,
         build_trainer,
+        check_evaluated,
         evaluate_regression,
         held_out_name,
         order_labels,
@@ -204,6 +205,7 @@ def main(model_args, data_args, regression_args, training_args):
     tokenizer, config = load_tokenizer(plan[0][0]), load_config(plan[0][0])
     settle_smiles_form(config, data_args)
     molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
+    check_evaluated(training_args, digest)
     molecules = order_labels(molecules, config, training_args)
     parts = select_parts(molecules, data_args)
     held_out, names = held_out_name(parts, data_args), label_names(molecules)

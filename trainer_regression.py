@@ -34,19 +34,30 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from arguments import (
+    ARGUMENTS_FILE,
     SETTINGS_KEY,
     TRAINING_SETTINGS,
     InputError,
+    ModelArguments,
     begin_writing,
     end_writing,
     is_finished,
     is_out_of_space,
     last_complete_checkpoint,
     make_folder,
+    of_training,
     remove_checkpoints,
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
-from utils_checkpoints import PARTIAL_FILE, hub_options, load_model, portable_path, weights_digest
+from utils_checkpoints import (
+    PARTIAL_FILE,
+    find_base,
+    hub_options,
+    load_model,
+    path_of_base,
+    portable_path,
+    weights_digest,
+)
 from utils_molecules import (
     LABEL_PREFIX,
     MOST_FOR_RIDGE,
@@ -250,7 +261,18 @@ class MolformerTrainer(Trainer):
         """
         wanted, known = (self.args.metric_for_best_model or "loss").removeprefix("eval_"), ["loss", *metrics]
         if wanted not in known:
-            raise InputError(f"--metric_for_best_model {wanted} is unknown. Choose one of {', '.join(known)}.")
+            raise InputError(
+                f"No evaluation here gives --metric_for_best_model {wanted}. Choose one of {', '.join(known)}."
+            )
+
+    def _get_dataloader(self, dataset, *args, is_training=False, **kwargs):
+        # The library would drop the last molecules of an evaluation and of predictions too.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _save_checkpoint(self, model, trial):
         self._check_loss(self.stopwatch.loss_sum)  # what is broken must not take the place of what is not
@@ -432,8 +454,10 @@ class RegressionTrainer(MolformerTrainer):
         kwargs.setdefault("compute_metrics", lambda output: label_metrics(output.predictions, output.label_ids, names))
         kwargs.setdefault("data_collator", DataCollatorWithPadding(kwargs["processing_class"]))
         super().__init__(*args, **kwargs)
-        numbers = np.indices((2, self.model.config.num_labels))[0].astype(float)  # two molecules that differ
-        self.check_best_metric(self.compute_metrics(EvalPrediction(numbers, numbers)))
+        labels = [0.0, 1.0] if self.eval_dataset is None else self.eval_dataset["labels"][:]
+        labels = np.asarray(labels, dtype=float).reshape(len(labels), -1)
+        numbers = np.broadcast_to(np.arange(len(labels))[:, None], labels.shape)  # predictions that differ
+        self.check_best_metric(self.compute_metrics(EvalPrediction(numbers, labels)))
 
     def _get_num_items_in_batch(self, batch_samples, device):
         # The parent leaves out labels of -100, which is a legal value of a regression label; a missing one is NaN.
@@ -588,7 +612,7 @@ def prepare_head(model, train, digest, data_args, training_args):
         if not len(labels):
             raise InputError(f"There are no training labels{which}. Leave them out.")
         mean, std = float(np.mean(labels)), float(np.std(labels))
-        if not std > 1e-9 * max(1.0, abs(mean)):
+        if not std > 1e-9 * abs(mean):
             raise InputError(
                 f"All {len(labels)} training labels{which} are {mean:g}. A regression needs labels that differ."
             )
@@ -818,10 +842,40 @@ def summarize_predictions(members):
 
 
 def begin_run(training_args, checkpoint, source, dropped, **options):
-    """Prepares the output folder as `begin_writing` does, and lists there the molecules that were dropped."""
+    """Prepares the output folder as `begin_writing` does, and lists there the molecules that were dropped.
+
+    Raises:
+        InputError: as `begin_writing` does; if the base of the adapter `source` would be replaced.
+    """
+    replaces = options.get("replace", checkpoint is None and training_args.do_train)
+    if replaces and source is not None and Path(source).exists():
+        folder = Path(training_args.output_dir).resolve()
+        base = path_of_base((find_base(source, ModelArguments()) or {}).get("base"))
+        if base is not None and folder in (Path(base).resolve(), *Path(base).resolve().parents):
+            raise InputError(
+                f"--output_dir {training_args.output_dir} would replace {base}, the base of {source}. Give another "
+                "--output_dir."
+            )
     begin_writing(training_args, checkpoint, source, **options)
     if len(dropped) and training_args.should_save:
         write_csv(dropped, Path(training_args.output_dir) / "dropped_molecules.csv")
+
+
+def check_evaluated(training_args, digest):
+    """Refuses to evaluate other molecules in a training's folder, whose split, predictions and card would be lost.
+
+    Args:
+        digest (`str`): hash of the split that is evaluated; `None` for a corpus, which has none.
+    """
+    folder = Path(training_args.output_dir)
+    path = folder / ARGUMENTS_FILE
+    if training_args.do_train or not path.exists() or not of_training(path):
+        return
+    if read_json(folder / "splits.json").get("hash") not in (None, digest):
+        raise InputError(
+            f"The output folder {folder} holds a training of another split, whose splits.json and predictions this "
+            "evaluation would replace. Give another --output_dir."
+        )
 
 
 def write_splits(output_dir, parts, digest, data_args):

@@ -356,6 +356,8 @@ def find_measured(columns, data_args, config, source):
     """
     names = config.label_names or []
     known = names or ([config.label_column] if config.label_column else [])
+    if not known:  # a column that was found by itself has given the label its name
+        known = [name for name in config.id2label.values() if name in columns]
     if data_args.label_column or not known:
         wanted = find_labels(columns, data_args.label_column, "--label_column", source)
     else:
@@ -410,6 +412,11 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
         place = Path(exported).absolute().parent
         if not place.is_dir() and place != Path(training_args.output_dir).absolute():  # which is made below
             raise InputError(f"--export_embeddings {exported} cannot be written: there is no folder {place}.")
+        if Path(exported).exists() and not data_args.overwrite_output_dir:
+            raise InputError(
+                f"--export_embeddings {exported} is there already. Give another name, or replace it with "
+                "--overwrite_output_dir."
+            )
     if path is not None:
         begin_writing(training_args, None)
     predictor = Predictor(models, tokenizer, training_args)

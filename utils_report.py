@@ -104,6 +104,17 @@ def metrics_table(rows):
     return "\n".join(lines)
 
 
+def name_in_plot(name):
+    """Returns a label's name for a plot, where what stands between two $ is read as a formula, if it is one."""
+    from matplotlib.mathtext import MathTextParser
+
+    try:
+        MathTextParser("agg").parse(name)
+    except ValueError:
+        return name.replace("$", r"\$")
+    return name
+
+
 def plot_parity(panels, path):
     """Draws predicted against measured values of the test set, with the line of perfect prediction.
 
@@ -119,7 +130,7 @@ def plot_parity(panels, path):
         margin = 0.05 * (high - low or 1)
         axes.plot([low - margin, high + margin], [low - margin, high + margin], color="0.6", linewidth=1, zorder=1)
         axes.scatter(labels, predictions, s=10, alpha=0.5, linewidths=0, zorder=2)
-        axes.set(xlabel=f"measured {name}", ylabel=f"predicted {name}", aspect="equal")
+        axes.set(xlabel=f"measured {name_in_plot(name)}", ylabel=f"predicted {name_in_plot(name)}", aspect="equal")
         metrics = regression_metrics(predictions, labels)
         r2 = f", R² {metrics['r2']:.3f}" if "r2" in metrics else ""
         axes.set_title(
@@ -141,6 +152,7 @@ def plot_residuals(panels, path):
     figure = Figure(figsize=(9, 4 * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
     for row, (label, molecules) in zip(grid, panels.items(), strict=True):
+        label = name_in_plot(label)
         errors = (molecules["prediction"] - molecules["label"]).to_numpy()
         read = [parse_smiles(text) for text in molecules["text"]]  # RDKit cannot read every SMILES that it wrote
         sizes = np.array([np.nan if molecule is None else molecule.GetNumHeavyAtoms() for molecule in read])
@@ -600,7 +612,7 @@ def no_test(parts):
     """Returns what a run without a test set tells, and what it does not."""
     text = "No molecules were held out as a test set: "
     if "validation" in parts:
-        return f"{text}the only estimate is the validation error, which is optimistic, since it chose the epoch."
+        return f"{text}the only estimate is the validation error, which is optimistic if it chose the epoch."
     return f"{text}this run does not tell how well the model predicts others."
 
 
@@ -741,6 +753,7 @@ def push_run(training_args, kind, folders, replaced=None):
     name, root = repository_name(training_args), folders[-1][1]
     contents = contents_to_push(Run(root, kind, name, folders[0][1]), folders, replaced)
     api = HfApi(token=training_args.hub_token)
+    as_wanted = not training_args.hub_private_repo  # whether nobody else can read it, if nobody else is to
     try:
         repository = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True)
         # of a repository that is there already, the Hub leaves it as it is
@@ -750,6 +763,7 @@ def push_run(training_args, kind, folders, replaced=None):
                 "Nothing was sent. Make it private on the Hub, or give another --hub_model_id; then run the same "
                 "command with --resume_from_checkpoint true, which trains nothing again."
             )
+        as_wanted = True
         run = Run(root, kind, repository.repo_id, folders[0][1])  # now with its full name
         contents[CARD_FILE] = str(model_card(run)).encode()
         revision = training_args.hub_revision
@@ -777,10 +791,13 @@ def push_run(training_args, kind, folders, replaced=None):
             command += ["--delete", pattern]
         command += ["--private"] if training_args.hub_private_repo else []
         command += ["--revision", training_args.hub_revision] if training_args.hub_revision else []
+        again = shlex.join(command)
+        if not as_wanted:  # that one ignores --private where there is a public repository
+            again = "the same command and --resume_from_checkpoint true, which trains nothing again"
         login = "" if get_token() else " (log in with `hf auth login` first)"
         raise InputError(
             f"The push to {name} failed: {type(error).__name__}: {reason}The run in "
-            f"{training_args.output_dir} is whole. Push it again with: {shlex.join(command)}{login}"
+            f"{training_args.output_dir} is whole. Push it again with: {again}{login}"
         ) from error
     logger.info("Pushed %d files to %s", len(contents), commit.repo_url)
     return str(commit.repo_url)

@@ -632,6 +632,13 @@ def test_the_folder_of_a_run_is_no_checkpoint_and_the_one_in_it_is_named(tmp_pat
         find_checkpoint(*arguments_for(tmp_path / "new", resume_from_checkpoint=tmp_path))
 
 
+def test_a_checkpoint_of_another_run_is_not_gone_on_with_in_this_folder(tmp_path):
+    """Its settings would not be compared, and what lies in the folder would be replaced."""
+    other = checkpoint(tmp_path / "other", 10)
+    with pytest.raises(InputError, match=f"{other} is of a run in {tmp_path / 'other'}. Pass that as --output_dir"):
+        find_checkpoint(*arguments_for(tmp_path / "run", resume_from_checkpoint=other))
+
+
 def test_resume_in_an_argument_file_may_be_a_truth_value(tmp_path):
     newest = checkpoint(tmp_path / "run", 3)
     file = tmp_path / "run.json"
@@ -806,6 +813,7 @@ OVERWRITE, PREDICT = "--overwrite_output_dir", "--do_predict"
         (["arguments.json"], [], f"Replace the run in it with {OVERWRITE}"),
         (["notes.txt"], [], f"Write beside what is in it with {OVERWRITE}"),
         (["config.json"], [PREDICT], f"Write beside what is in it with {OVERWRITE}"),
+        (["arguments.json", "predictions.csv"], [PREDICT], f"Replace predictions.csv in it with {OVERWRITE}"),
         (["notes.txt", "README.md", "test.csv"], [OVERWRITE], None),
         (["test.csv", "model.safetensors"], [PREDICT, OVERWRITE], None),
         (["arguments.json"], [OVERWRITE], None),

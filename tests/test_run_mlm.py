@@ -72,7 +72,7 @@ def test_unknown_metric_for_the_best_model_is_refused_before_an_older_run_is_rep
     flags += ("--max_steps", 1, "--disable_tqdm", "true", "--output_dir", tmp_path / "x")
     run_mlm.main(*parse(*flags))
     measured = {name.removeprefix("eval_") for name in results(tmp_path / "x") if name.startswith("eval_")}
-    with pytest.raises(InputError, match="accuracy is unknown. Choose one of loss, ") as error:
+    with pytest.raises(InputError, match="gives --metric_for_best_model accuracy. Choose one of loss, ") as error:
         run_mlm.main(*parse(*flags, "--metric_for_best_model", "accuracy", "--overwrite_output_dir"))
     assert {*re.search("one of (.*)[.]", str(error.value))[1].split(", ")} == measured - {"samples"}
     assert (tmp_path / "x" / "model.safetensors").exists()

@@ -679,10 +679,36 @@ def test_an_adapter_is_merged_without_data(finished_run, small_table, tmp_path):
     call_main("--model_name_or_path", tmp_path / "bare", "--merge_adapter", "--output_dir", tmp_path / "unknown")
     card = (tmp_path / "unknown" / "README.md").read_text()
     assert "Data: not known" in card and "MoleculeNet" not in card and "logD7.4" not in card
+    # the arguments are those of the merging: how the adapter was made is not known
+    values = json.loads((tmp_path / "unknown" / "arguments.json").read_text())
+    assert values["model_name_or_path"] == str(tmp_path / "bare") and values["merge_adapter"]
     with pytest.raises(InputError, match="is the adapter itself. Give another folder"):
         call_main(*merge, "--output_dir", finished_run)
     with pytest.raises(InputError, match="cannot be the base of another one. Merge it first"):
         call_main(*merge, "--do_train", "--output_dir", tmp_path / "trained")
+
+
+def test_merging_replaces_nothing_but_what_was_merged_before(finished_run, tiny_checkpoint, small_table, tmp_path):
+    """No other run where a merged model is to be pushed later, no folder of the user's, and not the base."""
+    other, base, merge = tmp_path / "other", tmp_path / "base", ("--merge_adapter", "--model_name_or_path")
+    shutil.copytree(finished_run, other)
+    resume = ("--output_dir", other, "--resume_from_checkpoint")
+    for value in ("true", finished_run / "checkpoint-1"):
+        with pytest.raises(InputError, match="holds no merged adapter, and there is no training to resume"):
+            call_main(*merge, finished_run, *resume, value)
+    assert load_file(other / "adapter_model.safetensors").keys()
+    (tmp_path / "out" / "merged").mkdir(parents=True)
+    (tmp_path / "out" / "merged" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="merged is not of these scripts and would be replaced"):
+        call_main(*given(finished_run, small_table), "--do_eval", "--merge_adapter", "--output_dir", tmp_path / "out",
+                  "--overwrite_output_dir")  # fmt: skip
+    shutil.copytree(tiny_checkpoint, base)
+    (base / "arguments.json").write_text("{}")  # as of a run, which could be replaced
+    flags = (*given(base, small_table), *QUICK, "--max_steps", 1, "--peft_method", "bitfit")
+    call_main(*flags, "--output_dir", tmp_path / "adapter")
+    with pytest.raises(InputError, match="would replace .*base, the base of .*adapter"):
+        call_main(*merge, tmp_path / "adapter", "--output_dir", base, "--overwrite_output_dir")
+    assert (base / "model.safetensors").exists()
 
 
 def test_an_adapter_can_be_merged_and_trained_on(finished_run, small_table, tmp_path):

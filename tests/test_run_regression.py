@@ -331,6 +331,19 @@ def test_checkpoint_of_another_split_is_refused(finished_run, small_table, tmp_p
         call_main("--model_name_or_path", finished_run, "--do_predict", "--output_dir", tmp_path / "y")
 
 
+def test_other_molecules_are_not_evaluated_in_the_folder_of_a_training(finished_run, small_table, tmp_path):
+    """Its split and predictions would be gone, and its card untrue."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    flags = ("--model_name_or_path", folder, "--train_file", small_table, "--do_predict", "--output_dir", folder)
+    flags += ("--overwrite_output_dir", "--disable_tqdm", "true")
+    with pytest.raises(InputError, match="holds a training of another split"):
+        call_main(*flags, "--split_seed", 3, "--ignore_split_mismatch")
+    for name in ("splits.json", "predictions.csv", "README.md"):
+        assert (folder / name).read_text() == (finished_run / name).read_text()
+    call_main(*flags)
+
+
 def test_paper_protocol_has_no_validation_part_and_says_so(tiny_checkpoint, small_table, tmp_path, capsys):
     flags = (
         "--protocol",

@@ -231,8 +231,42 @@ def test_predictions_are_summarized_over_members_and_forms():
 def test_unknown_metric_for_the_best_model_is_refused_before_training(tiny_checkpoint, molecules, tmp_path):
     for name in ("mae", "eval_spearman", "loss"):
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model=name))
-    with pytest.raises(InputError, match="accuracy is unknown. Choose one of loss, mse, rmse"):
+    with pytest.raises(InputError, match="No evaluation here gives .* accuracy. Choose one of loss, mse, rmse"):
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model="accuracy"))
+
+
+def test_a_metric_that_the_held_out_molecules_do_not_give_is_refused(tiny_checkpoint, molecules, tmp_path):
+    """One molecule has no R², and none where all labels are the same."""
+    for held_out in (molecules.head(1), molecules.head(3).assign(label=2.0)):
+        with pytest.raises(InputError, match="No evaluation here gives --metric_for_best_model r2"):
+            make_trainer(tiny_checkpoint, held_out, arguments(tmp_path, metric_for_best_model="r2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("prediction_loss_only", True), ("label_names", ["y"]), ("eval_do_concat_batches", False),
+     ("batch_eval_metrics", True), ("remove_unused_columns", False)],
+)  # fmt: skip
+def test_settings_that_take_what_the_scripts_work_with_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"--{name} is not for these scripts"):
+        arguments(tmp_path, **{name: value})
+
+
+def test_no_molecule_is_left_out_of_evaluation_and_prediction(tiny_checkpoint, molecules, tmp_path):
+    """The flag is for the batches of the training."""
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=32)
+    trainer = make_trainer(tiny_checkpoint, molecules, args)
+    assert len(trainer.get_eval_dataloader()) == 2 and len(trainer.predict_molecules(molecules)) == 48
+    assert len(make_trainer(tiny_checkpoint, molecules.head(33), args).get_train_dataloader()) == 2
+
+
+def test_labels_in_small_units_are_labels(tiny_checkpoint, molecules, tmp_path):
+    """As of constants in mol/L."""
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint)
+    data_args = DataTrainingArguments(smiles_form="canonical")
+    small = molecules.assign(label=1e-10 * molecules["label"])
+    trainer_regression.prepare_head(model, small, "hash", data_args, arguments(tmp_path, do_train=True))
+    assert model.config.label_std == pytest.approx([1e-10 * molecules["label"].std(ddof=0)])
 
 
 @pytest.mark.parametrize(

@@ -798,6 +798,18 @@ def test_separate_files_are_the_parts(tokenizer, tmp_path):
     assert molecules.groupby("split")["row"].agg(list)["test"] == [0, 1]
 
 
+def test_separate_files_are_read_by_the_label_of_the_training_file(tokenizer, tmp_path, caplog):
+    """A column `exp` would be the first choice of a file by itself."""
+    train = str(write(tmp_path, "smiles,logD\n" + "".join(f"{s},{i}\n" for i, s in enumerate(alcohols(10))), "a.csv"))
+    test = str(write(tmp_path, "smiles,exp,logD\nCN,100,1\nCCN,200,2\n", "b.csv"))
+    molecules, _, _ = load(tokenizer, tmp_path, train_file=train, test_file=test)
+    assert molecules.loc[molecules["split"] == "test", "label"].tolist() == [1.0, 2.0]
+    other = str(write(tmp_path, "smiles,exp\nCN,1\nCCN,2\n", "c.csv"))
+    with caplog.at_level("INFO"):
+        load(tokenizer, tmp_path, train_file=train, test_file=other)
+    assert f"Labels of {train}: column logD" in caplog.text and f"Labels of {other}: column exp" in caplog.text
+
+
 def test_a_bad_molecule_of_a_separate_file_is_reported_with_that_file(tokenizer, tmp_path):
     train = write_molecules(tmp_path, "a.csv", ["C", "CC", "CCC"])
     test = write_molecules(tmp_path, "c.csv", ["CO", "C1CC"])

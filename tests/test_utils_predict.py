@@ -371,7 +371,24 @@ def test_embeddings_that_cannot_be_written_are_refused_at_the_start(tmp_path, fi
     with pytest.raises(InputError, match="--max_predict_samples shortens the parts of a split"):
         predict(tmp_path, *flags, "--max_predict_samples", "3")
     predict(tmp_path, *flags, "--export_embeddings", tmp_path / "out" / "states.parquet")  # in the folder that is made
-    assert (tmp_path / "out" / "states.parquet").exists()
+    states = (tmp_path / "out" / "states.parquet").read_bytes()
+    again = [*flags, "--export_embeddings", tmp_path / "out" / "states.parquet"]
+    with pytest.raises(InputError, match="states.parquet is there already"):
+        predict(tmp_path, *again, output="other")
+    assert (tmp_path / "out" / "states.parquet").read_bytes() == states and not (tmp_path / "other").exists()
+    predict(tmp_path, *again, "--overwrite_output_dir")
+
+
+def test_a_file_is_compared_by_the_column_that_the_label_has_its_name_from(tmp_path, tiny_checkpoint):
+    """In training it was found by itself; another column would be the first choice of the new file."""
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint, id2label={0: "logD"}, label2id={"logD": 0})
+    model.config.label_mean, model.config.label_std = [0.0], [1.0]
+    model.save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "new.csv").write_text("smiles,exp,logD\nCCO,100,2\nCCN,100,2\n")
+    predicted = predict(tmp_path, "--model_name_or_path", tmp_path / "model", "--test_file", tmp_path / "new.csv")
+    report = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert report["predict_mse"] == pytest.approx(((predicted["prediction"] - 2) ** 2).mean(), rel=1e-5)
 
 
 def test_the_arguments_in_the_folder_are_those_of_its_last_prediction(tmp_path, fine_tuned, table):

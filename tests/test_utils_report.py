@@ -31,6 +31,7 @@ from utils_report import (
     files_to_push,
     metrics_table,
     model_card,
+    name_in_plot,
     plot_losses,
     plot_parity,
     plot_residuals,
@@ -77,6 +78,15 @@ def test_the_parity_plot_shows_its_points(tmp_path, count):
     plot_parity({"logD7.4": some_molecules(count)}, tmp_path / "parity.png")
     assert colored(tmp_path / "parity.png") > 1e-5 * count
     assert [file.name for file in tmp_path.iterdir()] == ["parity.png"]
+
+
+@pytest.mark.parametrize("name", ["price ($/g_$)", r"$\log D_{7.4}$", "a $ sign"])
+@pytest.mark.parametrize("draw", [plot_parity, plot_residuals, draw_worst_molecules])
+def test_a_label_may_have_dollar_signs(tmp_path, draw, name):
+    """Two of them, for matplotlib, are around a formula, which the first of these is not."""
+    draw({name: some_molecules(5)}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    assert name_in_plot(name) == (name if "log" in name else name.replace("$", r"\$"))
 
 
 @pytest.mark.parametrize("draw", [plot_residuals, draw_worst_molecules])
@@ -467,6 +477,11 @@ def test_what_is_to_be_typed_after_a_failed_push_keeps_the_repository_private(co
     hub.failing = "/commit/"
     flags = ["--push_to_hub", "--hub_model_id", "a/b", "--hub_private_repo", "true", "--hub_revision", "next"]
     with pytest.raises(InputError, match=r"hf upload a/b \S+ \. --delete 'member-.* --private --revision next"):
+        connected(run_regression, *training, *flags)
+    # not yet known to be private: that command would send the files to a public repository that is there
+    hub.failing = "/repos/create"
+    flags += ["--resume_from_checkpoint", "true"]
+    with pytest.raises(InputError, match="Push it again with: the same command and --resume_from_checkpoint true"):
         connected(run_regression, *training, *flags)
 
 
