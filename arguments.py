@@ -673,12 +673,11 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
             inside = None if path is None else last_complete_checkpoint(path)
             advice = "Leave --resume_from_checkpoint out" if inside is None else f"Pass {inside}, or true"
             raise InputError(f"There is no complete checkpoint in {path or output_dir}. {advice}.")
-        if (
-            path.resolve().parent != output_dir.resolve()
-        ):  # whose settings are unknown, and the folder's files would go
+        place = path.resolve().parent
+        if place != output_dir.resolve():  # the settings would not be compared, and the folder's files would go
             raise InputError(
-                f"The checkpoint {path} is of a run in {path.resolve().parent}. Pass that as --output_dir to go on "
-                "with it, or leave --resume_from_checkpoint out."
+                f"The checkpoint {path} is of a run in {place}. Pass that as --output_dir to go on with it, or leave "
+                "--resume_from_checkpoint out."
             )
         logger.info("Resuming from %s", path)
         return str(path)

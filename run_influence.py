@@ -855,7 +855,8 @@ def merged_command(parts, start_args, data_args, training_args, leakage):
     for name in ("model_name_or_path", "config_name", "tokenizer_name", "model_revision"):
         value = getattr(start_args, name)
         command += [f"--{name}", shown_path(value)] if value not in (None, getattr(ModelArguments, name, None)) else []
-    if getattr(load_config(start_args), "split_hash", None) is not None:  # of the molecules without the selected ones
+    start_config = load_config(start_args)
+    if getattr(start_config, "split_hash", None) is not None:  # of the molecules without the selected ones
         command += ["--ignore_split_mismatch"]
     for name, value in start_args.config_overrides().items():
         if name == "head_descriptors":
@@ -863,7 +864,7 @@ def merged_command(parts, start_args, data_args, training_args, leakage):
         command += [f"--{name}", *(value if isinstance(value, list) else [str(value).lower()])]
     for part, name in files.items():
         command += [f"--{part}_file", str(output_dir / name)] if part in parts else []
-    usual = getattr(load_config(start_args), "smiles_form", None) or "canonical"
+    usual = getattr(start_config, "smiles_form", None) or "canonical"
     command += [] if data_args.smiles_form == usual else ["--smiles_form", data_args.smiles_form]
     command += ["--protocol", "paper"] if data_args.protocol == "paper" else []
     longer = data_args.max_length != DataTrainingArguments.max_length

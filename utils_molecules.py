@@ -573,18 +573,16 @@ def load_molecules(tokenizer, model_args, data_args, training_args):
         tables = {"train": read_hub_dataset(source, data_args.dataset_config_name, model_args.cache_dir, **columns)}
     else:
         tables = {"train": read_table(files["train"], **columns)}
-    if data_args.label_name is None:
-        found = tables["train"].attrs["label_columns"][0]
-        data_args.label_name = "the label" if found.lower() in ("label", "labels") else found
     found = tables["train"].attrs["label_columns"]
+    if data_args.label_name is None:
+        data_args.label_name = "the label" if found[0].lower() in ("label", "labels") else found[0]
     for name in ("validation", "test"):
         if files[name] is not None:  # by the same label, where a file has more columns that are called like one
             same = {"label_column": found} if set(found) <= set(read_header(files[name])[0]) else {}
             tables[name] = read_table(files[name], **(columns | same))
-    used = {name: ", ".join(table.attrs["label_columns"]) for name, table in tables.items()}
-    for name, text in used.items():
-        if name == "train" or text != used["train"]:
-            logger.info("Labels of %s: column %s", files[name], text)
+    for name, table in tables.items():
+        if name == "train" or table.attrs["label_columns"] != found:
+            logger.info("Labels of %s: column %s", files[name], ", ".join(table.attrs["label_columns"]))
     prepared = [prepare_molecules(table, tokenizer, data_args, files[name]) for name, table in tables.items()]
     molecules = pd.concat(
         [part.assign(split=name) for name, (part, _) in zip(tables, prepared, strict=True)], ignore_index=True
