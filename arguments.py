@@ -109,7 +109,8 @@ class ModelArguments:
         default=None,
         metadata={
             "choices": ["cls", "mean"],
-            "help": "What the head reads: the state of <bos> or the masked mean. Default: the checkpoint's, else cls.",
+            "help": "What the head reads: the state of <bos> or the masked mean. Default: the checkpoint's, else cls "
+            "(--regression_head molformer: mean).",
         },
     )
     regression_head: str | None = field(
@@ -174,7 +175,10 @@ class DataTrainingArguments:
     _argument_group_name = "molecules"
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub data set, such as scikit-fingerprints/MoleculeNet_Lipophilicity."}
+        default=None,
+        metadata={
+            "help": "Hub data set, such as scikit-fingerprints/MoleculeNet_Lipophilicity: its train split, split here."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_file: str | None = field(
@@ -347,9 +351,15 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None, metadata={"help": "Where everything is written. Default: outputs/ and the script's name."}
     )
     do_train: bool = field(default=False, metadata={"help": "Train. Without any --do_... flag all three are done."})
-    do_eval: bool = field(default=False, metadata={"help": "Evaluate what is held out for validation."})
+    do_eval: bool = field(
+        default=False, metadata={"help": "Evaluate what is held out for validation; of run_influence.py: score alone."}
+    )
     do_predict: bool = field(
-        default=False, metadata={"help": "Predict every part, the test molecules among them, or --test_file alone."}
+        default=False,
+        metadata={
+            "help": "Predict every part, the test molecules among them, or --test_file alone; of run_influence.py: "
+            "score alone."
+        },
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -359,6 +369,10 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Send the finished run to the Hub, once, at the end."})
     hub_strategy: str = field(default="every_save", metadata={"help": "No effect: the run is sent at its end."})
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={"help": "Whether the repository is private. One that is there already and public is then refused."},
+    )
     hub_always_push: bool = field(default=False, metadata={"help": "No effect: the run is sent at its end."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the encoder. Default: the script's, see the README."}
@@ -369,8 +383,9 @@ class TrainingArguments(transformers.TrainingArguments):
     layer_rate_decay: float | None = field(
         default=None,
         metadata={
-            "help": "Factor from each layer's learning rate to that of the layer below it, the embeddings last: 0.8 "
-            "changes what is general less than what is near the head. Default: one rate for all."
+            "help": "Factor from each layer's learning rate to that of the layer below it: from --learning_rate, "
+            "which the head has, to the topmost layer, and so on to the embeddings. 0.8 changes what is general "
+            "less than what is near the head. Default: one rate for all."
         },
     )
     num_train_epochs: float = field(default=7.0, metadata={"help": "Epochs."})

@@ -22,7 +22,7 @@ if [ "$MODEL" = $EMBEDDED ]; then DEFAULT_OUT=outputs/table1; else DEFAULT_OUT=o
 OUT=${OUT:-$DEFAULT_OUT}
 if [ "$MODEL" = $EMBEDDED ]; then RESULTS=${RESULTS:-results}; else RESULTS=${RESULTS:-$OUT}; fi
 # of the row from scratch: as the model it is compared with
-if [ "$MODEL" = $EMBEDDED ]; then SHAPE="configs/molformer-mini.json --pooling mean"; else SHAPE=$MODEL; fi
+if [ "$MODEL" = $EMBEDDED ]; then SHAPE=configs/molformer-mini.json POOLING="--pooling mean"; else SHAPE=$MODEL POOLING=; fi
 SEEDS=${SEEDS:-0 1 2 3 4}
 SPLITS=${SPLITS:-random scaffold}
 ROWS=${ROWS:-regression mlm_regression ensemble from_scratch descriptor_boosting${CHEMPROP:+ chemprop}}
@@ -55,7 +55,7 @@ cell() {
         fi
         run "$folder" run_regression.py --model_name_or_path "$start" --learning_rate $RATE $RECIPE --num_seeds 5 $where
         ;;
-    from_scratch) run "$folder" run_regression.py --config_name $SHAPE --learning_rate 3e-4 $where ;;
+    from_scratch) run "$folder" run_regression.py --config_name "$SHAPE" $POOLING --learning_rate 3e-4 $where ;;
     descriptor_boosting) run "$folder" studies/peers.py --peer $row --refit true $where ;;
     chemprop) run "$folder" studies/peers.py --peer $row --chemprop "$CHEMPROP" $where ;;
     *) echo "There is no row $row." && return 1 ;;

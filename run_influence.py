@@ -729,6 +729,11 @@ def check_replaced(output_dir):
 
 def main(model_args, data_args, influence_args, training_args):
     output_dir, seed = Path(training_args.output_dir), training_args.seed
+    if data_args.only_test_file and not training_args.do_train:
+        raise InputError(
+            "Scores are of the molecules of --external_file. New molecules are predicted by run_regression.py "
+            "--do_predict."
+        )
     if not training_args.do_train and not says_true(training_args.resume_from_checkpoint):
         check_replaced(output_dir)
     checkpoint = setup_run(training_args, data_args, in_pieces=True)

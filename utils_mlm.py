@@ -1,6 +1,6 @@
 """Corpora of SMILES, what run_mlm.py learns from them, and its metrics.
 
-    python -c "from utils_molecules import *; print(has_lines('molecules.smi.gz'))"
+    python -c "from utils_mlm import *; print(read_corpus('molecules.smi.gz'))"
 
 A corpus is read once into memory-mapped, cached data sets, in worker processes: token ids, descriptors of molecules,
 and numbers of atoms; a table with labels, which is small, at every run. The collator masks tokens and places the

@@ -1,4 +1,4 @@
-"""Molecules: reading and checking SMILES, splits that do not leak, metrics, baselines and plots.
+"""Molecules: reading and checking SMILES, splits that do not leak, metrics, baselines.
 
     python -c "from utils_molecules import *; print(canonicalize('OCC', 'canonical'))"
 
@@ -199,7 +199,11 @@ def read_hub_dataset(
     name, config_name=None, cache_dir=None, smiles_column=None, label_column=None, require_label=True
 ):
     """Reads the `train` split of a Hub data set in the form of `read_table`."""
-    table = load_hub_dataset(name, config_name, cache_dir).to_pandas()
+    dataset = load_hub_dataset(name, config_name, cache_dir)
+    others = [split for split in dataset.info.splits or () if split != "train"]
+    if others:
+        logger.warning("Of %s the split train alone is read, and split here; not read: %s.", name, ", ".join(others))
+    table = dataset.to_pandas()
     table = table.map(lambda value: "" if value is None else str(value))
     return _to_molecules(table, name, smiles_column, label_column, require_label)
 

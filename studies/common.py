@@ -54,6 +54,12 @@ def study_parser(description, folder, output):
     return parser
 
 
+def check_extra(args, parser):
+    """Ends a study whose --extra would make other runs take the place of its kept ones, and of the table of these."""
+    if args.extra and (args.output == parser.get_default("output") or args.folder == parser.get_default("folder")):
+        parser.error("--extra makes other runs: give them a --folder and an --output of their own.")
+
+
 FAILED = []  # commands of the cells that did, for the report
 
 

@@ -21,7 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from common import (
+    as_text,
+    check_extra,
+    interval,
+    place_of,
+    run_all,
+    run_script,
+    study_parser,
+    with_interval,
+    write_report,
+)
 from run_once import ROOT, checksums, is_done
 
 
@@ -120,7 +130,7 @@ def compare_with_exact(cell, args):
     row = {"rank_correlation": float(scores[0].corr(scores[1], "spearman")), "correlation": scores[0].corr(scores[1])}
     return row | {
         "residual": before.get("residual"), "residual_of_exact": exact["influence"]["residual"],
-        "seconds": again["seconds"], "peak_memory_bytes": again["peak_memory_bytes"],
+        "seconds_of_lissa": again["seconds"], "peak_memory_bytes_of_lissa": again["peak_memory_bytes"],
         "command": exact_key(cell, args),
     }  # fmt: skip
 
@@ -131,6 +141,12 @@ def groups(rows):
     return sorted(found, key=lambda group: (group[0] == "external", group[0].zfill(6), group[1]))
 
 
+def share_of_test(values):
+    """Returns the share of the test molecules of those that a run learned, chose its epoch on, or was tested on."""
+    sizes = [values[f"{part}_samples"] for part in ("train", "validation", "test")]
+    return sizes[-1] / sum(sizes)
+
+
 def summarize(runs):
     """Returns rows of the table: pool, split, name, values by seed, mean, interval, mean validation error, paired
     differences to top-k by influence and by group influence."""
@@ -138,6 +154,7 @@ def summarize(runs):
     for pool, split in groups(runs):
         here = [r for r in runs if (r["pool"], r["split"]) == (pool, split)]
         errors, added = {name: {} for name in NAMES}, {name: [] for name in NAMES}
+        shares = {name: [] for name in NAMES}
         for result in here:
             for name, values in result["results"].items():
                 if result["leakage"]:
@@ -146,10 +163,12 @@ def summarize(runs):
                     name = "leakage"
                 errors[name][result["seed"]] = values["test_mse"]
                 added[name].append({key: values[key] for key in MEANS if key in values})
+                shares[name].append(share_of_test(values))
+        shares = {name: max(found) for name, found in shares.items() if found}
         for name, by_seed in errors.items():
             if not by_seed:
                 continue
-            mean, half = interval(list(by_seed.values()))
+            mean, half = interval(list(by_seed.values()), shares[name])
             row = {"pool": pool, "split": split, "name": name, "test_mse": by_seed, "mean": mean, "half_width": half}
             for key in MEANS:
                 found = [values[key] for values in added[name] if key in values]
@@ -157,7 +176,8 @@ def summarize(runs):
             for first in ("selected", "group_influence"):
                 common = sorted(by_seed.keys() & errors[first].keys())
                 if name != first and common:
-                    row[f"{first}_minus_this"] = interval([errors[first][s] - by_seed[s] for s in common])
+                    pairs = [errors[first][s] - by_seed[s] for s in common]
+                    row[f"{first}_minus_this"] = interval(pairs, max(shares[first], shares[name]))
             rows.append(row)
     return rows
 
@@ -169,9 +189,11 @@ def detection_rows(runs):
         here = [r for r in runs if (r["pool"], r["split"]) == (pool, split) and not r["leakage"]]
         for score in SCORES:
             key = f"auc_{score}"  # there is none where no label is wrong
-            values = {r["seed"]: r["influence"][key] for r in here if key in r["influence"]}
-            if values:
-                mean, half = interval(list(values.values()))
+            found = [r for r in here if key in r["influence"]]
+            values = {r["seed"]: r["influence"][key] for r in found}
+            if values:  # what is tested is the pool here
+                sizes = [(r["influence"]["molecules"], r["influence"]["training_molecules"]) for r in found]
+                mean, half = interval(list(values.values()), max(size / (size + learned) for size, learned in sizes))
                 row = {"pool": pool, "split": split, "score": score, "auc": values, "mean": mean, "half_width": half}
                 rows.append(row)
     return rows
@@ -246,6 +268,7 @@ def main():
     parser.add_argument("--finished", action="store_true", help="train nothing; the tables of what is finished")
     parser.add_argument("--extra", default="", help="further flags of run_influence.py, as one text")
     args = parser.parse_args()
+    check_extra(args, parser)
     pools = [*args.pools, *(["external"] if args.external_file else [])]
     cells = [
         (pool, split, seed, False)

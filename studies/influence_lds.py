@@ -1,17 +1,19 @@
-"""Do influence scores foretell what training on a part of the molecules does? The linear datamodeling score.
+"""Do influence scores foretell what training on a part of the molecules does? A linear datamodeling score.
 
     python studies/influence_lds.py                    # about an hour a seed
 
 Trains the last layer and the head of the embedded checkpoint (the states below are fixed, so they are computed once)
 on random halves of the training molecules, and correlates their validation and test losses with the sums of the scores
-of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186). The scores are of
-run_influence.py for the model that was trained on all: by LiSSA, by conjugate gradients and without the inverse
-curvature; once with all of these parameters, and once with those of the head alone. Beside them stands the loss of the
-model that is linear in its parameters, as group influence has it, after a refit to the half. Every half is trained
-twice: how well the trainings agree gives the most that any score could reach with losses of so much noise. Writes
-results/influence_lds.json and .md: rank correlations, means over the seeds, with bootstrap intervals over the halves
-(of these seeds: other seeds are not in them), and the largest residual of the solutions. Seeds that stand there are
-not repeated, nor halves of a seed that was interrupted; two processes may compute different seeds.
+of the molecules that each half has (Park et al., TRAK, 2023, https://arxiv.org/abs/2303.14186; theirs is the mean of
+one correlation for each molecule that is tested, this one is that of the mean loss, which is what run_influence.py
+foretells, and the two cannot be compared). The scores are of run_influence.py for the model that was trained on all:
+by LiSSA, by conjugate gradients and without the inverse curvature; once with all of these parameters, and once with
+those of the head alone. Beside them stands the loss of the model that is linear in its parameters, as group influence
+has it, after a refit to the half. Every half is trained twice: how well the trainings agree gives the most that any
+score could reach with losses of so much noise. Writes results/influence_lds.json and .md: rank correlations, means
+over the seeds, with bootstrap intervals over the halves (of these seeds: other seeds are not in them), and the largest
+residual of the solutions. Seeds that stand there are not repeated, nor halves of a seed that was interrupted; two
+processes may compute different seeds.
 """
 
 import argparse

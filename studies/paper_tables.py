@@ -53,15 +53,15 @@ def collect(folder):
     for name, cells in folders.items():
         notes = {seed: note_lines(path) for seed, path in cells.items()}
         before = STARTS.get(name)  # the run that it starts from
-        recipes = {seed: recipe_of(lines, seed, folders, before) for seed, lines in notes.items()}
+        starts = {seed: note_lines(folder / f"{before}-{seed}") if before else [] for seed in cells}
+        recipes = {seed: recipe_of(lines, seed, folders, starts[seed]) for seed, lines in notes.items()}
         newest = recipes[max(cells, key=lambda seed: age_of(cells[seed]))]
         same = [seed for seed in sorted(cells) if recipes[seed] == newest]
         if len(same) < len(cells):
             others = ", ".join(cells[seed].name for seed in sorted(cells) if seed not in same)
             print(f"Left out, since made by another command or from other weights than the newest: {others}")
         seeds = {seed: json.loads((cells[seed] / "all_results.json").read_text()) for seed in same}
-        start = note_lines(folder / f"{before}-{same[0]}")[:1] if before else []
-        runs[name] = {"seeds": seeds, "command": " && ".join([*start, *notes[same[0]][:1]])}
+        runs[name] = {"seeds": seeds, "command": " && ".join([*starts[same[0]][:1], *notes[same[0]][:1]])}
     return runs
 
 
@@ -79,11 +79,13 @@ def note_lines(folder):
 def recipe_of(lines, seed, names, start):
     """Returns what runs of one row have in common, whatever their seed.
 
-    Checksums count where the run starts from no other run (`start`), whose files differ from seed to seed.
+    Args:
+        start (`list[str]`): the lines of the run that this one starts from, which count in place of its own
+            checksums: that run's files differ from seed to seed. Empty where there is none.
     """
     runs = "|".join(map(re.escape, names))
-    command = re.sub(rf"(--seed |\b(?:{runs})-){seed}\b", r"\1", lines[0])
-    return [command, *([] if start else lines[1:])]
+    commands = [re.sub(rf"(--seed |\b(?:{runs})-){seed}\b", r"\1", line) for line in (lines[0], *start[:1])]
+    return [*commands, *(start or lines)[1:]]
 
 
 def rows_of(runs):

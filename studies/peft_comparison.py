@@ -28,7 +28,18 @@ import shlex
 import sys
 
 import numpy as np
-from common import ROOT, as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from common import (
+    ROOT,
+    as_text,
+    check_extra,
+    interval,
+    place_of,
+    run_all,
+    run_script,
+    study_parser,
+    with_interval,
+    write_report,
+)
 from kept_runs import RUNS, read_records
 from run_once import is_done
 
@@ -149,9 +160,10 @@ def tune(args):
         ]
         runs.extend(run_cells(cells, args))
 
-    def write():
+    def write(is_whole=False):
         values = {"tuned": before["tuned"] | tuned, "runs": before["runs"] + runs}
-        place = place_of(path, values, number_of_runs, args.folder)
+        # a whole one is what the comparison is to read, with however few runs: the grids grow as the errors fall
+        place = path if is_whole else place_of(path, values, number_of_runs, args.folder)
         write_report(place, values, args.jobs)
         place.with_suffix(".md").write_text(tuning_to_markdown(values["tuned"]))
         return values
@@ -176,7 +188,8 @@ def tune(args):
         tuned.pop(method)
         if found := best_rate(method, tried[method], runs, TUNING_SEEDS):
             tuned[method] = found
-    values = write()
+    judged = [method for method, found in tuned.items() if found["seeds"] == list(TUNING_SEEDS)]
+    values = write(is_whole=set(judged) == set(args.methods))
     print(json.dumps(values["tuned"], indent=2))
     for method in args.methods:
         if method not in tuned:
@@ -421,6 +434,7 @@ def main():
     parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
     parser.add_argument("--extra", default="", help="further flags of run_peft.py, as one text")
     args = parser.parse_args()
+    check_extra(args, parser)
     if args.tune:
         return tune(args)
     if args.tune_more:
@@ -435,7 +449,8 @@ def main():
     is_whole = all(is_wanted(cell, args) for cell in cells if cell[3] in METHODS)  # the winner is chosen by these
     runs = run_cells(cells, args) + replaced_runs(rates, args)
     winner = winner_of(runs, SEEDS) if is_whole else None
-    report(winner, runs, args)  # whatever becomes of the rest
+    if winner is None or not args.finished:
+        report(winner, runs, args)  # whatever becomes of the rest
     if winner is None:
         return print("No winner yet: that takes a comparison of all methods.")
     report(winner, runs + run_cells(cells_of(("full", winner), "scaffold"), args), args)

@@ -136,7 +136,7 @@ def main():
     if not rows:
         raise SystemExit("No trial finished. The logs stand beside the folders.")
     output = place_of(args.output, {"rows": rows}, number_of_runs, args.folder)
-    # the second goes beside objectives that mask every molecule, as it does
+    # the second masks every molecule, as `mlm` and `mlm+mtr` do (those without `mlm` mask none)
     differences = {f"minus_{name}": minus(rows, name) for name in ("reference", "mlm+mtr+atoms")}
     write_report(output, {"rows": rows, **differences}, args.jobs)
     output.with_suffix(".md").write_text(to_markdown(rows))

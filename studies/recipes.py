@@ -6,16 +6,26 @@
 
 Every recipe trains run_regression.py on the same splits and seeds, with 20 % of the training side held out, which
 judges the model of the last epoch; the test set is not read (of each seed's own split: a third of it are validation
-molecules of other seeds). With --recipes or --seeds the others are what is finished of them.
-Writes results/recipes.json (.md): flags, validation MSE of every seed, and the paired difference to the reference with
-its 95 % interval. A run whose predictions are means over random SMILES is two rows: the other one is of the same
-model's predictions from the molecules' own SMILES.
+molecules of other seeds). Of an adaptation by run_mlm.py the same molecules, not their labels, choose the epoch. With
+--recipes or --seeds the others are what is finished of them. Writes results/recipes.json (.md): flags, validation MSE
+of every seed, and the paired difference to the reference with its 95 % interval. A run whose predictions are means
+over random SMILES is two rows: the other one is of the same model's predictions from the molecules' own SMILES.
 """
 
 import shlex
 import statistics
 
-from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from common import (
+    as_text,
+    check_extra,
+    interval,
+    place_of,
+    run_all,
+    run_script,
+    study_parser,
+    with_interval,
+    write_report,
+)
 from run_once import is_done
 
 
@@ -171,12 +181,14 @@ def main():
     parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
     parser.add_argument("--extra", default="", help="further flags of run_regression.py for all, as one text")
     args = parser.parse_args()
+    check_extra(args, parser)
     asked = [] if args.finished else [(name, seed) for seed in args.seeds for name in {"reference", *args.recipes}]
 
     def is_wanted(cell):
         return cell in asked or all(is_done(folder, command) for command, folder in trainings_of(cell, args))
 
-    cells = [(name, seed) for seed in sorted({*SEEDS, *args.seeds}) for name in RECIPES]
+    kept = {int(path.stem.rsplit("-", 1)[-1]) for path in args.folder.glob("*-[0-9].command")}
+    cells = [(name, seed) for seed in sorted({*SEEDS, *args.seeds, *kept}) for name in RECIPES]
     rows = summarize(run_all(lambda cell, threads: run(cell, args, threads), filter(is_wanted, cells), args.jobs))
     if not rows:
         raise SystemExit(f"There is no finished run in {args.folder}.")

@@ -723,6 +723,11 @@ def test_a_model_without_head_is_refused_where_nothing_is_trained(flags, tmp_pat
         call_main(*flags, "--do_predict", "--output_dir", tmp_path / "out")
 
 
+def test_new_molecules_alone_are_sent_to_the_script_that_predicts(small_table, tmp_path):
+    with pytest.raises(InputError, match="are predicted by run_regression.py --do_predict"):
+        call_main("--do_predict", "--test_file", small_table, "--output_dir", tmp_path / "out")
+
+
 def test_the_test_set_as_target_is_called_leakage(scoring, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         call_main(*scoring, "--score_split", "test", "--ihvp", "identity", "--output_dir", tmp_path / "out")

@@ -292,6 +292,12 @@ def test_the_chain_of_table_1_takes_other_models_and_starts(tmp_path):
         f"{out}/regression-scaffold-3 run_regression.py --model_name_or_path {model} --learning_rate 3e-5 {where}",
         f"{out}/from_scratch-scaffold-3 run_regression.py --config_name {model} --learning_rate 3e-4 {where}",
     ]
+    (tmp_path / "my model").mkdir()
+    stand_in = tmp_path / "stand_in.sh"
+    stand_in.write_text('#!/bin/sh\nprintf "<%s>" "$@"; echo\n')
+    stand_in.chmod(0o755)
+    (line,) = chain_of_table_1(tmp_path, "my model", PYTHON=str(stand_in), ROWS="from_scratch", SPLITS="random")
+    assert f"<--config_name><{tmp_path / 'my model'}><--learning_rate>" in line
     (tmp_path / "mine").mkdir()
     first, second = chain_of_table_1(tmp_path, "mine", ROWS="ensemble", SPLITS="random", ADAPT="mtr")
     start = f"--model_name_or_path {tmp_path / 'mine'} --objective mtr"
@@ -423,6 +429,11 @@ def test_a_row_of_the_papers_tables_is_of_one_command(tmp_path, capsys):
     assert list(found["regression"]["seeds"]) == [0, 1] and "regression-2" in capsys.readouterr().out
     assert list(found["mlm_regression"]["seeds"]) == list(found["selected"]["seeds"]) == [0, 1, 2]
     assert found["mlm_regression"]["command"].startswith("python mlm.py --seed 0 --output_dir mlm-0 && python x.py")
+    with (tmp_path / "mlm-1.command").open("a") as file:
+        file.write("# model.safetensors: of other weights\n")
+    os.utime(tmp_path / "mlm_regression-1.command", (99, 99))
+    found = paper_tables.collect(tmp_path)  # whose second step is of other weights in any case
+    assert list(found["mlm_regression"]["seeds"]) == [0, 2] and "mlm_regression-1" in capsys.readouterr().out
 
 
 COUNTING = """
@@ -582,10 +593,12 @@ def test_the_quick_form_of_the_paper_ends_in_its_tables(tmp_path):
 def influence_run(seed, errors, split="random", pool="300", leakage=False):
     aucs = {"auc_influence": 0.8, "auc_gradient_dot": 0.6, "auc_loss": 0.9, "auc_random": 0.45}
     wrong = {} if pool == "external" else {"added_wrong": 40 + seed}
+    sizes = {"train_samples": 3024, "validation_samples": 336, "test_samples": 840}
     results = {
-        name: {"test_mse": error, "validation_mse": error / 2, "added": 150, **wrong} for name, error in errors.items()
+        name: {"test_mse": error, "validation_mse": error / 2, "added": 150, **sizes, **wrong}
+        for name, error in errors.items()
     }
-    report = {"residual": 0.1 + seed / 100, "converged": seed < 3}
+    report = {"residual": 0.1 + seed / 100, "converged": seed < 3, "molecules": 300, "training_molecules": 2724}
     return {
         "pool": pool, "split": split, "seed": seed, "leakage": leakage,
         "results": results, "influence": report | ({} if pool == "external" else aucs),
@@ -629,6 +642,22 @@ def test_the_influence_study_pairs_by_seed_and_keeps_the_leak_apart(tmp_path):
     }
     influence.plot(list(rows.values()), tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_intervals_of_the_influence_study_allow_for_what_its_splits_share():
+    """Reference: intervals worked by hand (Student's t of two values: 12.706; half the squared difference)."""
+    runs = [influence_run(seed, {"selected": 0.4, "none": 0.5 + seed / 50}, pool="1400") for seed in (0, 1)]
+    for run in runs:  # a model that learned fewer molecules than are tested: 504, and 336 to choose the epoch
+        run["results"]["none"]["train_samples"] = 504
+        run["influence"]["auc_loss"] += run["seed"] / 50
+        run["influence"] |= {"molecules": 1400, "training_molecules": 700}
+    rows = {row["name"]: row for row in influence.summarize(runs)}
+    expected = 12.706 * math.sqrt(0.0002 * (1 / 2 + 840 / 840))
+    assert rows["none"]["half_width"] == pytest.approx(expected, rel=1e-3)
+    assert rows["none"]["selected_minus_this"] == pytest.approx((-0.11, expected), rel=1e-3)
+    areas = {row["score"]: row for row in influence.detection_rows(runs)}
+    expected = 12.706 * math.sqrt(0.0002 * (1 / 2 + 1400 / 700))
+    assert areas["loss"]["half_width"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_upper_part_answers_as_the_whole_model(tiny_checkpoint):
@@ -1014,6 +1043,25 @@ def test_tuning_ends_where_a_rate_diverges_and_keeps_what_was_tuned_before(monke
     assert lines[2].startswith("| ia3 |") and "0.02: 2000.000" in lines[3]
 
 
+def test_a_whole_tuning_counts_with_fewer_runs_than_the_one_before(monkeypatch, tmp_path):
+    """The grids grow with what is found, so the numbers of runs differ; `rates_of` reads this report alone."""
+
+    def run_cells(cells, args):
+        return [peft_run(cell[0], cell[2], 0.0, learning_rate=cell[4], eval_mse=cell[4]) for cell in cells]
+
+    monkeypatch.setattr(peft_comparison, "run_cells", run_cells)
+    report, folder = tmp_path / "peft_tuning.json", tmp_path / "runs"
+    runs = [{"method": "bitfit"}] * 99
+    report.write_text(json.dumps({"tuned": {"lora": {"learning_rate": 1.0}}, "runs": runs}))
+    args = argparse.Namespace(
+        methods=["lora", "bitfit"], output=tmp_path / "peft_comparison.json", jobs=1, folder=folder, finished=False
+    )
+    folder.mkdir()
+    peft_comparison.tune(args)
+    rates = peft_comparison.rates_of(args)
+    assert rates["lora"] == json.loads(report.read_text())["tuned"]["lora"]["learning_rate"] < 1
+
+
 def test_more_settings_are_tried_with_one_seed_and_the_best_with_another(monkeypatch, tmp_path):
     cells, errors = [], dict(zip(peft_comparison.MORE, (0.5, 0.4, 0.3, 0.2, 0.6), strict=True))
 
@@ -1128,6 +1176,31 @@ def test_recipes_are_compared_with_the_reference_of_the_same_seed():
     assert [row["name"] for row in rows] == ["15 epochs", "reference", "bf16"]
     assert rows[0]["minus_reference"][0] == pytest.approx(-0.04) and "minus_reference" not in rows[1]
     assert "| bf16 | 2 | 0.460 | +0.010 ± 0.000 | 2.0 |" in recipes.to_markdown(rows)
+
+
+def test_the_table_of_finished_recipes_has_every_seed_that_is_finished(tmp_path, monkeypatch):
+    for name in ("reference-0", "reference-4", "rate-3e-4-7"):
+        (tmp_path / f"{name}.command").touch()
+    monkeypatch.setattr(
+        recipes, "is_done", lambda folder, command: folder.with_name(f"{folder.name}.command").exists()
+    )
+    values = {"validation_mse": 0.4, "minutes": 2.0, "command": "python x.py"}
+    monkeypatch.setattr(recipes, "run", lambda cell, *args: {"name": cell[0], "seed": cell[1], **values})
+    output = tmp_path / "recipes.json"
+    arguments = ["recipes.py", "--finished", "--folder", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    recipes.main()
+    seeds = {row["name"]: list(row["validation_mse"]) for row in json.loads(output.read_text())["rows"]}
+    assert seeds == {"reference": ["0", "4"], "rate 3e-4": ["7"]}
+
+
+@pytest.mark.parametrize("study", [recipes, influence, peft_comparison])
+def test_further_flags_never_take_the_place_of_kept_runs(study, tmp_path, monkeypatch, capsys):
+    arguments = [study.__name__, "--extra", "--max_steps 2", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "--extra makes other runs" in capsys.readouterr().err
 
 
 def test_a_recipe_is_trained_as_it_says(tiny_checkpoint, small_table, tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ from utils_molecules import (
     prepare_molecules,
     random_smiles,
     read_header,
+    read_hub_dataset,
     read_table,
     regression_metrics,
     scaffold_of,
@@ -317,6 +318,16 @@ def test_a_table_of_another_encoding_is_refused_with_advice(tmp_path, encoding):
 
 def test_the_header_gives_columns_and_separator(tmp_path):
     assert read_header(write(tmp_path, "a;b,c;d\n1;2;3\n")) == (["a", "b,c", "d"], ";")
+
+
+def test_other_splits_of_a_hub_data_set_are_named_as_not_read(tmp_path, caplog):
+    (tmp_path / "set").mkdir()
+    for name, label in (("train", 1.5), ("test", 2.5)):
+        (tmp_path / "set" / f"{name}.csv").write_text(f"smiles,label\nCCO,{label}\n")
+    with caplog.at_level("WARNING", "molformer.molecules"):
+        molecules = read_hub_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert molecules["label"].tolist() == [1.5]
+    assert "the split train alone is read, and split here; not read: test." in caplog.text
 
 
 OFFLINE = """
