@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import HfArgumentParser, set_seed
 
 
@@ -64,7 +65,7 @@ GREATER_IS_BETTER = ("r2", "pearson", "spearman", "masked_accuracy", "descriptor
 # of the library, whose other values take from the evaluation, or from the model, what these scripts work with
 NEEDED_SETTINGS = {
     "prediction_loss_only": False, "label_names": None, "eval_do_concat_batches": True, "batch_eval_metrics": False,
-    "remove_unused_columns": True,
+    "remove_unused_columns": True, "length_column_name": "length", "restore_callback_states_from_checkpoint": False,
 }  # fmt: skip
 # what the result of a training depends on
 TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate layer_rate_decay num_train_epochs
@@ -790,15 +791,22 @@ def last_complete_checkpoint(output_dir):
 
 
 def _is_complete(folder):
-    """Whether the trainer wrote the checkpoint to its end: its state is the last file and is whole.
+    """Whether the trainer wrote the checkpoint to its end, its state last, and no file of it was cut since.
 
     The folder of a finished run has a state too, but no schedule to go on with.
     """
-    try:
-        json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    folder = Path(folder)
+    if not (folder / "trainer_state.json").exists() or not (folder / "scheduler.pt").exists():
         return False
-    return (Path(folder) / "scheduler.pt").exists()
+    try:
+        for path in folder.glob("*.json"):
+            json.loads(path.read_text(encoding="utf-8"))
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt"):  # reads the header, and compares the file's size with it
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(path) for pattern in ("*.pt", "*.pth", "*.bin") for path in folder.glob(pattern))
 
 
 def paths_of_run(output_dir):

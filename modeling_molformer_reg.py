@@ -70,6 +70,7 @@ class MolformerConfig(PreTrainedConfig):
     """
 
     model_type = "molformer"
+    keys_to_ignore_at_inference = ["hidden_states", "attentions"]  # by the trainer, which gathers all outputs
 
     def __init__(
         self,
@@ -140,6 +141,15 @@ class MolformerConfig(PreTrainedConfig):
             kwargs.setdefault("num_labels", 1)  # a regression on one label, not the library's two classes
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.validate_values()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Reads a configuration. Another `num_labels` is another head: what is known of other labels is left out."""
+        for field in ("label_mean", "label_std", "label_names"):
+            value = config_dict.get(field)
+            if isinstance(value, list) and kwargs.get("num_labels", len(value)) != len(value):
+                config_dict = {name: config_dict[name] for name in config_dict if name != field}
+        return super().from_dict(config_dict, **kwargs)
 
     def to_diff_dict(self):
         """Returns what is saved; the library would leave out two labels, its own default."""
@@ -299,8 +309,9 @@ class MolformerSelfAttention(nn.Module):
 
     def forward(self, hidden_states, asked, attention_mask, cos, sin, feature_weight=None, output_attentions=False):
         """Returns what the states `asked` (B, A, C), those of the first A tokens, attend to; attentions or `None`."""
-        shape, count = (*hidden_states.shape[:2], self.num_heads, -1), asked.shape[1]
-        query = self.query(asked).view(len(asked), count, self.num_heads, -1)  # (B, A, H, D)
+        per_head = (self.num_heads, hidden_states.shape[-1] // self.num_heads)  # no -1: a batch may be empty
+        shape, count = (*hidden_states.shape[:2], *per_head), asked.shape[1]
+        query = self.query(asked).view(len(asked), count, *per_head)  # (B, A, H, D)
         query = apply_rotary(query, cos[:, :count], sin[:, :count])
         key = apply_rotary(self.key(hidden_states).view(shape), cos, sin)
         value = self.value(hidden_states).view(shape)
@@ -433,7 +444,8 @@ class MolformerPreTrainedModel(PreTrainedModel):
             raise ValueError(f"{source} holds weights that fit nothing in {type(self).__name__}: {_some(unexpected)}.")
         heads = {k for k in self.state_dict() if k.startswith(HEAD_PREFIXES)} - self.all_tied_weights_keys.keys()
         self.new_heads = tuple(prefix for prefix in HEAD_PREFIXES if any(k.startswith(prefix) for k in missing))
-        if set(missing) != {k for k in heads if k.startswith(self.new_heads)}:
+        other_size = {entry[0] for entry in info["mismatched_keys"]}
+        if set(missing) not in ({k for k in heads if k.startswith(self.new_heads)}, other_size):
             raise ValueError(f"{source} holds the head of {type(self).__name__} in part; missing: {_some(missing)}.")
         # names the source's remote code; set to our classes when the model is saved
         self.config.__dict__.pop("auto_map", None)
@@ -550,7 +562,7 @@ def masked_mean(hidden_states, attention_mask=None):
     if attention_mask is None:
         return hidden_states.mean(dim=1)
     mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (B, T, 1)
-    return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
+    return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 class MolformerPredictionTransform(nn.Module):
@@ -842,6 +854,7 @@ class MolformerForRegression(MolformerPreTrainedModel):
     """
 
     _keys_to_ignore_on_load_unexpected = [r"rotary_embeddings\.", r"^(lm_head|descriptor_head|atom_head)\."]
+    _keep_in_fp32_modules_strict = ["scale"]  # of descriptors: float16 ends at 65,504
     accepts_loss_kwargs = True
 
     def __init__(self, config):

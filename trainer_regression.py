@@ -454,8 +454,9 @@ class RegressionTrainer(MolformerTrainer):
         kwargs.setdefault("compute_metrics", lambda output: label_metrics(output.predictions, output.label_ids, names))
         kwargs.setdefault("data_collator", DataCollatorWithPadding(kwargs["processing_class"]))
         super().__init__(*args, **kwargs)
-        labels = [0.0, 1.0] if self.eval_dataset is None else self.eval_dataset["labels"][:]
+        labels = [[0.0], [1.0]] if self.eval_dataset is None else self.eval_dataset["labels"][:]
         labels = np.asarray(labels, dtype=float).reshape(len(labels), -1)
+        labels = np.broadcast_to(labels, (len(labels), kwargs["model"].config.num_labels))
         numbers = np.broadcast_to(np.arange(len(labels))[:, None], labels.shape)  # predictions that differ
         self.check_best_metric(self.compute_metrics(EvalPrediction(numbers, labels)))
 
@@ -471,7 +472,8 @@ class RegressionTrainer(MolformerTrainer):
             # The library averages over batches: of several labels some molecules have more than others, and of several
             # processes the last batches are filled with molecules that are counted twice.
             labels = output.label_ids.reshape(output.predictions.shape)
-            errors = ((output.predictions - labels) / np.asarray(self.model.config.label_std))[np.isfinite(labels)]
+            scale = np.asarray(self.model.config.label_std or 1.0)
+            errors = ((output.predictions - labels) / scale)[np.isfinite(labels)]
             name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
             output.metrics[name] = float(np.mean(errors**2)) if len(errors) else 0.0
         return output
@@ -615,6 +617,11 @@ def prepare_head(model, train, digest, data_args, training_args):
         if not std > 1e-9 * abs(mean):
             raise InputError(
                 f"All {len(labels)} training labels{which} are {mean:g}. A regression needs labels that differ."
+            )
+        if not std > 1e-5 * abs(mean):  # float32, in which labels are learned, has seven digits
+            raise InputError(
+                f"The training labels{which} have a standard deviation of {std:.1g} at a mean of {mean:g}, too little "
+                "for numbers of seven digits. Subtract a constant from them."
             )
         means.append(mean)
         stds.append(std)

@@ -109,6 +109,7 @@ def load_tokenizer(model_args):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **hub_options(model_args))
     except UNLOADABLE as error:
         raise InputError(_not_loaded("tokenizer", source, error)) from error
+    tokenizer.padding_side = "right"  # whatever it was saved with: a head may read the first token
     tokenizer.init_kwargs.pop("auto_map", None)  # or the source's remote code would be named in our checkpoints
     return tokenizer
 

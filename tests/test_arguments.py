@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import arguments
 import run_regression
@@ -552,8 +553,8 @@ def checkpoint(folder, step, state="{}"):
     """A checkpoint folder as the trainer leaves it; without a state it was interrupted."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    for name in ("model.safetensors", "scheduler.pt"):
-        (path / name).write_bytes(b"weights")
+    save_file({"weight": torch.ones(3)}, path / "model.safetensors")
+    torch.save({"last_epoch": 1}, path / "scheduler.pt")
     if state is not None:
         (path / "trainer_state.json").write_text(state)
     return path
@@ -621,6 +622,18 @@ def test_resume_takes_the_newest_complete_checkpoint(tmp_path, word):
     checkpoint(tmp_path, "best")
     assert last_complete_checkpoint(tmp_path) == newest
     assert find_checkpoint(*arguments_for(tmp_path, resume_from_checkpoint=word)) == str(newest)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "config.json"])
+def test_a_checkpoint_with_a_file_that_was_cut_counts_as_incomplete(tmp_path, name):
+    older, newest = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    torch.save({"state": torch.ones(9)}, newest / "optimizer.pt")
+    torch.save({"cpu": torch.ones(9)}, newest / "rng_state.pth")
+    (newest / "config.json").write_text('{"hidden_size": 16}')
+    assert last_complete_checkpoint(tmp_path) == newest
+    whole = (newest / name).read_bytes()
+    (newest / name).write_bytes(whole[: len(whole) // 2])
+    assert last_complete_checkpoint(tmp_path) == older
 
 
 def test_the_folder_of_a_run_is_no_checkpoint_and_the_one_in_it_is_named(tmp_path):

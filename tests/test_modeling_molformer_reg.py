@@ -956,6 +956,28 @@ def test_head_that_does_not_fit_is_refused(cls, change, config, match, hub_check
         AUTO_CLASSES[cls].from_pretrained(folder)
 
 
+@pytest.mark.parametrize("head", ["linear", "molformer"])
+def test_a_head_for_other_labels_replaces_the_old_one_where_that_is_asked_for(head, tmp_path):
+    """As the library's other classes do; the scale of the old labels goes with their head."""
+    model = tiny_model(MolformerForRegression, regression_head=head, label_mean=[2.0], label_std=[1.2])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        MolformerForRegression.from_pretrained(tmp_path, num_labels=2)
+    again = MolformerForRegression.from_pretrained(tmp_path, num_labels=2, ignore_mismatched_sizes=True)
+    assert again.head_is_new and again(*tiny_batch()).logits.shape == (4, 2)
+    assert again.config.label_mean is again.config.label_std is None
+    same = MolformerForRegression.from_pretrained(tmp_path, num_labels=1)
+    assert not same.head_is_new and same.config.label_mean == [2.0]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_empty_batch_has_empty_outputs(cls):
+    model = tiny_model(cls).eval()
+    input_ids, mask = tiny_batch()
+    output = model(input_ids[:0], mask[:0])
+    assert len(output.last_hidden_state if cls is MolformerModel else output.logits) == 0
+
+
 @pytest.mark.parametrize("key", ["classifier.foo.weight", "score.weight", "head.out_proj.weight"])
 def test_head_of_wrong_names_is_refused(key, hub_checkpoint, tmp_path):
     """Otherwise a head under another name would be dropped and a random one trained."""
@@ -1261,6 +1283,20 @@ def test_descriptors_beside_the_state_are_read_as_written_down(head, tmp_path):
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert not again.head_is_new and again.config.head_descriptors == NAMES
     assert_same_weights(again, model)  # the scale among them
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_scale_of_descriptors_stays_float32_in_a_model_of_half_precision(dtype, tmp_path):
+    """Ipc goes beyond what float16 holds."""
+    model = tiny_model(MolformerForRegression, head_descriptors=["Ipc", "MolWt"])
+    model.classifier.scale.set_scale(torch.tensor([1e6, 300.0]), torch.tensor([5e6, 100.0]))
+    model.save_pretrained(tmp_path)
+    half = MolformerForRegression.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    descriptors = torch.tensor([[2e7, 300.0], [0.0, 400.0]])
+    assert_near(half.classifier.scale.standardize(descriptors), torch.tensor([[3.8, 0.0], [-0.2, 1.0]]), 1e-6)
+    input_ids, mask = tiny_batch((9, 6))
+    assert half(input_ids, mask, descriptors=descriptors).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("names", ["all", ["TPSA", "TPSA"]])

@@ -509,6 +509,7 @@ def test_bad_input_leaves_the_old_run_whole_even_with_overwrite(finished_run, ti
     ("text", "message"),
     [
         ("SMILES,label\n" + "".join(f"{'C' * n},1.0\n" for n in range(1, 41)), "labels that differ"),
+        ("SMILES,label\n" + "".join(f"{'C' * n},{1e6 + n / 100}\n" for n in range(1, 41)), "Subtract a constant"),
         ("SMILES,label\nCCO,1.0\n", "cannot be split"),
         ("SMILES,label\nCCO,nan\nCCC,1\n", "missing, infinite or no numbers"),
         ("name,label\nCCO,1.0\n", "has no SMILES column"),
@@ -956,6 +957,37 @@ def test_several_labels_are_learned_together_and_missing_ones_count_for_nothing(
     predicted = pd.read_csv(tmp_path / "p" / "predictions.csv")
     np.testing.assert_allclose(predicted["prediction_double"], read["prediction_double"], atol=1e-4)
     np.testing.assert_allclose(predicted["prediction_sd_label"], read["prediction_sd_label"], atol=1e-4)
+
+
+def test_several_labels_are_learned_where_nothing_is_held_out(tiny_checkpoint, tmp_path):
+    table = pd.read_csv(ROOT / "data" / "lipophilicity.csv", nrows=60)
+    table.assign(other=-table["label"]).to_csv(tmp_path / "two.csv", index=False)
+    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", tmp_path / "two.csv", *QUICK]
+    flags += ["--label_column", "label", "other", "--validation_fraction", "0", "--output_dir", tmp_path / "out"]
+    call_main(*flags)
+    assert results(tmp_path / "out").keys() >= {"train_samples", "test_mse_label", "test_mse_other"}
+
+
+def test_a_head_without_a_label_scale_is_evaluated_in_its_own_numbers(tiny_checkpoint, small_table, tmp_path):
+    """As checkpoints of the published form are. Reference: the errors in predictions.csv."""
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint)
+    model.save_pretrained(tmp_path / "plain")
+    build_tokenizer().save_pretrained(tmp_path / "plain")
+    flags = ["--model_name_or_path", tmp_path / "plain", "--train_file", small_table, "--do_eval", "--do_predict"]
+    call_main(*flags, "--output_dir", tmp_path / "out")
+    read = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    errors = read.loc[read["split"] == "validation", "error"]
+    assert results(tmp_path / "out")["eval_loss"] == pytest.approx(np.mean(errors**2), rel=1e-5)
+
+
+def test_a_start_that_returns_its_states_is_trained_all_the_same(tiny_checkpoint, small_table, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "start")
+    config = json.loads((tmp_path / "start" / "config.json").read_text())
+    config |= {"output_hidden_states": True, "output_attentions": True}
+    (tmp_path / "start" / "config.json").write_text(json.dumps(config))
+    flags = ["--model_name_or_path", tmp_path / "start", "--train_file", small_table, *QUICK]
+    call_main(*flags, "--output_dir", tmp_path / "out")
+    assert np.isfinite(results(tmp_path / "out")["test_mse"])
 
 
 def test_an_evaluation_finds_several_labels_by_their_names(tiny_checkpoint, tmp_path):

@@ -482,8 +482,8 @@ def test_a_finished_run_is_repeated_only_if_its_command_or_a_file_of_it_changed(
     (tmp_path / "a-0" / "checkpoint-3" / "trainer_state.json").write_text('{"cut')
     calls()
     assert "--overwrite_output_dir" in (tmp_path / "calls").read_text().splitlines()[-1]
-    for name in ("trainer_state.json", "scheduler.pt"):
-        (tmp_path / "a-0" / "checkpoint-3" / name).write_text("{}")
+    (tmp_path / "a-0" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    torch.save({}, tmp_path / "a-0" / "checkpoint-3" / "scheduler.pt")
     calls()
     assert "true" in (tmp_path / "calls").read_text().splitlines()[-1]
 

@@ -245,7 +245,8 @@ def test_a_metric_that_the_held_out_molecules_do_not_give_is_refused(tiny_checkp
 @pytest.mark.parametrize(
     ("name", "value"),
     [("prediction_loss_only", True), ("label_names", ["y"]), ("eval_do_concat_batches", False),
-     ("batch_eval_metrics", True), ("remove_unused_columns", False)],
+     ("batch_eval_metrics", True), ("remove_unused_columns", False), ("length_column_name", "input_ids"),
+     ("restore_callback_states_from_checkpoint", True)],
 )  # fmt: skip
 def test_settings_that_take_what_the_scripts_work_with_are_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"--{name} is not for these scripts"):

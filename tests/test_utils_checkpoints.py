@@ -33,6 +33,15 @@ def test_saved_tokenizer_reloads_through_auto_tokenizer(tmp_path):
     assert reloaded(smiles)["input_ids"] == build_tokenizer()(smiles)["input_ids"]
 
 
+def test_a_tokenizer_pads_on_the_right_whatever_it_was_saved_with(tmp_path):
+    """A head may read the first token."""
+    tokenizer = build_tokenizer()
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+    assert loaded(["C", "CCO"], padding=True)["attention_mask"][0] == [1, 1, 1, 0, 0]
+
+
 def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     model = MolformerForMaskedLM(MolformerConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1,
         num_attention_heads=4, intermediate_size=32))  # fmt: skip
