@@ -57,7 +57,7 @@ cell() {
         ;;
     from_scratch) run "$folder" run_regression.py --config_name "$SHAPE" $POOLING --learning_rate 3e-4 $where ;;
     descriptor_boosting) run "$folder" studies/peers.py --peer $row --refit true $where ;;
-    chemprop) run "$folder" studies/peers.py --peer $row --chemprop "$CHEMPROP" $where ;;
+    chemprop) run "$folder" studies/peers.py --peer $row $where ;; # CHEMPROP is exported
     *) echo "There is no row $row." && return 1 ;;
     esac
 }

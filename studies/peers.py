@@ -5,14 +5,14 @@
 
 Takes the data and splits of run_regression.py (the same seed gives the same split), chooses on the validation part,
 reads the test part once, and writes all_results.json and predictions.csv of the same form. With --refit the validation
-part is learned too, once it has chosen. chemprop is no requirement
-of this project: install it in an environment of its own, `python -m venv chemprop_env && chemprop_env/bin/pip install
-chemprop==2.3.1`.
+part is learned too, once it has chosen. chemprop is no requirement of this project: install it in an environment of
+its own, `python -m venv chemprop_env && chemprop_env/bin/pip install chemprop==2.3.1`.
 
 Friedman, Greedy function approximation: a gradient boosting machine, 2001. Heid et al., Chemprop, 2024,
 https://doi.org/10.1021/acs.jcim.3c01250.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -47,7 +47,10 @@ class PeerArguments:
     """Which method, and where it is."""
 
     peer: str = field(default="descriptor_boosting", metadata={"choices": PEERS, "help": "Method."})
-    chemprop: str = field(default="chemprop", metadata={"help": "The program of chemprop 2."})
+    chemprop: str = field(  # not in the command that a chain keeps: where it stands says nothing of what it is
+        default_factory=lambda: os.environ.get("CHEMPROP") or "chemprop",
+        metadata={"help": "The program of chemprop 2. Default: that of the environment variable CHEMPROP, if any."},
+    )
     refit: bool = field(
         default=False,
         metadata={"help": "Fit boosting again to the training and validation parts, with the number of trees found."},

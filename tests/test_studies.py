@@ -143,9 +143,9 @@ def test_boosting_needs_a_validation_part(more, small_table, tmp_path):
         peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags))
 
 
-def test_chemprop_that_is_not_there_is_named(small_table, tmp_path):
+def test_chemprop_that_is_not_there_is_named(small_table, tmp_path, monkeypatch):
     flags = ["--train_file", small_table, "--output_dir", str(tmp_path / "x"), "--peer", "chemprop"]
-    flags += ["--chemprop", "/no/such/chemprop"]
+    monkeypatch.setenv("CHEMPROP", "/no/such/chemprop")
     with pytest.raises(InputError, match="/no/such/chemprop cannot be run"):
         peers.main(*parse_arguments(*peers.ARGUMENTS, defaults=peers.DEFAULTS, args=flags))
 
@@ -303,6 +303,8 @@ def test_the_chain_of_table_1_takes_other_models_and_starts(tmp_path):
     start = f"--model_name_or_path {tmp_path / 'mine'} --objective mtr"
     assert first.startswith(f"outputs/table1-mine/ensemble-random-3-mlm run_mlm.py {start}")
     assert "--model_name_or_path outputs/table1-mine/ensemble-random-3-mlm" in second and "--num_seeds 5" in second
+    (line,) = chain_of_table_1(tmp_path, ROWS="chemprop", SPLITS="random", CHEMPROP="some/where/chemprop")
+    assert line == "outputs/table1/chemprop-random-3 studies/peers.py --peer chemprop --split random --seed 3"
     (line,) = chain_of_table_1(tmp_path, ROWS="ensemble", SPLITS="random", RECIPE="--num_train_epochs 3", OUT="x")
     assert "--num_train_epochs 3 --num_seeds 5" in line  # an ensemble it is, whatever the recipe
 
