@@ -29,7 +29,7 @@ ROWS=${ROWS:-regression mlm_regression ensemble from_scratch descriptor_boosting
 JOBS=${JOBS:-1}
 ADAPT=${ADAPT:-} # objective by which the ensemble's start is first adapted to the training molecules, if any
 # the best on validation (results/recipes.md), then trained on the validation molecules too
-RECIPE=${RECIPE:---num_train_epochs 15 --layer_rate_decay 0.8 --head_descriptors all --validation_fraction 0}
+RECIPE=${RECIPE:---augment_smiles 3 --layer_rate_decay 0.8 --validation_fraction 0}
 . studies/run_once.sh
 MLM_RATE=${MLM_RATE:-$RATE}
 export PYTHON OUT RATE MLM_RATE ADAPT RECIPE CHEMPROP=${CHEMPROP:-} EXTRA=${EXTRA:-}

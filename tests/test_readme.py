@@ -353,6 +353,12 @@ def test_the_best_recipe_is_the_best_of_those_tried():
              if len(row["validation_mse"]) >= 3 and "minus_reference" in row}  # fmt: skip
     best = min(tried, key=tried.get)
     assert tried[best] < 0
+    mean, half = next(row["minus_reference"] for row in rows if row["name"] == best)
+    assert half < -mean and f"{-mean:.3f} ± {half:.3f} below the reference" in readme_text()
+    errors = {row["name"]: row["validation_mse"] for row in rows}
+    assert len(errors[best]) == 5 and all(error < errors["reference"][seed] for seed, error in errors[best].items())
+    means = [name for name in tried if recipes.MEAN in name]  # over random SMILES in prediction: no help
+    assert means and all(tried[name.replace(recipes.MEAN, "")] < tried[name] for name in means)
     values = yaml.safe_load((ROOT / "configs" / "regression-best.yaml").read_text())
     flags = recipes.flags_of(best)
     values_of = dict(zip(flags[::2], flags[1::2], strict=True))
@@ -396,7 +402,9 @@ def test_the_readme_says_how_many_test_molecules_took_part_in_a_choice(molecules
             yield round(100 * len(test & others) / len(test))
 
     text = readme_text()
-    of_recipes, of_rates = list(shares(recipes.SEEDS)), list(shares(peft_comparison.TUNING_SEEDS))
+    tried = json.loads((ROOT / "results" / "recipes.json").read_text())["rows"]
+    chosen_with = {int(seed) for row in tried for seed in row["validation_mse"]}
+    of_recipes, of_rates = list(shares(chosen_with)), list(shares(peft_comparison.TUNING_SEEDS))
     assert f"{min(of_recipes)} to {max(of_recipes)} % of a seed's test molecules in Table 1 were validation" in text
     assert f"{min(of_rates)} to {max(of_rates)} % were validation molecules of another seed when the rates" in text
 
