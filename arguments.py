@@ -54,7 +54,7 @@ CHECKPOINT_FILES = """
     config.json adapter_config.json model.safetensors adapter_model.safetensors trained_parameters.json
     tokenizer.json tokenizer_config.json training_args.bin optimizer.pt scheduler.pt rng_state.pth trainer_state.json
 """.split()  # one of which the trainer writes first into checkpoint-N
-INPUT_FILES = ("train_file", "validation_file", "test_file", "external_file")
+INPUT_FILES = ("train_file", "validation_file", "test_file", "external_file", "split_file", "exclude_file")
 RUN_PIECES = r"member-\d+|finetune-\w+|influence_state\.safetensors(\.part)?"  # of runs that train several models
 SETTINGS_KEY = "settings_key"  # a file in every folder finetune-…
 ARGUMENTS_FILE = "arguments.json"
@@ -458,8 +458,10 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"--layer_rate_decay is {self.layer_rate_decay}; give a number above 0, at most 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed is {self.seed}; give a number from 0 up, below 2**32.")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+        if not 0 < self.num_train_epochs < math.inf and self.max_steps <= 0:
             raise ValueError(f"--num_train_epochs is {self.num_train_epochs}; give a positive number.")
+        if not math.isfinite(self.warmup_steps):
+            raise ValueError(f"--warmup_steps is {self.warmup_steps}; give a number.")
 
 
 class ArgumentParser(HfArgumentParser):
@@ -490,7 +492,7 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
     Raises:
         SystemExit: for an unknown flag, after naming it; for an argument that a dataclass refuses, with its reason.
     """
-    args = sys.argv[1:] if args is None else list(args)
+    args = words = sys.argv[1:] if args is None else list(args)
     parser = ArgumentParser(
         dataclasses,
         usage="%(prog)s [FILE.json or FILE.yaml] [--flag value ...]",
@@ -502,7 +504,8 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
     try:
         parser.set_defaults(**defaults)
         if args and not args[0].startswith("-") and Path(args[0]).suffix in (".json", ".yaml", ".yml"):
-            args = _read_argument_file(args[0], parser) + args[1:]
+            args = _read_argument_file(args[0], parser) + (words := args[1:])
+        check_words(words, args, parser)
         *arguments, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
         if unknown:  # without their values, which may be a token
             flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
@@ -514,6 +517,23 @@ def parse_arguments(*dataclasses, defaults=None, description=None, args=None):
         return arguments
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {hide_tokens(str(error))}\n")
+
+
+def check_words(words, args, parser):
+    """Raises `ValueError` for flags that would be left out without a word.
+
+    Args:
+        words (`list[str]`): what was typed; `args` has the argument file's flags before it, which it may replace.
+    """
+    actions = [parser._option_string_actions.get(word.split("=")[0]) for word in words if word.startswith("-")]
+    lists = [action for action in actions if action is not None and action.nargs == "+"]
+    for action in lists:
+        if lists.count(action) > 1:
+            raise ValueError(f"--{action.dest} is given more than once. Name all its values after one.")
+    asked = {action.dest for action in actions if action is not None} & {"do_train", "do_eval", "do_predict"}
+    values = vars(parser.parse_known_args(args)[0]) if asked else {}
+    if asked and not any(values[name] for name in ("do_train", "do_eval", "do_predict")):
+        raise ValueError(f"--{sorted(asked)[0]} false leaves nothing to do. Name what is to be done: --do_eval, say.")
 
 
 def _values_to_repeat(values):
@@ -875,8 +895,13 @@ def begin_writing(training_args, checkpoint, source=None, replace=None, check=No
     folder = Path(training_args.output_dir).resolve()
     if replace and source is not None and folder in (Path(source).resolve(), *Path(source).resolve().parents):
         raise InputError(f"--output_dir {training_args.output_dir} would replace {source}. Give another --output_dir.")
-    for name, value in (getattr(training_args, "run_values", None) or {}).items():
-        if replace and name in INPUT_FILES and Path(value).is_file() and belongs_to_run(folder, value):
+    named = [
+        (name, path)
+        for name, value in (getattr(training_args, "run_values", None) or {}).items() if name in INPUT_FILES
+        for path in (value if isinstance(value, list) else [value])
+    ]  # fmt: skip
+    for name, value in named:
+        if replace and Path(value).is_file() and belongs_to_run(folder, value):
             raise InputError(
                 f"--{name} {value} has the name of a file that a run in {training_args.output_dir} writes, and would "
                 "be replaced. Give another --output_dir."

@@ -119,6 +119,11 @@ def check_arguments(model_args, data_args, mlm_args, training_args):
             "--train_sampling_strategy sequential makes the same batches in every epoch, with the same masks. Leave "
             "it out, or pass random."
         )
+    if training_args.do_train and training_args.per_device_train_batch_size == 1 and "mlm" in mlm_args.parts:
+        raise InputError(
+            "In batches of one (--per_device_train_batch_size 1) a molecule has the same masks in every epoch. Pass 2 "
+            "or more."
+        )
     if not (training_args.do_train or training_args.do_eval):
         raise InputError("--do_predict alone has nothing to predict here. Use --do_train or --do_eval.")
 

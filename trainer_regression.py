@@ -265,6 +265,15 @@ class MolformerTrainer(Trainer):
                 f"No evaluation here gives --metric_for_best_model {wanted}. Choose one of {', '.join(known)}."
             )
 
+    def _determine_best_metric(self, metrics, trial):
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:  # of few molecules, none of which is masked, or all of which are predicted alike
+            raise InputError(
+                f"An evaluation gave no --metric_for_best_model {self.args.metric_for_best_model}, which needs more "
+                "or other held-out molecules. Hold out more, or choose the loss."
+            ) from error
+
     def _get_dataloader(self, dataset, *args, is_training=False, **kwargs):
         # The library would drop the last molecules of an evaluation and of predictions too.
         drop_last = self.args.dataloader_drop_last

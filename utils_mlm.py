@@ -7,6 +7,7 @@ and numbers of atoms; a table with labels, which is small, at every run. The col
 numbers of atoms at their tokens.
 """
 
+import glob
 import hashlib
 import logging
 import math
@@ -41,6 +42,7 @@ from utils_molecules import (
     parse_smiles,
     read_header,
     refuse_or_warn,
+    refuse_repeated,
     refuse_shifted,
     scale_of,
     to_text,
@@ -55,30 +57,37 @@ ENVIRONMENT_BUCKETS = (1024, 4096)  # classes of an atom's surroundings within o
 logger = logging.getLogger("molformer.mlm")
 
 
-def read_corpus(path, smiles_column=None, cache_dir=None):
+def read_corpus(path, smiles_column=None, cache_dir=None, renew=False):
     """Returns a text, CSV or TSV file as a memory-mapped `datasets.Dataset`; the column of text is `smiles`.
 
+    Args:
+        renew (`bool`): whether to read the file again although it is cached.
     Raises:
         InputError: if the file is absent, empty or not UTF-8, or has no SMILES column.
     """
     text = has_lines(path, smiles_column)
     if text:
         check_file(path)
-        options = {}
+        options, column = {}, "text"
     else:
         columns, separator = read_header(path)
         column = find_smiles(columns, smiles_column, path)
+        refuse_repeated([column], columns, path)
         refuse_shifted(path, columns, separator)
-        options = {"sep": separator, "usecols": [column], "keep_default_na": False}
+        # all columns, or a row with more fields than the others would pass; their names may repeat
+        names = [name if name == column else f"#{number}" for number, name in enumerate(columns)]
+        options = {"sep": separator, "names": names, "header": 0, "keep_default_na": False}
         # numbers too are read as text, and named as what is no SMILES
-        options["features"] = datasets.Features({column: datasets.Value("string")})
+        options["features"] = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
     try:
         corpus = datasets.load_dataset(
             "text" if text else "csv",
-            data_files=str(path),
+            data_files=glob.escape(str(path)),
             split="train",
             encoding="utf-8-sig",
             cache_dir=cache_dir,
+            download_mode="force_redownload" if renew else None,
+            verification_mode="no_checks",  # by what was read of the file before it was replaced
             **options,
         )
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
@@ -88,7 +97,7 @@ def read_corpus(path, smiles_column=None, cache_dir=None):
         if any(text in str(reason) for text in ("at least one example", "corresponds to no data")):
             raise InputError(f"{path} holds no molecule. Give another file.") from error
         raise InputError(f"{path} cannot be read as UTF-8 {'text' if text else 'CSV'}: {reason}") from error
-    return take_smiles(corpus, corpus.column_names[0], path)
+    return take_smiles(corpus, column, path)
 
 
 def find_smiles(columns, smiles_column, source):
@@ -105,6 +114,8 @@ def take_smiles(corpus, smiles_column, source):
     if not len(corpus):
         raise InputError(f"{source} holds no molecule.")
     corpus = corpus.select_columns([column])
+    if corpus.features[column] != datasets.Value("string"):
+        corpus = corpus.cast_column(column, datasets.Value("string"))  # and named as what is no SMILES
     return corpus if column == "smiles" else corpus.rename_column(column, "smiles")
 
 
@@ -156,13 +167,15 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
                 f"{' and '.join(parts)} says. Name its labels with --label_column, or leave {' and '.join(parts)} out."
             )
         if data_args.dataset_name is None:
-            corpus = read_corpus(source, data_args.smiles_column, model_args.cache_dir)
+            corpus = read_corpus(source, data_args.smiles_column, model_args.cache_dir, mlm_args.overwrite_cache)
         else:
             corpus = take_smiles(corpus, data_args.smiles_column, source)
         excluded = read_excluded(data_args, mlm_args, model_args.cache_dir)  # first: it may be at fault, and is short
         train, dropped = encode(corpus, source, excluded=excluded)
         if data_args.validation_file is not None:
-            corpus = read_corpus(data_args.validation_file, data_args.smiles_column, model_args.cache_dir)
+            corpus = read_corpus(
+                data_args.validation_file, data_args.smiles_column, model_args.cache_dir, mlm_args.overwrite_cache
+            )
             held_out, more = encode(corpus, data_args.validation_file, least=1)
             dropped = pd.concat([dropped, more], ignore_index=True)
     if held_out is None:
@@ -174,6 +187,11 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
         seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
         train, held_out = hold_out(train, size, seed, source)
+        if not len(train):
+            raise InputError(
+                f"--validation_fraction {data_args.validation_fraction} of the {len(held_out)} molecules in {source} "
+                "leaves none to learn. Give a smaller one, or more molecules."
+            )
     if data_args.max_train_samples is not None:
         train = train.select(range(min(len(train), data_args.max_train_samples)))
         train, held_out = (add_descriptors(part, *options) for part in (train, held_out))
@@ -245,11 +263,13 @@ def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False, na
     ]
     if excluded:
         known = frozenset(excluded)
+        mixtures = [frozenset(key.split(".")) for key in excluded if "." in key]
         keys = texts if smiles_form == "canonical" else [text and canonicalize(text, "canonical") for text in texts]
         keys = [key and twin_key(key) for key in keys]
+        parts = [frozenset(key.split(".")) if key else frozenset() for key in keys]
         reasons = [
-            EXCLUDED if key and not known.isdisjoint((key, *key.split("."))) else reason
-            for key, reason in zip(keys, reasons, strict=True)
+            EXCLUDED if not known.isdisjoint(found) or any(mixture <= found for mixture in mixtures) else reason
+            for found, reason in zip(parts, reasons, strict=True)
         ]
     return {"input_ids": ids, "length": [len(row) for row in ids], "reason": reasons}
 
@@ -262,9 +282,9 @@ def read_excluded(data_args, mlm_args, cache_dir=None):
     """
     excluded = set()
     for path in mlm_args.exclude_file or []:
-        named = has_lines(path)
+        named = has_lines(path, data_args.smiles_column)
         column = None if named or data_args.smiles_column not in read_header(path)[0] else data_args.smiles_column
-        texts = strip(read_corpus(path, column, cache_dir)["smiles"], named)
+        texts = strip(read_corpus(path, column, cache_dir, mlm_args.overwrite_cache)["smiles"], named)
         keys = [canonicalize(text, "canonical") for text in texts]
         bad = [row for row, key in enumerate(keys) if key is None]
         if bad:
@@ -314,7 +334,7 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, check
     reasons = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in reasons[:].chunks])
     bad = np.flatnonzero(~np.isin(reasons, ("", EXCLUDED)))
     if len(bad):
-        smiles = corpus[bad[:1000]]["smiles"]
+        smiles = [text or "" for text in corpus[bad[:1000]]["smiles"]]
         message = describe_unusable(reasons[bad[:1000]], bad[:1000], smiles, len(corpus), source)
         if len(bad) > 1000:
             message = f"{len(bad)} of {len(corpus)} molecules cannot be used; of the first 1000: {message}"

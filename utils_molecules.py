@@ -79,7 +79,16 @@ def read_table(path, smiles_column=None, label_column=None, require_label=True, 
     except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from error
     refuse_shifted(path, columns, separator)
-    return _to_molecules(table, path, smiles_column, label_column, require_label, prefix)
+    molecules = _to_molecules(table, path, smiles_column, label_column, require_label, prefix)
+    refuse_repeated([molecules.attrs["smiles_column"], *molecules.attrs["label_columns"]], columns, path)
+    return molecules
+
+
+def refuse_repeated(used, columns, path):
+    """Raises `InputError` if a column that is read stands twice in the header: which one is meant?"""
+    twice = next((name for name in used if columns.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path} has more than one column {twice!r}. Rename all but one.")
 
 
 def refuse_shifted(path, columns, separator):
@@ -136,10 +145,10 @@ def read_first_line(path):
     check_file(path)
     try:
         with get_handle(path, "rt", encoding="utf-8-sig", compression="infer", errors="replace") as handles:
-            line = handles.handle.readline().rstrip("\r\n")
-        message = not_utf8(path) if "\ufffd" in line else None
+            lines = read_header_lines(handles.handle)
+        message = not_utf8(path) if "\ufffd" in lines else None
         if message is None:
-            return split_header(line)
+            return split_header(lines)
     except UNREADABLE as error:
         raise InputError(
             f"{path} cannot be read: {error}. It must be what its name says, plain or packed as .gz or .xz."
@@ -157,10 +166,24 @@ def has_lines(path, smiles_column=None):
     return columns.isdisjoint(name.lower() for name in wanted)
 
 
+def read_header_lines(file, most=20):
+    """Returns the header of a table: its first line, and those that follow while a quoted name goes on."""
+    text = file.readline()
+    for _ in range(most):
+        if text.count('"') % 2 == 0 or not (line := file.readline()):
+            break
+        text += line
+    return text.rstrip("\r\n")
+
+
 def split_header(header):
-    """Returns the column names of a table's first line, and the separator: comma, tab or semicolon."""
-    separator = max(",\t;", key=header.count)
-    return next(csv.reader([header], delimiter=separator)), separator
+    """Returns the column names of a table's header, and its separator, comma, tab or semicolon.
+
+    That with which one column is called like SMILES and the most names come out; a tab sooner than what names contain.
+    """
+    options = [(next(csv.reader(header.splitlines(keepends=True), delimiter=mark), []), mark) for mark in ",\t;"]
+    known = [option for option in options if any(name.strip().lower() in SMILES_COLUMNS for name in option[0])]
+    return max(known or options, key=lambda option: (len(option[0]), len(option[0]) > 1 and option[1] == "\t"))
 
 
 @cache
@@ -247,7 +270,7 @@ def _to_molecules(table, source, smiles_column, label_column, require_label, pre
     for label in labels:
         name = "label" if len(labels) == 1 else f"{LABEL_PREFIX}{label}"
         molecules[name] = _to_numbers(table[label], label, source, require_label, may_lack=len(labels) > 1)
-    molecules.attrs["label_columns"] = labels
+    molecules.attrs |= {"smiles_column": smiles, "label_columns": labels}
     return molecules
 
 
@@ -598,7 +621,20 @@ def load_molecules(tokenizer, model_args, data_args, training_args):
     warn_of_leaks(molecules)
     warn_of_few(molecules)
     dropped = pd.concat([rows for _, rows in prepared], ignore_index=True)
-    return molecules, split_hash(molecules, molecules["split"]), dropped
+    digest = split_hash(molecules, molecules["split"])
+    warn_of_other_split(data_args.split_file, digest)
+    return molecules, digest, dropped
+
+
+def warn_of_other_split(split_file, digest):
+    """Warns of a split file of a run whose split had another hash: its rows may be of another table."""
+    before = None if split_file is None else json.loads(Path(split_file).read_text(encoding="utf-8")).get("hash")
+    if before not in (None, digest):
+        logger.warning(
+            "%s was written for other molecules, or for other rows of these: its row numbers are taken all the same "
+            "(its hash is %s, that of the split here %s)",
+            split_file, before, digest,
+        )  # fmt: skip
 
 
 def leave_out_unlabeled(molecules):
@@ -621,6 +657,15 @@ def warn_of_leaks(molecules):
     test = molecules["split"] == "test"
     seen = set(molecules.loc[~test, "group"])
     leaked = int(molecules.loc[test, "group"].isin(seen).sum())
+    validation, learned = (molecules.loc[molecules["split"] == name, "group"] for name in ("validation", "train"))
+    known = int(validation.isin(set(learned)).sum())
+    if known:
+        logger.warning(
+            "%d of %d validation molecules are, stereo aside, training molecules too: the validation numbers, and the "
+            "choice of the epoch by them, are optimistic",
+            known,
+            len(validation),
+        )
     if leaked:
         logger.warning(
             "%d of %d test molecules are, stereo aside, also among the molecules of training and validation: the test "

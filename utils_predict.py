@@ -30,6 +30,7 @@ from utils_molecules import (
     MISSING,
     SMILES_COLUMNS,
     UNREADABLE,
+    check_file,
     check_smiles,
     describe,
     encode_random_smiles,
@@ -39,6 +40,7 @@ from utils_molecules import (
     label_metrics,
     not_utf8,
     read_header,
+    read_header_lines,
     split_header,
 )
 
@@ -77,7 +79,7 @@ def open_table(source, data_args):
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(encoding="utf-8-sig")  # as files are, whatever the locale
         try:
-            header = sys.stdin.readline().rstrip("\r\n")
+            header = read_header_lines(sys.stdin)
         except UNREADABLE as error:
             raise InputError(f"Standard input cannot be read: {error}") from error
         if not header:
@@ -86,11 +88,12 @@ def open_table(source, data_args):
         file = sys.stdin
         options |= {"header": None, "names": columns}
     else:
-        columns, separator = read_header(source)  # refuses a file that is not there, or empty
+        check_file(source)
         if has_lines(source, data_args.smiles_column):
             columns, separator = ["SMILES", "name"], None
             options |= {"header": None, "quoting": csv.QUOTE_NONE, "names": ["line"], "encoding": "utf-8-sig"}
         else:
+            columns, separator = read_header(source)
             options |= {"header": 0, "encoding": "utf-8-sig"}
     smiles = find_column(columns, data_args.smiles_column, SMILES_COLUMNS, "--smiles_column", source)
     if smiles is None:

@@ -309,6 +309,16 @@ def test_an_argument_file_gives_the_same_as_flags(tmp_path, name, content):
     assert from_file[2].learning_rate == 2e-4
 
 
+def test_flags_after_an_argument_file_replace_its_lists_and_stages(tmp_path):
+    """Nothing is left to do only where neither says what; the arguments of a run without a stage name none."""
+    file = tmp_path / "run.json"
+    file.write_text('{"label_column": ["a"], "do_predict": true, "do_train": true}')
+    _, data_args, training_args = parse(file, "--label_column", "b", "c", "--do_train", "false")
+    assert data_args.label_column == ["b", "c"] and not training_args.do_train and training_args.do_predict
+    file.write_text('{"do_train": false, "do_eval": false, "do_predict": false}')
+    assert parse(file)[2].do_train
+
+
 @pytest.mark.parametrize("name, content", [("run.json", '{"seed": 1}'), ("run.yaml", "seed: 1\n")])
 def test_a_scripts_defaults_hold_under_an_argument_file(tmp_path, name, content):
     file = tmp_path / name
@@ -502,7 +512,16 @@ def test_the_value_of_an_unknown_flag_is_not_shown(capsys, args):
             for value, shown in (("0", "0.0"), ("1.1", "1.1"), ("nan", "nan"))
         ),
         (["--protocol", "paper", "--test_fraction", "0"], "chooses the epoch by the test set, and --test_fraction 0"),
-        (["--num_train_epochs", "0"], "--num_train_epochs is 0.0; give a positive number."),
+        *(
+            (["--num_train_epochs", value], f"--num_train_epochs is {shown}; give a positive number.")
+            for value, shown in (("0", "0.0"), ("nan", "nan"), ("inf", "inf"))
+        ),
+        (["--warmup_steps", "inf"], "--warmup_steps is inf; give a number."),
+        (
+            ["--label_column", "a", "--label_column", "b"],
+            "--label_column is given more than once. Name all its values",
+        ),
+        (["--do_train", "false"], "--do_train false leaves nothing to do."),
         (
             ["--dataset_name", "someone/molecules", "--train_file", "my.csv"],
             "--dataset_name someone/molecules and --train_file my.csv: give one of them.",
@@ -949,13 +968,18 @@ def test_a_run_does_not_replace_the_data_that_it_reads(tmp_path, name, kept):
     path.parent.mkdir(exist_ok=True)
     path.write_text("SMILES,label\n")
     training_args, _ = arguments_for(tmp_path)
-    training_args.run_values = {"test_file": str(path), "split_file": str(tmp_path / "splits.json")}
-    if kept:
-        with pytest.raises(InputError, match="--test_file .* would be replaced"):
+    for flag, value in (("test_file", str(path)), ("exclude_file", [str(tmp_path / "no.csv"), str(path)])):
+        training_args.run_values = {flag: value, "split_file": str(tmp_path / "splits.json")}
+        if kept:
+            with pytest.raises(InputError, match=f"--{flag} .*{path} .* would be replaced"):
+                begin_writing(training_args, None)
+        else:
             begin_writing(training_args, None)
-    else:
+        assert path.exists()
+    (tmp_path / "splits.json").write_text("{}")
+    training_args.run_values = {"split_file": str(tmp_path / "splits.json")}
+    with pytest.raises(InputError, match="--split_file .*splits.json .* would be replaced"):
         begin_writing(training_args, None)
-    assert path.exists()
 
 
 def test_evaluation_alone_removes_no_training_results(tmp_path):

@@ -172,9 +172,10 @@ def test_a_split_of_a_table_without_known_labels_is_refused(tiny_checkpoint, tmp
     [
         (("--head_learning_rate", "1e-3"), "--head_learning_rate is for a regression head"),
         (("--do_predict",), "--do_predict alone has nothing to predict here"),
+        (("--per_device_train_batch_size", 1), "In batches of one .* the same masks in every epoch"),
     ],
 )
-def test_what_is_for_a_regression_is_refused(tiny_checkpoint, tmp_path, flags, message):
+def test_what_is_for_a_regression_or_makes_no_sense_here_is_refused(tiny_checkpoint, tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x", *flags))
 

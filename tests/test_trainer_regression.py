@@ -242,6 +242,13 @@ def test_a_metric_that_the_held_out_molecules_do_not_give_is_refused(tiny_checkp
             make_trainer(tiny_checkpoint, held_out, arguments(tmp_path, metric_for_best_model="r2"))
 
 
+def test_a_metric_that_an_evaluation_did_not_give_is_told(tiny_checkpoint, molecules, tmp_path, monkeypatch):
+    """Predictions that are all alike have no correlation."""
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model="pearson"))
+    with pytest.raises(InputError, match="An evaluation gave no --metric_for_best_model pearson"):
+        trainer._determine_best_metric({"eval_loss": 0.5}, None)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("prediction_loss_only", True), ("label_names", ["y"]), ("eval_do_concat_batches", False),

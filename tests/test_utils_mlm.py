@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import numpy as np
 import pandas as pd
@@ -251,11 +252,11 @@ def test_encoding_tells_what_is_wrong_with_each_line():
 def test_molecules_to_exclude_are_left_out_of_a_corpus_in_any_spelling(form, tiny_checkpoint, tmp_path, caplog):
     """Reference: which lines are, stereo aside, or have in a mixture, a molecule of the files."""
     lines = ["OCC", "C[C@H](N)C(=O)O", "CC(=O)O.OCC", "CCN", "CCOC", "c1ccccc1", "CC(N)C(=O)O.[Na]", "CCC", "CCCCO",
-             "[2H]OCC"]  # fmt: skip
-    left_out = [0, 1, 2, 5, 6, 9]
+             "[2H]OCC", "CCCN.CC.CCCO", "CCCN.CO"]  # fmt: skip
+    left_out = [0, 1, 2, 5, 6, 9, 10]  # of a mixture that is excluded all parts must be there
     (tmp_path / "corpus.csv").write_text("structure\n" + "\n".join(lines) + "\n")
     (tmp_path / "test.csv").write_text("SMILES,label\nCCO,1.5\nC[C@@H](N)C(O)=O,2.5\n")
-    (tmp_path / "more.smi").write_text("C1=CC=CC=C1 benzene\n")
+    (tmp_path / "more.smi").write_text("C1=CC=CC=C1 benzene\nCCCO.CCCN mixture\n")
     flags = ("--smiles_form", form, "--smiles_column", "structure", "--exclude_file", tmp_path / "test.csv",
              tmp_path / "more.smi", "--preprocessing_num_workers", 1)  # fmt: skip
     with caplog.at_level("INFO"):
@@ -266,7 +267,63 @@ def test_molecules_to_exclude_are_left_out_of_a_corpus_in_any_spelling(form, tin
     forms = [line if form == "raw" else utils_mlm.canonicalize(line, form) for line in expected]
     assert sorted(kept) == sorted(tokenizer(forms)["input_ids"])
     assert dropped["row"].tolist() == left_out and set(dropped["reason"]) == {"are molecules of --exclude_file"}
-    assert "6 of 10 molecules" in caplog.text
+    assert "7 of 12 molecules" in caplog.text
+
+
+def test_rows_with_more_fields_than_the_header_are_refused_wherever_they_stand(tiny_checkpoint, tmp_path):
+    lines = ["id,smiles,,", *(f"{row},{'C' * row},," for row in range(1, 12)), "30"]
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")  # names that repeat, and a row that is short
+    with pytest.raises(InputError, match="row 11: ''"):
+        load(tmp_path / "table.csv", tiny_checkpoint, tmp_path)
+    train, held_out, *_ = load(tmp_path / "table.csv", tiny_checkpoint, tmp_path, "--invalid_smiles", "drop")
+    assert len(train) + len(held_out) == 11
+    (tmp_path / "table.csv").write_text("\n".join([*lines[:-1], "30,C,CCCCO,,"]) + "\n")
+    with pytest.raises(InputError, match="Expected 4 fields in line 13, saw 5"):
+        load(tmp_path / "table.csv", tiny_checkpoint, tmp_path)
+    (tmp_path / "table.csv").write_text("smiles,smiles\n" + "C,CC\nCCC,CCCC\n" * 9)
+    with pytest.raises(InputError, match="more than one column 'smiles'"):
+        load(tmp_path / "table.csv", tiny_checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("cells", ["null", '""', "17"])
+def test_cells_of_a_data_set_that_are_no_smiles_are_told_with_their_rows(cells, tiny_checkpoint, tmp_path):
+    (tmp_path / "set").mkdir()
+    rows = [f'{{"smiles": "{"C" * n}"}}' for n in range(1, 12)] if cells != "17" else []
+    rows += [f'{{"smiles": {cells}}}', f'{{"smiles": {cells}}}']
+    (tmp_path / "set" / "data.jsonl").write_text("\n".join(rows) + "\n")
+    names = [
+        "--model_name_or_path",
+        tiny_checkpoint,
+        "--output_dir",
+        tmp_path / "x",
+        "--cache_dir",
+        tmp_path / "cache",
+    ]
+    with pytest.raises(InputError, match=f"2 of {len(rows)} SMILES in .* do not parse"):
+        load_data(*parse("--dataset_name", tmp_path / "set", *names))
+
+
+def test_a_corpus_of_which_nothing_would_be_learned_is_refused(corpus, tiny_checkpoint, tmp_path):
+    with pytest.raises(InputError, match="--validation_fraction 0.999 of the .* molecules .* leaves none to learn"):
+        load(corpus, tiny_checkpoint, tmp_path, "--validation_fraction", 0.999)
+
+
+def test_a_corpus_may_have_a_name_that_looks_like_a_pattern(corpus, tiny_checkpoint, tmp_path):
+    (tmp_path / "[2024] *").mkdir()
+    (tmp_path / "[2024] *" / "corpus[1].smi").write_bytes(corpus.read_bytes())
+    train, held_out, *_ = load(tmp_path / "[2024] *" / "corpus[1].smi", tiny_checkpoint, tmp_path)
+    assert len(train) + len(held_out) == len(corpus.read_text().splitlines())
+
+
+def test_a_corpus_is_read_again_where_that_is_asked_for(tiny_checkpoint, tmp_path):
+    """A file whose time tells nothing, as in an unpacked archive."""
+    path, sizes = tmp_path / "corpus.smi", []
+    for count, flags in ((30, []), (20, ["--overwrite_cache"])):
+        path.write_text("".join("C" * n + "\n" for n in range(1, count + 1)))
+        os.utime(path, (1e9, 1e9))
+        train, held_out, *_ = load(path, tiny_checkpoint, tmp_path, *flags)
+        sizes.append(len(train) + len(held_out))
+    assert sizes == [30, 20]
 
 
 def test_molecules_to_exclude_that_cannot_be_read_are_told(corpus, small_table, tiny_checkpoint, tmp_path, caplog):

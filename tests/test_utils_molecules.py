@@ -318,6 +318,18 @@ def test_a_table_of_another_encoding_is_refused_with_advice(tmp_path, encoding):
 
 def test_the_header_gives_columns_and_separator(tmp_path):
     assert read_header(write(tmp_path, "a;b,c;d\n1;2;3\n")) == (["a", "b,c", "d"], ";")
+    named = ["SMILES", "logD (octanol, water)"]
+    for mark in "\t;":
+        assert read_header(write(tmp_path, mark.join(named) + f"\nCCO{mark}1\n")) == (named, mark)
+    assert read_header(write(tmp_path, "my text\tlogD (octanol, water)\nCCO\t1\n"))[1] == "\t"
+    broken = read_table(write(tmp_path, 'SMILES,"logD\n(7.4)",z\nCCO,1.5,2\n'), label_column=["logD\n(7.4)"])
+    assert broken["label"].tolist() == [1.5]
+
+
+def test_a_column_that_is_read_and_stands_twice_is_refused(tmp_path):
+    with pytest.raises(InputError, match="more than one column 'label'. Rename all but one"):
+        read_table(write(tmp_path, "smiles,label,label\nCCO,1,2\n"))
+    assert read_table(write(tmp_path, "smiles,label,x,x\nCCO,1,2,3\n"))["label"].tolist() == [1.0]
 
 
 def test_other_splits_of_a_hub_data_set_are_named_as_not_read(tmp_path, caplog):
@@ -807,6 +819,33 @@ def test_separate_files_are_the_parts(tokenizer, tmp_path):
     parts = molecules.groupby("split")["smiles"].agg(list).to_dict()
     assert parts == {"train": ["C", "CC", "CCC"], "validation": ["CN"], "test": ["CO", "CCO"]}
     assert molecules.groupby("split")["row"].agg(list)["test"] == [0, 1]
+
+
+def test_validation_molecules_that_are_learned_are_told(tokenizer, tmp_path, caplog):
+    files = {
+        "train_file": write_molecules(tmp_path, "a.csv", ["C", "CC", "CCC"]),
+        "validation_file": write_molecules(tmp_path, "b.csv", ["CN", "CC"]),
+        "test_file": write_molecules(tmp_path, "c.csv", ["CO", "CCO"]),
+    }
+    load(tokenizer, tmp_path, **files)
+    assert "1 of 2 validation molecules are, stereo aside, training molecules too" in caplog.text
+
+
+def test_a_split_file_of_another_table_is_told(tokenizer, tmp_path, caplog):
+    smiles = alcohols(10)
+    table, rows = (
+        write_molecules(tmp_path, "a.csv", smiles),
+        {"train": [*range(6)], "validation": [6, 7], "test": [8, 9]},
+    )
+    split = {"train_file": table, "split_file": str(tmp_path / "splits.json")}
+    (tmp_path / "splits.json").write_text(json.dumps(rows))
+    _, digest, _ = load(tokenizer, tmp_path, **split)
+    (tmp_path / "splits.json").write_text(json.dumps(rows | {"hash": digest}))
+    load(tokenizer, tmp_path, **split)
+    assert "was written for other molecules" not in caplog.text
+    write_molecules(tmp_path, "a.csv", smiles[::-1])
+    load(tokenizer, tmp_path, **split)
+    assert "was written for other molecules" in caplog.text
 
 
 def test_separate_files_are_read_by_the_label_of_the_training_file(tokenizer, tmp_path, caplog):

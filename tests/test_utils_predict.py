@@ -91,6 +91,16 @@ def test_every_row_is_answered_in_its_place(tmp_path, table, fine_tuned, monkeyp
     assert "predict_mse" not in report
 
 
+def test_a_header_may_have_a_line_break_in_a_name_and_lines_may_begin_with_an_empty_one(tmp_path, fine_tuned):
+    model = ("--model_name_or_path", fine_tuned / "member-0")
+    (tmp_path / "new.csv").write_text('SMILES,"logD\n(7.4)",z\nCCO,1,2\n')
+    result = predict(tmp_path, *model, "--test_file", tmp_path / "new.csv")
+    assert list(result)[:3] == ["SMILES", "logD\n(7.4)", "z"] and result["status"].tolist() == ["ok"]
+    (tmp_path / "new.smi").write_text("\nCCO ethanol\n")
+    result = predict(tmp_path, *model, "--test_file", tmp_path / "new.smi", output="lines")
+    assert result["status"].tolist() == ["invalid SMILES", "ok"]
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_predictions_go_where_the_user_says_even_to_the_folder_of_the_default(
     tmp_path, table, fine_tuned, monkeypatch, given
