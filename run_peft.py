@@ -355,19 +355,22 @@ def write_merged(model, tokenizer, folder, find, base=None):
     from utils_molecules import read_json, write_json
     from utils_report import FIGURES
 
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    known = find(ARGUMENTS_FILE) is not None  # if not, results would be told of unknown data
-    for name in (ARGUMENTS_FILE, "all_results.json", "splits.json", "trainer_state.json", *FIGURES) if known else ():
-        if (path := find(name)) is not None:
-            shutil.copyfile(path, folder / name)
-    if known:  # those of the run that made, or evaluated, the adapter: repeated, it merges it too
-        values = read_json(folder / ARGUMENTS_FILE)
+    arguments, folder = find(ARGUMENTS_FILE), Path(folder)
+    if arguments is not None:  # those of the run that made, or evaluated, the adapter: repeated, it merges it too
+        values = read_json(arguments)
         values.pop("base_hub_name", None)
         if base is not None:
             values.pop("hub_model_id", None)  # that of the adapter
             values["model_name_or_path"] = base
+        # first: by these a folder that was begun is known as one that may be written again
+        folder.mkdir(parents=True, exist_ok=True)
         write_json({**values, "merge_adapter": True, "output_dir": str(folder)}, folder / ARGUMENTS_FILE)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    copied = ("all_results.json", "splits.json", "trainer_state.json", *FIGURES)
+    for name in copied if arguments is not None else ():  # without them results would be told of unknown data
+        if (path := find(name)) is not None:
+            shutil.copyfile(path, folder / name)
 
 
 def merge_alone(model_args, data_args, training_args):
@@ -445,7 +448,7 @@ def begin_peft(model_args, data_args, peft_args, training_args):
     Raises:
         InputError: as `setup_run`, `check_base`, `check_base_name` and `check_resumed` do; if the base is an ensemble.
     """
-    from utils_checkpoints import find_members, weights_digest
+    from utils_checkpoints import find_members, hub_options, weights_digest
 
     settled = {"peft_rank": peft_args.peft_rank, "peft_alpha": peft_args.peft_alpha}
     if getattr(training_args, "run_values", None) and training_args.do_train:  # the defaults of a method may change
@@ -457,7 +460,7 @@ def begin_peft(model_args, data_args, peft_args, training_args):
             f"{members[0]}."
         )
     source = model_args.model_name_or_path
-    base_weights = weights_digest(source) if source is not None else None
+    base_weights = weights_digest(source, hub_options(model_args)) if source is not None else None
     if checkpoint is not None:
         check_resumed(training_args, checkpoint, base_weights)
     merged = Path(training_args.output_dir) / "merged"

@@ -196,7 +196,7 @@ def main(model_args, data_args, regression_args, training_args):
         write_splits,
     )
     from utils_checkpoints import check_split, load_config, load_tokenizer, settle_smiles_form
-    from utils_molecules import label_metrics, label_names, labels_of, load_molecules, write_json
+    from utils_molecules import label_metrics, label_names, labels_of, load_molecules, read_json, write_json
     from utils_report import finish_run
 
     # Data
@@ -264,7 +264,8 @@ def main(model_args, data_args, regression_args, training_args):
         elif training_args.do_train:
             write_splits(output_dir, parts, digest, data_args)
         if len(plan) > 1:
-            write_json(metrics, output_dir / "all_results.json")
+            kept = {} if training_args.do_train else read_json(output_dir / "all_results.json")  # of other parts
+            write_json(kept | metrics, output_dir / "all_results.json")
         elif metrics:
             trainer.save_metrics("predict", metrics)
     members = [(f"{folder.name}/", folder) for folder in member_folders(training_args.output_dir)]

@@ -853,9 +853,11 @@ def score_molecules(problem, external, solutions, gradient, influence_args, halv
     numbers = [name for name in ("prediction", "loss", "score", "score_sd", "gradient_dot") if name in table]
     broken = ~np.isfinite(table[numbers]).all(axis=1)
     if broken.any():
+        first = table[broken].iloc[0]
         raise InputError(
-            f"The scores of {broken.sum()} molecules are not finite, first at row {table['row'][broken].iloc[0]}: the "
-            "checkpoint is broken, or LiSSA diverged. Use another checkpoint, or raise --damping."
+            f"The scores of {broken.sum()} molecules are not finite, first at row {first['row']}: its label "
+            f"({first['label']:g}) is beyond all measure, the checkpoint is broken, or LiSSA diverged. Correct the "
+            "label, use another checkpoint, or raise --damping."
         )
     agreement = {
         "agreement_of_solutions": mean_agreement(torch.corrcoef(solutions).cpu().numpy()),

@@ -247,6 +247,13 @@ def find_labels(columns, wanted, flag, source):
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise InputError(f"{flag} names {repeated!r} twice. Name it once.")
+    for baseline in BASELINES:
+        alike = next((name for name in names if f"{baseline}_{name}" in names), None)
+        if alike is not None:  # in the names of metrics
+            raise InputError(
+                f"The label {f'{baseline}_{alike}'!r} of {source} would be taken for the baseline {baseline} of "
+                f"{alike!r}. Rename one of them."
+            )
     return [name for name in names if name is not None]
 
 
@@ -917,6 +924,7 @@ def atom_environments(molecule, buckets):
 
 
 MOST_FOR_RIDGE = 30_000  # molecules; takes 60 kB each
+BASELINES = ("mean", "fingerprint_ridge")
 
 
 def baseline_predictions(features, labels, split):

@@ -172,6 +172,9 @@ def plot_residuals(panels, path):
     save_figure(figure, path)
 
 
+MOST_PANELS = 100  # labels of one picture; RDKit draws none of 32,768 pixels
+
+
 def draw_worst_molecules(panels, path, count=12):
     """Draws the molecules with the largest errors, worst first, each with row, measured and predicted label.
 
@@ -183,7 +186,7 @@ def draw_worst_molecules(panels, path, count=12):
 
     columns = 4
     drawn, legends = [], []
-    for name, molecules in panels.items():
+    for name, molecules in list(panels.items())[:MOST_PANELS]:
         most = columns * -(-count // (columns * len(panels)))
         shown = molecules.loc[(molecules["prediction"] - molecules["label"]).abs().nlargest(most).index]
         which = f"{shorten(name, 12)}, " if len(panels) > 1 else ""
@@ -322,6 +325,11 @@ class Run:
             return "not known"
         return self.values.get("dataset_name") or Path(self.values["train_file"]).name
 
+    def data_of(self, part):
+        """Name of the data set that a part of the molecules is of: the part's own file, if it has one."""
+        file = self.values.get(f"{part}_file")
+        return Path(file).name if file else self.data
+
     @property
     def label(self):
         """What the label is called."""
@@ -406,8 +414,8 @@ def card_data(run):
         EvalResult(
             task_type="regression",
             task_name=f"prediction of {end.removeprefix('_') or run.label}",
-            dataset_type=hub_data or run.data.lower().replace(" ", "-"),
-            dataset_name=f"{run.data}, {run.split.get('split', 'unknown')} split",
+            dataset_type=hub_data or run.data_of(part).lower().replace(" ", "-"),
+            dataset_name=f"{run.data_of(part)}, {run.split.get('split', 'unknown')} split",
             dataset_config=end.removeprefix("_") or None,  # without it, all labels would be taken for one task
             dataset_split=run.counted(part, end),
             metric_type=key,
@@ -502,7 +510,8 @@ def results_section(run):
             numbers = [run.metrics.get(f"{part}_{key}{which}{end}") for key in METRICS]
             if numbers[0] is not None:
                 texts = [f"{number:.4f}" if number is not None else "" for number in numbers]
-                cells = (f"{model}{end.replace('_', ': ', 1)}", part, str(run.metrics.get(f"{part}_samples{end}", "")))
+                label = end.replace("_", ": ", 1).replace("|", r"\|")
+                cells = (f"{model}{label}", part, str(run.metrics.get(f"{part}_samples{end}", "")))
                 table.append(f"| {' | '.join([*cells, *texts])} |")
     if not table:
         return ""
@@ -571,7 +580,8 @@ def protocol_section(run):
     """Returns data, split and command."""
     sizes = {name: len(rows) for name, rows in run.split.items() if isinstance(rows, list)}
     pool, wrong = sizes.pop("pool", 0), sizes.pop("corrupted", 0)  # taken out of the training part
-    lines = ["## Data and protocol", "", f"- Data: {run.data}"]
+    files = [f"{run.data_of(part)} ({part})" for part in ("validation", "test") if run.values.get(f"{part}_file")]
+    lines = ["## Data and protocol", "", f"- Data: {', '.join([run.data, *files])}"]
     if run.kind == "mlm" and "train_samples" in run.results:
         lines.append(f"- Learned from {run.results['train_samples']} molecules")
     if run.kind == "influence":

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -709,6 +710,24 @@ def test_merging_replaces_nothing_but_what_was_merged_before(finished_run, tiny_
     with pytest.raises(InputError, match="would replace .*base, the base of .*adapter"):
         call_main(*merge, tmp_path / "adapter", "--output_dir", base, "--overwrite_output_dir")
     assert (base / "model.safetensors").exists()
+
+
+def test_a_merge_that_was_interrupted_is_made_again(tiny_checkpoint, small_table, tmp_path, monkeypatch):
+    flags = (*given(tiny_checkpoint, small_table), *QUICK, "--max_steps", 1, "--peft_method", "bitfit")
+    flags += ("--merge_adapter", "--output_dir", tmp_path / "out")
+    save = MolformerForRegression.save_pretrained
+
+    def interrupted(model, folder, *args, **kwargs):
+        save(model, folder, *args, **kwargs)
+        if Path(folder).name == "merged":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MolformerForRegression, "save_pretrained", interrupted)
+        call_main(*flags)
+    assert not (tmp_path / "out" / "merged" / "all_results.json").exists()
+    call_main(*flags, "--resume_from_checkpoint", "true")
+    assert (tmp_path / "out" / "merged" / "all_results.json").exists()
 
 
 def test_an_adapter_can_be_merged_and_trained_on(finished_run, small_table, tmp_path):

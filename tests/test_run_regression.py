@@ -792,6 +792,9 @@ def test_ensemble_reports_mean_and_spread_of_its_members_and_serves_as_a_model(
         assert again[column].to_numpy() == pytest.approx(table[column].to_numpy(), abs=1e-5)
     with pytest.raises(InputError, match="holds an ensemble of 2 models"):
         call_main("--model_name_or_path", folder, *flags, "--output_dir", tmp_path / "no", *QUICK)
+    before, model = results(folder), ("--model_name_or_path", folder)
+    call_main(*model, *flags, "--do_eval", "--output_dir", folder, "--overwrite_output_dir")
+    assert results(folder).keys() == before.keys() and results(folder)["test_mse"] == before["test_mse"]
 
 
 def test_interrupted_ensemble_keeps_its_finished_members(tiny_checkpoint, small_table, tmp_path, monkeypatch):
@@ -1018,6 +1021,15 @@ def test_molecules_without_any_label_are_left_out(tiny_checkpoint, tmp_path, cap
     call_main(*flags, "--label_column", "label", "other", "--output_dir", tmp_path / "out")
     assert "30 of 60 molecules have none of the labels" in caplog.text
     assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 30
+
+
+def test_a_label_that_is_called_like_the_baseline_of_another_is_refused(tiny_checkpoint, tmp_path):
+    """Their metrics would have one name."""
+    table = pd.read_csv(ROOT / "data" / "lipophilicity.csv", nrows=60)
+    table.assign(mean_label=table["label"] + 1).to_csv(tmp_path / "two.csv", index=False)
+    flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", tmp_path / "two.csv", *QUICK]
+    with pytest.raises(InputError, match="'mean_label' .* would be taken for the baseline mean of 'label'. Rename"):
+        call_main(*flags, "--label_column", "mean_label", "label", "--output_dir", tmp_path / "out")
 
 
 def test_a_label_that_no_training_molecule_has_is_refused(tiny_checkpoint, tmp_path):

@@ -659,7 +659,7 @@ def test_scores_that_are_not_finite_are_refused(tiny):
     problem = problem_of(tiny, "head")
     gradient = problem.gradient(molecules.iloc[:8])
     broken = torch.full_like(gradient, math.inf)[None]
-    with pytest.raises(InputError, match="The scores of 4 molecules are not finite, first at row 8"):
+    with pytest.raises(InputError, match=r"The scores of 4 molecules are not finite, first at row 8: its label \("):
         score_molecules(problem, molecules.iloc[8:12], broken, gradient, InfluenceArguments())
 
 

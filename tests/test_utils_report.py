@@ -330,6 +330,24 @@ def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
     assert refused.returncode == 2 and "trained on other weights than those that someone/base" in refused.stderr
 
 
+def test_an_adapter_is_refused_on_a_hub_base_that_was_trained_on_since(
+    connected, hub, training, tiny_checkpoint, small_table, tmp_path
+):
+    base = {path.name: path.read_bytes() for path in Path(tiny_checkpoint).iterdir()}
+    other = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)  # of the same shapes
+    other.molformer.embeddings.word_embeddings.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    hub.repositories["someone/base"] = base
+    flags = ["--model_name_or_path", "someone/base", *training[2:], "--peft_method", "bitfit", "--max_steps", "1"]
+    connected(run_peft, *flags, "--cache_dir", tmp_path / "cache")
+    hub.repositories["someone/base"] = base | {
+        "model.safetensors": (tmp_path / "other" / "model.safetensors").read_bytes()
+    }
+    flags = ["--do_predict", "--model_name_or_path", tmp_path / "run", "--train_file", small_table]
+    with pytest.raises(InputError, match="was trained on other weights than those that someone/base holds now"):
+        connected(run_regression, *flags, "--output_dir", tmp_path / "x", "--cache_dir", tmp_path / "new cache")
+
+
 @pytest.mark.parametrize("own", [None, "# my project\n", "---\ntags:\n- molformer\n---\n# my project\n"])
 def test_the_card_of_an_adapter_of_a_local_base_says_so(connected, training, tiny_checkpoint, tmp_path, own):
     """PEFT's own template is not there, and a README of the user's stays as it is."""
@@ -610,6 +628,25 @@ def test_the_card_of_a_selection_says_what_was_learned(tmp_path):
 def test_a_card_says_how_smiles_are_to_be_written(tmp_path, form, told, limit):
     card = card_of(tmp_path, "regression", results={"test_mse": 1.0}, config={"smiles_form": form})
     assert told in card and ("molecules that differ in stereo alone get one prediction" in card) == limit
+
+
+def test_numbers_of_a_test_file_are_those_of_its_molecules(tmp_path):
+    arguments, split = {"test_file": "elsewhere/other.csv"}, {"split": "file", "train": [0], "test": [0]}
+    card = card_of(tmp_path, "regression", arguments, {"test_mse": 1.0, "train_samples": 1}, split=split)
+    assert "- Data: MoleculeNet Lipophilicity, other.csv (test)" in card
+    assert "name: other.csv, file split" in card and "name: MoleculeNet Lipophilicity" not in card
+
+
+def test_a_label_with_a_bar_in_its_name_stays_in_its_cell(tmp_path):
+    results = {f"test_{key}_{name}": 1.0 for key in ("mse", "rmse", "mae", "r2") for name in ("a|b", "c")}
+    card = card_of(tmp_path, "regression", results=results, config={"label_names": ["a|b", "c"]})
+    assert r"| this model: a\|b | test |" in card
+
+
+def test_only_so_many_labels_as_a_picture_holds_are_drawn(tmp_path):
+    """RDKit gives no picture of more than 32,767 pixels."""
+    draw_worst_molecules({f"label {number}": some_molecules(1) for number in range(140)}, tmp_path / "worst.png")
+    assert Image.open(tmp_path / "worst.png").size[1] == 250 * 100
 
 
 def test_a_card_of_pretraining_says_which_smiles_were_learned(tmp_path):
