@@ -24,7 +24,6 @@ from trainer_regression import NO_ROOM, augment, cached_map
 from utils_molecules import (
     ATOM_DESCRIPTORS,
     REASONS,
-    SMILES_COLUMNS,
     atom_environments,
     canonicalize,
     check_file,
@@ -34,8 +33,8 @@ from utils_molecules import (
     describe,
     describe_unusable,
     encode_smiles,
-    find_column,
     find_labels,
+    find_smiles,
     has_lines,
     load_hub_dataset,
     load_molecules,
@@ -98,14 +97,6 @@ def read_corpus(path, smiles_column=None, cache_dir=None, renew=False):
             raise InputError(f"{path} holds no molecule. Give another file.") from error
         raise InputError(f"{path} cannot be read as UTF-8 {'text' if text else 'CSV'}: {reason}") from error
     return take_smiles(corpus, column, path)
-
-
-def find_smiles(columns, smiles_column, source):
-    """Returns the name of the SMILES column; an `InputError` if there is none."""
-    column = find_column(columns, smiles_column, SMILES_COLUMNS, "--smiles_column", source)
-    if column is None:
-        raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
-    return column
 
 
 def take_smiles(corpus, smiles_column, source):

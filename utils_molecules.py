@@ -129,7 +129,7 @@ def check_file(path):
 
 
 def read_header(path):
-    """Returns the column names of a CSV or TSV and its separator (comma, tab or semicolon, as the header has most).
+    """Returns the column names of a CSV or TSV and its separator, as `split_header` does.
 
     Raises:
         InputError: if there is no such file, no header, or one that is not UTF-8.
@@ -141,7 +141,7 @@ def read_header(path):
 
 
 def read_first_line(path):
-    """Returns the fields of a file's first line and their separator; an `InputError` if there is none, or no UTF-8."""
+    """Returns the fields of a file's first line, the header, and their separator; an `InputError` if not UTF-8."""
     check_file(path)
     try:
         with get_handle(path, "rt", encoding="utf-8-sig", compression="infer", errors="replace") as handles:
@@ -241,6 +241,15 @@ def find_column(columns, wanted, candidates, flag, source):
     return next((lowered[name] for name in candidates if name in lowered), None)
 
 
+def find_smiles(columns, wanted, source, prefix=""):
+    """Returns the name of the SMILES column; an `InputError` if there is none."""
+    flag = f"--{prefix}smiles_column"
+    column = find_column(columns, wanted, SMILES_COLUMNS, flag, source)
+    if column is None:
+        raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass {flag}.")
+    return column
+
+
 def find_labels(columns, wanted, flag, source):
     """Returns the names of the label columns: those `wanted`, or the one that is called like a label, or none."""
     names = [find_column(columns, name, LABEL_COLUMNS, flag, source) for name in wanted or [None]]
@@ -260,10 +269,8 @@ def find_labels(columns, wanted, flag, source):
 def _to_molecules(table, source, smiles_column, label_column, require_label, prefix=""):
     columns = [str(column) for column in table.columns]
     table.columns = columns
-    smiles = find_column(columns, smiles_column, SMILES_COLUMNS, f"--{prefix}smiles_column", source)
+    smiles = find_smiles(columns, smiles_column, source, prefix)
     labels = find_labels(columns, label_column, f"--{prefix}label_column", source)
-    if smiles is None:
-        raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --{prefix}smiles_column.")
     if not labels and require_label:
         predict = "" if prefix else " To predict molecules, pass --do_predict --test_file, without --train_file."
         raise InputError(
@@ -635,7 +642,7 @@ def load_molecules(tokenizer, model_args, data_args, training_args):
 
 def warn_of_other_split(split_file, digest):
     """Warns of a split file of a run whose split had another hash: its rows may be of another table."""
-    before = None if split_file is None else json.loads(Path(split_file).read_text(encoding="utf-8")).get("hash")
+    before = None if split_file is None else read_json(split_file).get("hash")
     if before not in (None, digest):
         logger.warning(
             "%s was written for other molecules, or for other rows of these: its row numbers are taken all the same "

@@ -28,19 +28,19 @@ from arguments import InputError, begin_writing
 from trainer_regression import summarize_predictions
 from utils_molecules import (
     MISSING,
-    SMILES_COLUMNS,
     UNREADABLE,
     check_file,
     check_smiles,
     describe,
     encode_random_smiles,
-    find_column,
     find_labels,
+    find_smiles,
     has_lines,
     label_metrics,
     not_utf8,
     read_header,
     read_header_lines,
+    refuse_repeated,
     split_header,
 )
 
@@ -95,11 +95,8 @@ def open_table(source, data_args):
         else:
             columns, separator = read_header(source)
             options |= {"header": 0, "encoding": "utf-8-sig"}
-    smiles = find_column(columns, data_args.smiles_column, SMILES_COLUMNS, "--smiles_column", source)
-    if smiles is None:
-        raise InputError(f"{source} has no SMILES column; it has: {', '.join(columns)}. Pass --smiles_column.")
-    if len(set(columns)) < len(columns):
-        raise InputError(f"{source} has two columns of one name: {', '.join(columns)}. Rename one.")
+    smiles = find_smiles(columns, data_args.smiles_column, source)
+    refuse_repeated(columns, columns, source)
     return read_pieces(file, source, columns, separator, options), smiles, columns
 
 

@@ -185,6 +185,8 @@ def draw_worst_molecules(panels, path, count=12):
     from rdkit.Chem.Draw import rdMolDraw2D
 
     columns = 4
+    if len(panels) > MOST_PANELS:
+        logger.info("%s shows the first %d of %d labels", Path(path).name, MOST_PANELS, len(panels))
     drawn, legends = [], []
     for name, molecules in list(panels.items())[:MOST_PANELS]:
         most = columns * -(-count // (columns * len(panels)))

@@ -45,19 +45,30 @@ def run_script(command, folder, threads):
     return json.loads((Path(folder) / "all_results.json").read_text())
 
 
-def study_parser(description, folder, output):
-    """Returns a parser with the arguments of a study that runs scripts: folder, results file, runs at a time."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+class StudyParser(argparse.ArgumentParser):
+    """Refuses further flags for runs that would take the place of kept ones, and of the table of these."""
+
+    def parse_args(self, *args, **kwargs):
+        values = super().parse_args(*args, **kwargs)
+        usual = [name for name in ("folder", "output") if getattr(values, name) == self.get_default(name)]
+        if getattr(values, "extra", "") and usual:
+            self.error("--extra makes other runs: give them a --folder and an --output of their own.")
+        return values
+
+
+def study_parser(description, folder, output, script=None):
+    """Returns a parser with the arguments of a study that runs scripts: folder, results file, runs at a time.
+
+    Args:
+        script (`str`, *optional*): whose further flags --extra takes; without it there is no --extra.
+    """
+    parser = StudyParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "work" / folder, help="where the runs are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / output, help="the results file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; they share the cores")
+    if script is not None:
+        parser.add_argument("--extra", default="", help=f"further flags of {script} for all runs, as one text")
     return parser
-
-
-def check_extra(args, parser):
-    """Ends a study whose --extra would make other runs take the place of its kept ones, and of the table of these."""
-    if args.extra and (args.output == parser.get_default("output") or args.folder == parser.get_default("folder")):
-        parser.error("--extra makes other runs: give them a --folder and an --output of their own.")
 
 
 FAILED = []  # commands of the cells that did, for the report

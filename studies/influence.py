@@ -21,17 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import (
-    as_text,
-    check_extra,
-    interval,
-    place_of,
-    run_all,
-    run_script,
-    study_parser,
-    with_interval,
-    write_report,
-)
+from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
 from run_once import ROOT, checksums, is_done
 
 
@@ -260,15 +250,13 @@ def plot(rows, path):
 
 
 def main():
-    parser = study_parser(__doc__, "influence", "influence_study.json")
+    parser = study_parser(__doc__, "influence", "influence_study.json", "run_influence.py")
     parser.add_argument("--external_file", help="CSV of external molecules, a second pool")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--splits", nargs="+", default=["random", "scaffold"])
     parser.add_argument("--pools", nargs="+", default=["300", "1400"], help="sizes of the pools with wrong labels")
     parser.add_argument("--finished", action="store_true", help="train nothing; the tables of what is finished")
-    parser.add_argument("--extra", default="", help="further flags of run_influence.py, as one text")
     args = parser.parse_args()
-    check_extra(args, parser)
     pools = [*args.pools, *(["external"] if args.external_file else [])]
     cells = [
         (pool, split, seed, False)

@@ -28,18 +28,7 @@ import shlex
 import sys
 
 import numpy as np
-from common import (
-    ROOT,
-    as_text,
-    check_extra,
-    interval,
-    place_of,
-    run_all,
-    run_script,
-    study_parser,
-    with_interval,
-    write_report,
-)
+from common import ROOT, as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
 from kept_runs import RUNS, read_records
 from run_once import is_done
 
@@ -426,15 +415,13 @@ def plot(rows, path):
 
 
 def main():
-    parser = study_parser(__doc__, "peft", "peft_comparison.json")
+    parser = study_parser(__doc__, "peft", "peft_comparison.json", "run_peft.py")
     parser.add_argument("--tune", action="store_true", help="find learning rates on validation, and compare nothing")
     parser.add_argument("--tune_more", action="store_true", help="try rsLoRA with other flags, and compare nothing")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
     parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
-    parser.add_argument("--extra", default="", help="further flags of run_peft.py, as one text")
     args = parser.parse_args()
-    check_extra(args, parser)
     if args.tune:
         return tune(args)
     if args.tune_more:

@@ -15,17 +15,7 @@ over random SMILES is two rows: the other one is of the same model's predictions
 import shlex
 import statistics
 
-from common import (
-    as_text,
-    check_extra,
-    interval,
-    place_of,
-    run_all,
-    run_script,
-    study_parser,
-    with_interval,
-    write_report,
-)
+from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
 from run_once import is_done
 
 
@@ -175,19 +165,18 @@ def to_markdown(rows):
 
 
 def main():
-    parser = study_parser(__doc__, "recipes", "recipes.json")
+    parser = study_parser(__doc__, "recipes", "recipes.json", "run_regression.py")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--finished", action="store_true", help="train nothing; the table of what is finished")
-    parser.add_argument("--extra", default="", help="further flags of run_regression.py for all, as one text")
     args = parser.parse_args()
-    check_extra(args, parser)
     asked = [] if args.finished else [(name, seed) for seed in args.seeds for name in {"reference", *args.recipes}]
 
     def is_wanted(cell):
         return cell in asked or all(is_done(folder, command) for command, folder in trainings_of(cell, args))
 
-    kept = {int(path.stem.rsplit("-", 1)[-1]) for path in args.folder.glob("*-[0-9].command")}
+    ends = {path.stem.rsplit("-", 1)[-1] for path in args.folder.glob("*.command")}
+    kept = {int(end) for end in ends if end.isdigit()}
     cells = [(name, seed) for seed in sorted({*SEEDS, *args.seeds, *kept}) for name in RECIPES]
     rows = summarize(run_all(lambda cell, threads: run(cell, args, threads), filter(is_wanted, cells), args.jobs))
     if not rows:

@@ -1181,7 +1181,7 @@ def test_recipes_are_compared_with_the_reference_of_the_same_seed():
 
 
 def test_the_table_of_finished_recipes_has_every_seed_that_is_finished(tmp_path, monkeypatch):
-    for name in ("reference-0", "reference-4", "rate-3e-4-7"):
+    for name in ("reference-0", "reference-4", "rate-3e-4-12"):
         (tmp_path / f"{name}.command").touch()
     monkeypatch.setattr(
         recipes, "is_done", lambda folder, command: folder.with_name(f"{folder.name}.command").exists()
@@ -1193,7 +1193,7 @@ def test_the_table_of_finished_recipes_has_every_seed_that_is_finished(tmp_path,
     monkeypatch.setattr(sys, "argv", arguments)
     recipes.main()
     seeds = {row["name"]: list(row["validation_mse"]) for row in json.loads(output.read_text())["rows"]}
-    assert seeds == {"reference": ["0", "4"], "rate 3e-4": ["7"]}
+    assert seeds == {"reference": ["0", "4"], "rate 3e-4": ["12"]}
 
 
 @pytest.mark.parametrize("study", [recipes, influence, peft_comparison])

@@ -327,7 +327,7 @@ def test_a_model_that_learned_another_form_of_smiles_is_given_it(tmp_path, fine_
         ("", [], "is empty"),
         ("smiles,a\nCC,1\nCN,1,2,3\n", [], "cannot be read"),
         ("smiles,a\nCC,1,2\nCN,1,2\n", [], "cannot be read from its first row"),
-        ("smiles,smiles\nCC,CN\n", [], "two columns of one name"),
+        ("smiles,smiles\nCC,CN\n", [], "more than one column 'smiles'"),
         (b"smiles,name\nCC,caf\xe9\n", [], "is not UTF-8"),
     ],
 )

@@ -643,9 +643,11 @@ def test_a_label_with_a_bar_in_its_name_stays_in_its_cell(tmp_path):
     assert r"| this model: a\|b | test |" in card
 
 
-def test_only_so_many_labels_as_a_picture_holds_are_drawn(tmp_path):
+def test_only_so_many_labels_as_a_picture_holds_are_drawn(tmp_path, caplog):
     """RDKit gives no picture of more than 32,767 pixels."""
-    draw_worst_molecules({f"label {number}": some_molecules(1) for number in range(140)}, tmp_path / "worst.png")
+    with caplog.at_level("INFO", "molformer.hub"):
+        draw_worst_molecules({f"label {number}": some_molecules(1) for number in range(140)}, tmp_path / "worst.png")
+    assert "worst.png shows the first 100 of 140 labels" in caplog.text
     assert Image.open(tmp_path / "worst.png").size[1] == 250 * 100
 
 
