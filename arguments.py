@@ -66,13 +66,16 @@ GREATER_IS_BETTER = ("r2", "pearson", "spearman", "masked_accuracy", "descriptor
 NEEDED_SETTINGS = {
     "prediction_loss_only": False, "label_names": None, "eval_do_concat_batches": True, "batch_eval_metrics": False,
     "remove_unused_columns": True, "length_column_name": "length", "restore_callback_states_from_checkpoint": False,
+    # a training that was cut short would pass for a whole one; numbers are those of float32; no kernels for the model
+    "enable_jit_checkpoint": False, "bf16_full_eval": False, "fp16_full_eval": False, "use_liger_kernel": False,
 }  # fmt: skip
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "swanlab", "clearml", "dvclive")  # called as their packages
 # what the result of a training depends on
 TRAINING_SETTINGS = """seed data_seed learning_rate head_learning_rate layer_rate_decay num_train_epochs
     max_steps weight_decay optim per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy
     lr_scheduler_type lr_scheduler_kwargs warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon optim_args
     neftune_noise_alpha label_smoothing_factor dataloader_drop_last bf16 fp16 tf32 eval_strategy eval_steps
-    metric_for_best_model greater_is_better load_best_model_at_end""".split()
+    eval_delay save_strategy save_steps metric_for_best_model greater_is_better load_best_model_at_end""".split()
 # what it does not depend on, beside the library's other arguments
 FREE_SETTINGS = """output_dir cache_dir preprocessing_num_workers overwrite_cache ignore_split_mismatch label_name
     predict_augment merge_adapter base_hub_name controls""".split()
@@ -219,9 +222,8 @@ class DataTrainingArguments:
         metadata={
             "choices": ["canonical", "isomeric", "raw"],
             "help": "RDKit-canonical without stereo (as MoLFormer was pre-trained), canonical with it, or as given "
-            "(a corpus is then parsed only for descriptors, atoms, random SMILES and --exclude_file, and a molecule "
-            "that it writes in two ways counts as two). Default: that with which the checkpoint was trained, else "
-            "canonical.",
+            "(a molecule that a corpus writes in two ways then counts as two). Default: that with which the "
+            "checkpoint was trained, else canonical.",
         },
     )
     invalid_smiles: str = field(
@@ -397,7 +399,16 @@ class TrainingArguments(transformers.TrainingArguments):
     optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
+    save_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Steps from one checkpoint to the next, or their share of all if below 1. Default: as many "
+            "as from one evaluation to the next."
+        },
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept, the last one and the best one among them."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Whether losses that are no numbers are left out of the log; a GPU is then waited for."},
@@ -433,8 +444,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.bf16 is None:
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # of accelerate launch
             wanted = launched or ("bf16" if gains_by_bfloat16(self.use_cpu) else "no")
-            if wanted == "bf16" and self.use_cpu and not has_bfloat16(use_cpu=True):
-                wanted = "no"  # of a configuration that is meant for GPUs; emulated it is several times slower
+            if wanted == "bf16" and not has_bfloat16(self.use_cpu):
+                wanted = "no"  # of a configuration that is meant for others; emulated it is several times slower
             self.bf16 = self.do_train and not self.fp16 and wanted == "bf16"
             self.fp16 = self.fp16 or (self.do_train and wanted == "fp16")
         for name, usual in NEEDED_SETTINGS.items():
@@ -443,8 +454,18 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             # the library takes every metric but a loss for one that is better if greater
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_").startswith(GREATER_IS_BETTER)
+        if self.save_steps is None:
+            # as the library has it, which has evaluations follow the log by default
+            self.save_steps = (self.eval_steps or self.logging_steps) if self.eval_strategy == "steps" else 500
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; give a positive number.")
+        if self.max_steps == 0:
+            raise ValueError("--max_steps is 0; give a positive number, or leave it out.")
         do_eval = self.do_eval
         super().__post_init__()
+        if self.greater_is_better and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            self.lr_scheduler_kwargs = {"mode": "max"} | (self.lr_scheduler_kwargs or {})
         # the library takes the launcher's where no flag is set: predictions alone are in float32, however launched
         self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         self.do_eval = do_eval  # the library sets it wherever there is an evaluation during training
@@ -661,7 +682,7 @@ def setup_run(training_args, data_args=None, in_pieces=False):
     if training_args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise InputError("FSDP needs GPUs. On CPUs launch with configs/accelerate/ddp.yaml.")
     for name in training_args.report_to:
-        if name in ("tensorboard", "trackio", "wandb", "mlflow") and importlib.util.find_spec(name) is None:
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
             raise InputError(f"--report_to {name} needs a package: pip install {name}, or leave the flag out.")
     if training_args.n_gpu > 1:  # the library would copy the model to each and cut every tensor of a batch
         logger.info("One of %d GPUs is used; accelerate launch uses all of them", training_args.n_gpu)

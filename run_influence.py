@@ -514,9 +514,8 @@ def plot_convergence(report, path):
     for number, rows in trace.groupby("repeat"):
         axes.plot(rows["step"], rows["residual"], marker="o", markersize=3, color="tab:blue", alpha=0.7,
                   label="relative residual" if number == 0 else None)  # fmt: skip
-        if "norm" in rows:
-            axes.plot(rows["step"], rows["norm"] / trace["norm"].max(), color="tab:orange", alpha=0.7,
-                      label="norm, relative to the largest" if number == 0 else None)  # fmt: skip
+        axes.plot(rows["step"], rows["norm"] / trace["norm"].max(), color="tab:orange", alpha=0.7,
+                  label="norm, relative to the largest" if number == 0 else None)  # fmt: skip
     axes.axhline(report["tolerance"], color="0.5", linewidth=1, linestyle="--", label="tolerance of the residual")
     axes.plot(trace["step"].max(), report["residual"], marker="*", markersize=11, color="tab:blue", linestyle="none",
               label="residual of the answer, on all molecules")  # fmt: skip
@@ -877,7 +876,7 @@ def merged_command(parts, start_args, data_args, training_args, leakage):
     if data_args.label_name not in (None, "the label"):  # the merged file calls its column label
         command += ["--label_name", data_args.label_name]
     values = getattr(training_args, "run_values", None) or {}
-    settings = (*TRAINING_SETTINGS, "augment_smiles", "save_strategy", "save_steps")
+    settings = (*TRAINING_SETTINGS, "augment_smiles")
     names = [name for name in settings if name in training_args.given]
     command += as_flags({name: values.get(name) for name in names})
     leak = " (chosen by the test molecules, whose error there will be optimistic too)" if leakage else ""

@@ -7,12 +7,14 @@
 length that resume exactly, learning rates by layer); `RegressionTrainer` adds labels in their own unit.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
 import logging
 import math
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -41,6 +43,7 @@ from arguments import (
     ModelArguments,
     begin_writing,
     end_writing,
+    is_checkpoint,
     is_finished,
     is_out_of_space,
     last_complete_checkpoint,
@@ -156,6 +159,15 @@ def best_checkpoint(output_dir, resumed):
     return path and str(path)
 
 
+def rotate_checkpoints(newest, best, limit):
+    """Removes the oldest checkpoints beside the newest and the best one (`None` if there is none), down to `limit`."""
+    kept = {newest.name, Path(best or newest).name}
+    folders = [path for path in newest.parent.glob("checkpoint-*") if is_checkpoint(path)]
+    others = sorted((path for path in folders if path.name not in kept), key=lambda path: path.stat().st_mtime)
+    for path in others[: max(0, len(folders) - max(limit, len(kept)))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def check_molecules(resumed, key):
     """Raises `InputError` if the training of a checkpoint began with other molecules than it is to go on with.
 
@@ -185,17 +197,22 @@ class Stopwatch(TrainerCallback, ExportableState):
     def __init__(self, trainer, molecules):
         self.trainer, self.begun, self.molecules = trainer, None, molecules
         self.seconds_before, self.memory_before, self.loss_before = 0.0, 0, 0.0
+        self.not_logged, self.last_logged = 0.0, None  # the sum of the losses of the steps since then
         self.processes = None  # of an interrupted training
         self.best_checkpoint = None  # of a run that is resumed
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Goes on from what the checkpoint has counted, when one is resumed, and says if the processes are others."""
-        state.best_model_checkpoint = state.best_model_checkpoint or self.best_checkpoint
+        # the state names the folder where the run was, in which another one may be by now
+        state.best_model_checkpoint = self.best_checkpoint or state.best_model_checkpoint
         self.begun = time.monotonic()
         kept = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint, when one is resumed
-        if kept:
+        if kept and state.global_step:  # not of an attempt that ran out of memory
             for name, value in kept["attributes"].items():
                 setattr(self, name, value)
+            self.trainer._tr_loss += self.not_logged  # or the next log would have the rest of its steps alone
+            if self.last_logged is not None:  # one of an older checkpoint is not there
+                self.trainer._globalstep_last_logged = self.last_logged
         if self.processes not in (None, args.world_size):
             logger.warning(
                 "The training began with %d processes and goes on with %d: its batches are others from here on, and "
@@ -218,13 +235,13 @@ class Stopwatch(TrainerCallback, ExportableState):
         return self.loss_before + self.trainer._total_loss_scalar + float(self.trainer._tr_loss)
 
     def state(self):
-        if self.begun is None:
-            values = (0.0, 0, 0.0, None)
-        else:
-            values = (self.seconds, self.peak_memory, self.loss_sum, self.processes)
-        values = (*values, self.molecules)
-        names = ("seconds_before", "memory_before", "loss_before", "processes", "molecules")
-        return {"args": {}, "attributes": dict(zip(names, values, strict=True))}
+        values = {"seconds_before": 0.0, "memory_before": 0, "loss_before": 0.0, "processes": None}
+        if self.begun is not None:
+            values = {"seconds_before": self.seconds, "memory_before": self.peak_memory, "processes": self.processes}
+            values["loss_before"] = self.loss_before + self.trainer._total_loss_scalar
+            values["not_logged"] = float(self.trainer._tr_loss)
+            values["last_logged"] = self.trainer._globalstep_last_logged
+        return {"args": {}, "attributes": {**values, "molecules": self.molecules}}
 
 
 class MolformerTrainer(Trainer):
@@ -249,9 +266,18 @@ class MolformerTrainer(Trainer):
             super().__init__(*args, **kwargs)
             if self.args.do_train:
                 self.create_optimizer_and_scheduler(num_training_steps=100)
+                batches = len(self.get_train_dataloader())
+                self.remove_callback(SetEpoch)  # of this sampler; the training makes its own
+            if self.eval_dataset is not None:
+                self.get_eval_dataloader()
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"The training cannot be set up: {error}") from error
         self.optimizer = self.lr_scheduler = None
+        if self.args.do_train and not batches:
+            raise InputError(
+                f"--dataloader_drop_last leaves no batch of {len(self.train_dataset)} molecules. Leave it out, or "
+                "lower --per_device_train_batch_size."
+            )
 
     def check_best_metric(self, metrics):
         """Refuses a `--metric_for_best_model` that no evaluation will give, before anything is trained.
@@ -266,6 +292,9 @@ class MolformerTrainer(Trainer):
             )
 
     def _determine_best_metric(self, metrics, trial):
+        # an evaluation between two checkpoints would be the best one for good, and have no model to keep
+        if not (self.control.should_save or self.args.save_strategy == "best"):
+            return False
         try:
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:  # of few molecules, none of which is masked, or all of which are predicted alike
@@ -289,7 +318,30 @@ class MolformerTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / "trainer_state.json").unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        with self._without_limit() as limit:
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save and limit is not None and limit > 0:
+            rotate_checkpoints(folder, self.state.best_model_checkpoint, limit)
+
+    @contextlib.contextmanager
+    def _without_limit(self):
+        # the library removes every folder whose name begins as a checkpoint's does, a copy of the user's among them
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield limit
+        finally:
+            self.args.save_total_limit = limit
+
+    def _finalize_training(self, *args, **kwargs):
+        with self._without_limit():  # the last checkpoint stays, by which a finished run is known
+            return super()._finalize_training(*args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        # the library asks whether the last step was taken only after one more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -372,6 +424,8 @@ class MolformerTrainer(Trainer):
         self.add_callback(self.stopwatch)
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
+            self.optimizer.eval()  # has those that average weights leave the average, which is what is evaluated
         metrics, state, before = result.metrics, self.state, self.stopwatch.loss_before
         metrics["train_runtime"] = seconds = self.stopwatch.seconds
         if self._initial_global_step:
@@ -399,14 +453,14 @@ class MolformerTrainer(Trainer):
         finally:
             self.accelerator.native_amp = before
 
-    def save_metrics(self, split, metrics, combined=True):
+    def log_metrics(self, split, metrics):
+        """Logs metrics as the library does, which takes what has `_mem_` in its name, as a label may, for bytes."""
+        super().log_metrics(split, {k: v for k, v in metrics.items() if "_mem_" not in k or isinstance(v, int)})
+
+    def save_metrics(self, split, metrics):
         """Saves metrics as the library does, but every file whole or not at all."""
-        if not self.is_world_process_zero():
-            return
-        if combined:
+        if self.is_world_process_zero():
             update_results(self.args.output_dir, split, metrics)
-        else:
-            write_json(metrics, Path(self.args.output_dir) / f"{split}_results.json")
 
     def _save(self, output_dir=None, state_dict=None):
         folder = Path(output_dir or self.args.output_dir)

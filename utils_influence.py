@@ -320,9 +320,10 @@ def conjugate_gradient_inverse_hvp(hvp, vector, *, damping, tolerance, max_steps
         image = hvp(direction) + damping * direction
         curvature = float(direction @ image)
         if not curvature > 0:
+            found = curvature / float(direction @ direction)
             raise FloatingPointError(
-                f"Conjugate gradients met curvature {curvature / float(direction @ direction):.2e} at step "
-                f"{state.step + 1}: the matrix with damping={damping:.4g} is not positive. Raise --damping, or use "
+                f"Conjugate gradients met curvature {found:.2e} at step {state.step + 1}: the matrix with "
+                f"damping={damping:.4g} is not positive. Raise --damping to more than {damping - found:.2g}, or use "
                 "--curvature ggn."
             )
         state.answer = state.answer + (square / curvature) * direction
@@ -575,17 +576,26 @@ def measure_curvature(problem, fixed, batches, influence_args):
         logger.warning(
             "On %d training molecules the Hessian has eigenvalues down to %.3g, and damping is %.3g: the scores mean "
             "little. Pass --damping %.2g or more, or --curvature ggn.",
-            len(fixed), smallest, damping, -1.1 * smallest,
+            len(fixed), smallest, damping, least_damping(values),
         )  # fmt: skip
     values["damping"] = damping
     if lissa:
         automatic = 1.5 * max(values["largest_eigenvalue_of_batches"]) + damping
         values["scale"] = automatic if influence_args.scale == "auto" else float(influence_args.scale)
-        least = (max(values["largest_eigenvalue_of_batches"]) + damping) / 2
-        if values["scale"] <= least:
+        if values["scale"] <= least_scale(values):
             text = "--scale %.3g is too small for LiSSA to converge. Give more than %.3g."
-            logger.warning(text, values["scale"], least)
+            logger.warning(text, values["scale"], least_scale(values))
     return values
+
+
+def least_damping(report):
+    """Returns the damping that makes a Hessian positive, a tenth more than its smallest measured eigenvalue asks."""
+    return -1.1 * report["smallest_eigenvalue"]
+
+
+def least_scale(report):
+    """Returns the scale above which LiSSA converges in each of the measured batches."""
+    return (max(report["largest_eigenvalue_of_batches"]) + report["damping"]) / 2
 
 
 def inverse_curvature(problem, train, gradient, influence_args, seed, state_file=None):
@@ -644,9 +654,11 @@ def inverse_curvature(problem, train, gradient, influence_args, seed, state_file
             "The residual is not finite: the solution is none. Raise --damping, or use another checkpoint."
         )
     if report["residual"] >= 1 and influence_args.ihvp == "lissa":
+        last = file.values["trace"][-1:] or [{"norm": float(gradient.norm()) / report["scale"], "step": 0}]
         raise InputError(
             f"The relative residual is {report['residual']:.3g}, and that of no solution at all is 1: the scores "
-            "would mean nothing. Raise --scale, --damping or --hessian_batch_size, or use --curvature ggn."
+            f"would mean nothing (norm {last[0]['norm']:.1e} at step {last[0]['step']}). Raise --scale, --damping or "
+            "--hessian_batch_size, or use --curvature ggn."
         )
     report |= {"trace_molecules": len(train) if influence_args.ihvp == "cg" else len(fixed)}
     report["trace"] = file.values["trace"]  # of the last iterate, on these; `residual` is of the answer, on all
@@ -678,7 +690,13 @@ def judge(report, influence_args):
     elif report.get("smallest_eigenvalue", 0.0) + report["damping"] <= 0:
         verdict = (
             f"not to be trusted: the Hessian has eigenvalues down to {report['smallest_eigenvalue']:.3g}, and the "
-            f"damping is {report['damping']:.3g}. Raise --damping, or use --curvature ggn"
+            f"damping is {report['damping']:.3g}. Raise --damping to {least_damping(report):.2g}, or use --curvature "
+            "ggn"
+        )
+    elif lissa and report["scale"] <= least_scale(report):  # above twice the scale the signs alternate: means hide it
+        verdict = (
+            f"not to be trusted: with --scale {report['scale']:.3g} LiSSA does not converge in every batch. Give more "
+            f"than {least_scale(report):.3g}"
         )
     elif lissa and 1.5 * report["implicit_damping"] > report["damping"]:
         steps = 1.5 * report["scale"] / report["damping"] - 1
@@ -706,7 +724,8 @@ def solve_by_conjugate_gradients(product, gradient, damping, influence_args, fil
     ) as bar:
 
         def on_step(state):
-            trace.append({"step": state.step, "residual": float(state.residual.norm() / gradient.norm())})
+            trace.append({"step": state.step, "norm": float(state.answer.norm())})
+            trace[-1]["residual"] = float(state.residual.norm() / gradient.norm())
             bar.update()
             bar.set_postfix(residual=f"{trace[-1]['residual']:.1e}")
             if state.step % 5 == 0:

@@ -236,16 +236,16 @@ def strip(lines, named):
     return [(text.split() or [""])[0] for text in texts] if named else texts
 
 
-def encode_batch(batch, tokenizer, smiles_form, max_length, must_parse=False, named=False, excluded=()):
+def encode_batch(batch, tokenizer, smiles_form, max_length, checked=False, named=False, excluded=()):
     """Returns token ids, lengths and what is wrong with each SMILES ("" if nothing), for `datasets.Dataset.map`.
 
     Args:
-        must_parse (`bool`): whether a SMILES that is taken as given must be one for RDKit too.
+        checked (`bool`): whether the SMILES are in their form already.
         named (`bool`): whether a molecule's name may follow its SMILES, as in a line of a .smi file.
         excluded (`tuple[str]`): canonical SMILES of the molecules that are left out.
     """
     texts = strip(batch["smiles"], named)
-    if smiles_form != "raw" or must_parse or excluded:
+    if not checked:
         texts = [canonicalize(text, smiles_form) for text in texts]
     ids, problems = encode_smiles([text or "" for text in texts], tokenizer)
     reasons = [
@@ -304,9 +304,9 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, check
         }
     )
     options = {
-        "smiles_form": "raw" if checked else data_args.smiles_form,
+        "smiles_form": data_args.smiles_form,
         "max_length": data_args.max_length,
-        "must_parse": not checked and (mlm_args.objective != "mlm" or data_args.augment_smiles > 0),
+        "checked": checked,
         "named": corpus.info.builder_name == "text",
         "excluded": excluded,
     }

@@ -13,6 +13,7 @@ import lzma
 import math
 import os
 import tarfile
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -263,6 +264,12 @@ def find_labels(columns, wanted, flag, source):
                 f"The label {f'{baseline}_{alike}'!r} of {source} would be taken for the baseline {baseline} of "
                 f"{alike!r}. Rename one of them."
             )
+    spread = next((name for name in names if f"sd_{name}" in names), None)
+    if spread is not None:  # in the columns of predictions
+        raise InputError(
+            f"The label {f'sd_{spread}'!r} of {source} would be taken for the standard deviation of predictions of "
+            f"{spread!r}. Rename one of them."
+        )
     return [name for name in names if name is not None]
 
 
@@ -724,8 +731,9 @@ def regression_metrics(predictions, labels):
             f"{broken} of {len(predictions)} predictions are not finite: the training diverged, or the checkpoint is "
             "broken. Lower --learning_rate, or use another checkpoint."
         )
-    metric = _metric_class()(keep_in_memory=True)
-    return metric.compute(predictions=predictions, references=np.ravel(labels))
+    with tempfile.TemporaryDirectory() as folder:  # the library makes one, though all is kept in memory
+        metric = _metric_class()(keep_in_memory=True, cache_dir=folder)
+        return metric.compute(predictions=predictions, references=np.ravel(labels))
 
 
 def label_metrics(predictions, labels, names):
@@ -844,7 +852,7 @@ def compute_descriptors(molecule, names):
 def describe(text, names):
     """Returns the named RDKit descriptors of a SMILES, shape (M,) in float32; NaN if RDKit cannot read it."""
     molecule = parse_smiles(text)
-    if molecule is None:  # RDKit cannot read every SMILES that it wrote, and raw ones were never parsed
+    if molecule is None:  # RDKit cannot read every SMILES that it wrote
         return np.full(len(names), np.nan, dtype=np.float32)
     return compute_descriptors(molecule, names)
 

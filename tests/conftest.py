@@ -8,9 +8,10 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test needs a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers are those of the processor
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # where the double of the Hub answers
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # float32 on every machine, for the tests that ask for nothing else
-if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+os.environ["OMP_NUM_THREADS"] = "1"  # workers share the cores, and sums are those of the scripts that tests start
 
 import pandas as pd
 import pytest

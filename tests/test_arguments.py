@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -229,23 +230,28 @@ def test_a_hub_data_set_takes_the_place_of_the_embedded_file():
 # -------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("dataclass", DATACLASSES)
+SCRIPTS = [importlib.import_module(name) for name in ("run_regression", "run_mlm", "run_influence", "run_peft")]
+
+
+@pytest.mark.parametrize("dataclass", dict.fromkeys(kind for script in SCRIPTS for kind in script.ARGUMENTS))
 def test_every_argument_of_ours_has_a_help_text(dataclass):
     fields = own_fields(dataclass)
-    assert len(fields) > 10
+    assert fields
     for field in fields:
         text = field.metadata.get("help", "")
         assert len(text) > 5 and text.endswith("."), field.name
 
 
-def test_help_shows_every_argument_its_text_and_the_description(capsys):
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_shows_every_argument_its_text_and_the_description(capsys, script):
+    description = "First line.\n\n    a command"
     with pytest.raises(SystemExit) as error:
-        parse_arguments(*DATACLASSES, defaults=DEFAULTS, description="First line.\n\n    a command", args=["--help"])
+        parse_arguments(*script.ARGUMENTS, defaults=DEFAULTS, description=description, args=["--help"])
     assert error.value.code == 0
     shown = capsys.readouterr().out
     assert "First line.\n\n    a command" in shown
     words = "".join(shown.split())  # whatever the width of the terminal
-    for dataclass in DATACLASSES:
+    for dataclass in script.ARGUMENTS:
         for field in own_fields(dataclass):
             assert f"--{field.name}" in words
             assert "".join(field.metadata["help"].split()) in words, field.name
@@ -679,8 +685,37 @@ def test_resume_in_an_argument_file_may_be_a_truth_value(tmp_path):
     assert find_checkpoint(training_args, data_args) == str(newest)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), 500),
+        (("--eval_strategy", "steps", "--eval_steps", "100"), 100),
+        (("--eval_strategy", "steps", "--logging_steps", "50"), 50),
+        (("--eval_strategy", "steps", "--eval_steps", "100", "--save_steps", "200"), 200),
+        (("--eval_strategy", "steps", "--eval_steps", "0.1"), 0.1),
+    ],
+)
+def test_what_is_evaluated_is_saved_by_default(flags, expected):
+    assert parse(*flags, "--save_strategy", "steps", "--load_best_model_at_end", "false")[2].save_steps == expected
+
+
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
+                                  "gradient_accumulation_steps"])  # fmt: skip
+def test_no_batch_and_no_step_are_refused(capsys, name):
+    assert f"--{name} is 0; give a positive number" in refusal(capsys, f"--{name}", "0")
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_waits_for_better_metrics_knows_which_are_better(scheduler):
+    flags = ("--lr_scheduler_type", scheduler, "--metric_for_best_model")
+    assert parse(*flags, "r2")[2].lr_scheduler_kwargs == {"mode": "max"}
+    assert not parse(*flags, "mse")[2].lr_scheduler_kwargs
+    kept = parse(*flags, "r2", "--lr_scheduler_kwargs", '{"mode": "min", "patience": 3}')[2].lr_scheduler_kwargs
+    assert kept == {"mode": "min", "patience": 3}
+
+
 def test_a_reporter_that_is_not_installed_is_named(tmp_path):
-    missing = [name for name in ("trackio", "mlflow", "wandb") if importlib.util.find_spec(name) is None]
+    missing = [name for name in arguments.TRACKERS if importlib.util.find_spec(name) is None]
     if not missing:
         pytest.skip("all reporters are installed here")
     training_args, data_args = arguments_for(tmp_path / "run", report_to=missing[0])
@@ -1013,6 +1048,30 @@ def test_errors_that_the_user_cannot_correct_keep_their_traceback(monkeypatch, t
     with pytest.raises(type(error)) as caught:
         run(monkeypatch, tmp_path, main)
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied"), "must not be written .*Give another --output_dir, or allow it and"),
+        (OSError(30, "Read-only file system"), "must not be written"),
+        (OSError(28, "No space left on device"), "No space is left to write to .*Make room;"),
+        (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "No space is left",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("begun", "advice"), [(False, "start again"), (True, "--resume_from_checkpoint true")])
+def test_a_folder_that_cannot_be_written_is_told(monkeypatch, tmp_path, caplog, error, message, begun, advice):
+    def main(*arguments):
+        raise error
+
+    if begun:
+        checkpoint(tmp_path, 10)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path, main)
+    assert ended.value.code == 1 and re.search(message, caplog.text) and advice in caplog.text
 
 
 SCRIPT = """

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, TWO_PROCESSES
 
 import run_mlm
+import trainer_regression
 import utils_mlm
 from arguments import InputError, is_finished, last_complete_checkpoint, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
@@ -89,9 +90,9 @@ def test_an_evaluation_leaves_the_curves_of_the_training(tiny_checkpoint, small_
 
 
 def results(folder):
-    """The metrics of a run, without those that tell time. A resumed run's train_loss covers what it trained itself."""
+    """The metrics of a run, without those that tell time."""
     values = json.loads((folder / "all_results.json").read_text())
-    return {name: value for name, value in values.items() if not any(time in name for time in (*TIMES, "train_loss"))}
+    return {name: value for name, value in values.items() if not any(time in name for time in TIMES)}
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +315,37 @@ def test_impossible_masking_share_is_refused(share, capsys):
     with pytest.raises(SystemExit):
         parse("--mlm_probability", share)
     assert "--mlm_probability" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("objective", "by_tokens"), [("mlm", True), ("mlm+mtr", False), ("atoms", False)])
+def test_batches_of_a_step_count_by_their_masked_tokens_alone_or_alike(
+    objective, by_tokens, tiny_checkpoint, small_table, tmp_path, monkeypatch
+):
+    """The library divides by the number of labels of the step, which are masked tokens, if the model's loss does."""
+    seen = []
+
+    def train(trainer, **options):
+        seen.append(trainer.model_accepts_loss_kwargs)
+        raise InputError("seen")
+
+    monkeypatch.setattr(trainer_regression.MolformerTrainer, "train", train)
+    with pytest.raises(InputError, match="seen"):
+        run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--objective",
+            objective, "--output_dir", tmp_path / "x"))  # fmt: skip
+    assert seen == [by_tokens]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--objective", "mtr", "--label_smoothing_factor", "0.1"), "--label_smoothing_factor"),
+        (("--train_sampling_strategy", "sequential"), "--train_sampling_strategy"),
+    ],
+)
+def test_what_the_script_does_not_do_is_refused(flags, message, tiny_checkpoint, small_table, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_mlm.main(*parse("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, *flags,
+            "--output_dir", tmp_path / "x"))  # fmt: skip
 
 
 def test_dropped_lines_are_listed_in_the_output_folder(tiny_checkpoint, tmp_path):

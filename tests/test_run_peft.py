@@ -120,6 +120,29 @@ def test_all_targets_are_the_linear_layers_of_every_encoder_layer(base):
     assert len(run_peft.find_targets(base, arguments_of("ia3"))) == 2 * 3
 
 
+@pytest.mark.parametrize("method", [method for method in TUNERS if METHODS[method].rank is not None])
+def test_settings_of_a_method_reach_its_tuner(method):
+    """By the names that PEFT has for them."""
+    dropout = {"peft_dropout": 0.1} if METHODS[method].dropout else {}
+    config = run_peft.peft_config(PeftArguments(peft_method=method, **dropout), ["x"], 7).to_dict()
+    expected = {
+        **dict.fromkeys(("lora", "rslora", "dora"), {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}),
+        "pissa": {"r": 4, "lora_alpha": 4, "lora_dropout": 0.1},
+        "vera": {"r": 256, "vera_dropout": 0.1, "projection_prng_key": 7, "save_projection": False},
+        "oft": {"oft_block_size": 16, "use_cayley_neumann": False},
+        "miss": {"r": 8, "miss_dropout": 0.1},
+        "hira": {"r": 4, "hira_dropout": 0.1},
+        "shira": {"r": 4, "random_seed": 7},
+    }[method]
+    if "lora_alpha" in expected:
+        expected |= {"use_rslora": method == "rslora", "use_dora": method == "dora"}
+        expected |= {"init_lora_weights": "pissa" if method == "pissa" else True}
+    assert {name: config[name] for name in expected} == expected
+    if METHODS[method].alpha:
+        config = run_peft.peft_config(PeftArguments(peft_method=method, peft_alpha=3, peft_rank=2), ["x"], 7)
+        assert (config.r, config.lora_alpha) == (2, 3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_training_starts_from_the_base_model(method, base, batch):
     """Reference: the base model's own predictions."""

@@ -359,6 +359,7 @@ def test_paper_protocol_has_no_validation_part_and_says_so(tiny_checkpoint, smal
     assert "optimistic" in capsys.readouterr().out
     values = results(tmp_path / "paper")
     assert values["test_samples"] == 32 and values["train_samples"] == 128
+    assert json.loads((tmp_path / "paper" / "arguments.json").read_text())["learning_rate"] == 1e-4
     assert "validation_mse" not in values
     assert values["eval_mse"] == pytest.approx(values["test_mse"], rel=1e-6)
 
@@ -825,6 +826,13 @@ def test_interrupted_ensemble_keeps_its_finished_members(tiny_checkpoint, small_
         assert results(tmp_path / "cut")[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
     call_main(*common, "--output_dir", tmp_path / "cut", "--overwrite_output_dir")
     assert calls[3:] == [42, 43]
+    # all members predict the same random SMILES, there and in a file
+    flags = ("--model_name_or_path", tmp_path / "whole", "--test_file", small_table, "--predict_augment", 1)
+    call_main("--do_predict", *flags, "--output_dir", tmp_path / "again")
+    own, again = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("whole", "again"))
+    for name in ("prediction", "prediction_sd", "augment_sd"):
+        assert again[name][own["row"]].to_numpy() == pytest.approx(own[name].to_numpy(), abs=1e-5), name
+    assert own["augment_sd"].max() > 1e-3
 
 
 def test_an_ensemble_without_held_out_molecules_is_resumed(tiny_checkpoint, small_table, tmp_path):
@@ -900,21 +908,6 @@ def test_seeds_beyond_the_last_are_refused(tiny_checkpoint, small_table, tmp_pat
     flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x")
     with pytest.raises(InputError, match="no room for 2 seeds"):
         call_main(*flags, "--seed", 2**32 - 1, "--num_seeds", 2)
-
-
-def test_members_predict_the_same_random_smiles(finished_run, small_table, tmp_path):
-    """Two equal members: forms spread as those of one, and members not at all."""
-    import shutil
-
-    folder = tmp_path / "ensemble"
-    for number in (0, 1):
-        shutil.copytree(finished_run, folder / f"member-{number}", ignore=shutil.ignore_patterns("checkpoint-*"))
-    flags = ("--train_file", small_table, "--do_predict", "--predict_augment", 3, "--disable_tqdm", "true")
-    call_main("--model_name_or_path", folder, *flags, "--output_dir", tmp_path / "both")
-    call_main("--model_name_or_path", finished_run, *flags, "--output_dir", tmp_path / "one")
-    both, one = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("both", "one"))
-    assert both["augment_sd"].to_numpy() == pytest.approx(one["augment_sd"].to_numpy(), abs=1e-5)
-    assert both["prediction_sd"].max() < 1e-5
 
 
 def test_evaluation_of_an_ensemble_alone_is_of_its_mean(finished_run, small_table, tmp_path):
@@ -1023,13 +1016,16 @@ def test_molecules_without_any_label_are_left_out(tiny_checkpoint, tmp_path, cap
     assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 30
 
 
-def test_a_label_that_is_called_like_the_baseline_of_another_is_refused(tiny_checkpoint, tmp_path):
-    """Their metrics would have one name."""
+@pytest.mark.parametrize(
+    ("name", "taken_for"), [("mean_label", "baseline mean of"), ("sd_label", "standard deviation of predictions of")]
+)
+def test_a_label_that_is_called_like_something_of_another_is_refused(tiny_checkpoint, tmp_path, name, taken_for):
+    """Their metrics, or columns of their predictions, would have one name."""
     table = pd.read_csv(ROOT / "data" / "lipophilicity.csv", nrows=60)
-    table.assign(mean_label=table["label"] + 1).to_csv(tmp_path / "two.csv", index=False)
+    table.assign(**{name: table["label"] + 1}).to_csv(tmp_path / "two.csv", index=False)
     flags = ["--model_name_or_path", tiny_checkpoint, "--train_file", tmp_path / "two.csv", *QUICK]
-    with pytest.raises(InputError, match="'mean_label' .* would be taken for the baseline mean of 'label'. Rename"):
-        call_main(*flags, "--label_column", "mean_label", "label", "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match=f"{name!r} .* would be taken for the {taken_for} 'label'. Rename"):
+        call_main(*flags, "--label_column", name, "label", "--output_dir", tmp_path / "out")
 
 
 def test_a_label_that_no_training_molecule_has_is_refused(tiny_checkpoint, tmp_path):

@@ -1,21 +1,27 @@
 """trainer_regression.py: sampling, optimizer groups, accumulation, secrets."""
 
 import errno
+import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import TrainerState
 
 import trainer_regression
 from arguments import (
     EMBEDDED_DATA,
     DataTrainingArguments,
     InputError,
+    ModelArguments,
     TrainingArguments,
     last_complete_checkpoint,
 )
 from modeling_molformer_reg import MolformerForRegression
+from run_peft import PeftArguments, adapt
 from trainer_regression import LengthGroupedBatchSampler, RegressionTrainer, augment, summarize_predictions, to_dataset
 from utils_checkpoints import build_tokenizer
 from utils_molecules import canonicalize
@@ -119,6 +125,65 @@ def test_head_gets_its_own_learning_rate(tiny_checkpoint, molecules, tmp_path):
     assert len(rates) == len(named)
     for name, parameter in named.items():
         assert rates[id(parameter)] == (5e-2 if name.startswith("classifier.") else 1e-3), name
+
+
+def test_the_head_beside_an_adapter_gets_its_own_learning_rate(tiny_checkpoint, molecules, tmp_path):
+    """PEFT keeps it under a longer name."""
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, head_learning_rate=5e-2))
+    model = adapt(trainer.model, PeftArguments())
+    optimizer = trainer.create_optimizer(model)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = {name for name, parameter in trained.items() if rates[id(parameter)] == 5e-2}
+    assert len(head) == 2 and head == {name for name in trained if "classifier" in name} < set(trained)
+
+
+def test_a_training_set_is_known_by_its_labels(molecules):
+    """A file whose labels were corrected is another one, for a checkpoint and for a fine-tuning of a comparison."""
+    corrected = molecules.assign(label=molecules["label"].where(molecules.index != 7, 9.0), text=molecules["smiles"])
+    parts = {"train": molecules.assign(text=molecules["smiles"])}
+    keys = {trainer_regression.molecules_key(to_dataset(rows)) for rows in (parts["train"], corrected)}
+    assert len(keys) == 2
+    settings = ModelArguments(model_name_or_path=None), DataTrainingArguments(), TrainingArguments()
+    keys = {trainer_regression._settings_key(*settings, {"train": rows}, "") for rows in (parts["train"], corrected)}
+    assert len(keys) == 2
+
+
+def test_the_parts_are_cut_to_what_was_asked_for(molecules):
+    molecules["split"] = ["train"] * 24 + ["validation"] * 12 + ["test"] * 12
+    limits = DataTrainingArguments(max_train_samples=20, max_eval_samples=5, max_predict_samples=7)
+    parts = trainer_regression.select_parts(molecules, limits)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 20, "validation": 5, "test": 7}
+
+
+def test_the_label_scale_is_that_of_the_training_molecules(tiny_checkpoint, molecules, tmp_path):
+    model = MolformerForRegression.from_pretrained(tiny_checkpoint)
+    args = arguments(tmp_path, do_train=True)
+    trainer_regression.prepare_head(model, molecules, "hash", DataTrainingArguments(label_name="logD"), args)
+    assert model.config.label_mean == [pytest.approx(molecules["label"].mean())]
+    assert model.config.label_std == [pytest.approx(molecules["label"].std(ddof=0))]
+    assert (model.config.split_hash, model.config.id2label) == ("hash", {0: "logD"})
+
+
+def test_label_smoothing_is_refused(tiny_checkpoint, molecules, tmp_path):
+    with pytest.raises(InputError, match="--label_smoothing_factor is for classes"):
+        make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, label_smoothing_factor=0.1))
+
+
+def test_a_training_that_goes_on_with_other_processes_is_told(tiny_checkpoint, molecules, tmp_path, caplog):
+    common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}
+    common["load_best_model_at_end"] = False
+    make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, **common)).train()
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    kept = json.loads(state.read_text())
+    kept["stateful_callbacks"]["Stopwatch"]["attributes"]["processes"] = 2
+    state.write_text(json.dumps(kept))
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, **common))
+    metrics = trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).metrics
+    assert "began with 2 processes and goes on with 1" in caplog.text
+    assert metrics["train_steps_per_second"] == pytest.approx(4 / metrics["train_runtime"])
+    learned = len(molecules) * trainer.state.epoch
+    assert metrics["train_samples_per_second"] == pytest.approx(learned / metrics["train_runtime"])
 
 
 def test_learning_rate_falls_from_layer_to_layer(tiny_checkpoint, molecules, tmp_path):
@@ -245,6 +310,7 @@ def test_a_metric_that_the_held_out_molecules_do_not_give_is_refused(tiny_checkp
 def test_a_metric_that_an_evaluation_did_not_give_is_told(tiny_checkpoint, molecules, tmp_path, monkeypatch):
     """Predictions that are all alike have no correlation."""
     trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model="pearson"))
+    trainer.control.should_save = True
     with pytest.raises(InputError, match="An evaluation gave no --metric_for_best_model pearson"):
         trainer._determine_best_metric({"eval_loss": 0.5}, None)
 
@@ -253,11 +319,127 @@ def test_a_metric_that_an_evaluation_did_not_give_is_told(tiny_checkpoint, molec
     ("name", "value"),
     [("prediction_loss_only", True), ("label_names", ["y"]), ("eval_do_concat_batches", False),
      ("batch_eval_metrics", True), ("remove_unused_columns", False), ("length_column_name", "input_ids"),
-     ("restore_callback_states_from_checkpoint", True)],
+     ("restore_callback_states_from_checkpoint", True), ("enable_jit_checkpoint", True), ("bf16_full_eval", True),
+     ("fp16_full_eval", True), ("use_liger_kernel", True)],
 )  # fmt: skip
 def test_settings_that_take_what_the_scripts_work_with_are_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"--{name} is not for these scripts"):
         arguments(tmp_path, **{name: value})
+
+
+# three steps an epoch, nothing at random but the order
+STEPS = {"save_strategy": "steps", "eval_strategy": "no", "load_best_model_at_end": False}
+
+
+def weights_of(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def test_a_training_that_ended_within_an_epoch_takes_no_further_step(tiny_checkpoint, molecules, tmp_path):
+    """As where a finished run is called again to be pushed. Reference: the finished run."""
+    flags = {**STEPS, "max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, **flags))
+    expected = whole.train().metrics
+    again = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, **flags))
+    metrics = again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4")).metrics
+    assert again.state.global_step == 4 and torch.equal(weights_of(again), weights_of(whole))
+    assert metrics["train_loss"] == pytest.approx(expected["train_loss"])
+    assert metrics["epoch"] == pytest.approx(expected["epoch"]) and not (tmp_path / "checkpoint-5").exists()
+
+
+def test_the_loss_of_an_epoch_that_was_interrupted_is_that_of_all_its_steps(tiny_checkpoint, molecules, tmp_path):
+    """Reference: the uninterrupted run's log."""
+    flags = {**STEPS, "num_train_epochs": 2, "save_steps": 2, "save_total_limit": None}
+    trainers = [make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, **flags)) for _ in range(2)]
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    whole, resumed = ([entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in trainers)
+    assert resumed == pytest.approx(whole) and len(whole) == 2
+
+
+def test_what_an_attempt_that_ran_out_of_memory_lost_is_not_counted(tiny_checkpoint, molecules, tmp_path):
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
+    trainer._tr_loss, trainer._globalstep_last_logged, trainer._total_loss_scalar = torch.tensor(0.0), 0, 0.0
+    for step, expected in ((0, 0.0), (3, 12.0)):
+        stopwatch = trainer_regression.Stopwatch(trainer, "key")
+        kept = {"loss_before": 9.0, "not_logged": 3.0, "last_logged": 2}
+        state = TrainerState(global_step=step, stateful_callbacks={"Stopwatch": {"attributes": kept}})
+        state.best_model_checkpoint, stopwatch.best_checkpoint = "/before/checkpoint-2", "/here/checkpoint-2"
+        stopwatch.on_train_begin(trainer.args, state, trainer.control)
+        assert stopwatch.loss_sum == expected and trainer._globalstep_last_logged == (2 if step else 0)
+        assert state.best_model_checkpoint == "/here/checkpoint-2"  # where the run was another may be by now
+
+
+def test_only_what_is_saved_can_be_the_best(tiny_checkpoint, molecules, tmp_path):
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
+    trainer.state.global_step = 5
+    for saved, loss, best in ((False, 0.1, None), (True, 0.5, 0.5), (False, 0.2, 0.5), (True, 0.4, 0.4)):
+        trainer.control.should_save = saved
+        assert trainer._determine_best_metric({"eval_loss": loss}, None) == saved
+        assert trainer.state.best_metric == best
+    saves_the_best = arguments(tmp_path, save_strategy="best", metric_for_best_model="loss")
+    trainer = make_trainer(tiny_checkpoint, molecules, saves_the_best)
+    assert trainer._determine_best_metric({"eval_loss": 0.1}, None)
+
+
+@pytest.mark.parametrize(("limit", "left"), [(1, {2, 6}), (2, {2, 6}), (3, {2, 5, 6}), (9, {2, 3, 4, 5, 6})])
+def test_the_oldest_checkpoints_go_and_no_other_folder(tmp_path, limit, left):
+    for step in (2, 3, 4, 5, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (step, step))
+    others = {"checkpoint-keep", "checkpoint-4-mine", "checkpoint-1"}
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").touch()
+        os.utime(tmp_path / name, (1, 1))
+    trainer_regression.rotate_checkpoints(tmp_path / "checkpoint-6", "/elsewhere/checkpoint-2", limit)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == others | {f"checkpoint-{step}" for step in left}
+
+
+def test_a_training_leaves_copies_of_checkpoints_alone(tiny_checkpoint, molecules, tmp_path):
+    """And its last checkpoint, by which a finished run is known."""
+    copies = [tmp_path / name for name in ("checkpoint-keep", "checkpoint-1-copy")]
+    for folder in copies:
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    args = arguments(tmp_path, num_train_epochs=3, save_total_limit=1)
+    trainer = make_trainer(tiny_checkpoint, molecules, args)
+    trainer.train()
+    assert all((folder / "model.safetensors").exists() for folder in copies)
+    best = Path(trainer.state.best_model_checkpoint).name
+    left = {path.name for path in tmp_path.glob("checkpoint-*")} - {folder.name for folder in copies}
+    assert left == {best, "checkpoint-9"} and args.save_total_limit == 1
+
+
+def test_weights_are_averaged_before_they_are_kept(tiny_checkpoint, molecules, tmp_path, monkeypatch):
+    """By optimizers that do so when they are told to evaluate; but not those of a best checkpoint, which has been."""
+    told = []
+    monkeypatch.setattr(torch.optim.AdamW, "eval", lambda self: told.append("eval"), raising=False)
+    monkeypatch.setattr(torch.optim.AdamW, "train", lambda self: told.append("train"), raising=False)
+    make_trainer(tiny_checkpoint, molecules, arguments(tmp_path / "a", **STEPS, max_steps=2)).train()
+    assert told[-1] == "eval"
+    told.clear()
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path / "b"))
+    trainer.train()
+    assert trainer.state.best_model_checkpoint and told.count("eval") == 1  # of the evaluation
+
+
+def test_a_label_whose_name_looks_like_one_of_memory_is_logged(tiny_checkpoint, molecules, tmp_path):
+    trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
+    trainer.log_metrics("eval", {"eval_mse_logK_mem_w": 0.5, "eval_loss": 0.5, "init_mem_cpu_alloc_delta": 2**20})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"dataloader_persistent_workers": True}, "cannot be set up: persistent_workers option needs num_workers > 0"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "--dataloader_drop_last leaves no batch"),
+    ],
+)
+def test_loaders_that_cannot_be_made_are_told_before_training(tiny_checkpoint, molecules, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, do_train=True, **flags))
 
 
 def test_no_molecule_is_left_out_of_evaluation_and_prediction(tiny_checkpoint, molecules, tmp_path):

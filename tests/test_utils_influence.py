@@ -24,6 +24,7 @@ from utils_influence import (
     CgState,
     LissaState,
     MoleculeProblem,
+    RandomBatches,
     choose_parameters,
     conjugate_gradient_inverse_hvp,
     extreme_eigenvalues,
@@ -469,6 +470,9 @@ def test_an_interrupted_solution_goes_on_from_its_file(tiny, tmp_path, solver, m
     other = InfluenceArguments(recursion_depth=5, **options)
     anew, expected = (run(problem_of(tiny, "last_1"), file, other)[0] for file in (path, None))
     assert torch.equal(anew, expected)
+    target = molecules.iloc[44:60]  # as another model's, another gradient is not gone on with either
+    anew, expected = (run(problem_of(tiny, "last_1"), file, other)[0] for file in (path, None))
+    assert torch.equal(anew, expected)
 
 
 def test_parameters_are_chosen_by_name(embedded):
@@ -508,6 +512,61 @@ def test_the_damping_that_is_advised_makes_a_hessian_positive(tiny, caplog):
     advised = float(caplog.text.split("Pass --damping ")[1].split()[0])
     assert advised > -values[0]
     assert not report["converged"]
+    vector = torch.zeros(size).index_fill(0, torch.tensor([0]), 1.0)
+    with pytest.raises(FloatingPointError, match=r"Raise --damping to more than 0\.5,"):
+        conjugate_gradient_inverse_hvp(lambda v: -0.5 * v, vector, damping=0.1, tolerance=0.1, max_steps=1)
+
+
+@pytest.mark.parametrize(("smallest", "largest", "damping"), [(-1.0, 10.0, 0.3), (-20.0, 10.0, 0.6), (1.0, 10.0, 0.3)])
+def test_relative_damping_is_of_the_eigenvalue_farthest_from_zero(tiny, monkeypatch, smallest, largest, damping):
+    _, _, molecules = tiny
+    problem, rows = problem_of(tiny, "head", curvature="hessian"), molecules.iloc[:8]
+    monkeypatch.setattr(utils_influence, "extreme_eigenvalues", lambda *args: (smallest, largest))
+    influence_args = InfluenceArguments(curvature="hessian", relative_damping=0.03)
+    values = utils_influence.measure_curvature(problem, rows, RandomBatches(problem, rows, 4, 0), influence_args)
+    assert values["damping"] == pytest.approx(damping)
+    assert values["scale"] == pytest.approx(1.5 * max(abs(smallest), largest) + damping)
+
+
+def test_the_scale_that_is_advised_is_half_of_the_largest_eigenvalue(tiny, monkeypatch, caplog):
+    _, _, molecules = tiny
+    problem, rows = problem_of(tiny, "head"), molecules.iloc[:8]
+    monkeypatch.setattr(utils_influence, "extreme_eigenvalues", lambda *args: (0.0, 10.0))
+    for scale, warned in (("5.2", False), ("5", True)):
+        influence_args = InfluenceArguments(damping=0.3, scale=scale)
+        utils_influence.measure_curvature(problem, rows, RandomBatches(problem, rows, 4, 0), influence_args)
+        assert ("Give more than 5.15." in caplog.text) == warned
+
+
+def test_scores_are_the_mean_over_repeats_with_their_deviation(tiny):
+    """Reference: the products of each solution and of the gradient, one by one."""
+    _, _, molecules = tiny
+    problem, external = problem_of(tiny, "head"), molecules.iloc[8:20]
+    gradient = problem.gradient(molecules.iloc[:8])
+    noise = torch.randn(3, len(gradient), generator=torch.Generator().manual_seed(0))
+    solutions = gradient + noise * gradient.norm()
+    table, agreement = score_molecules(problem, external, solutions, gradient, InfluenceArguments())
+    each = np.stack([problem.each(SCORES["per_sample_gradient"], external, row).numpy() for row in solutions])
+    assert np.allclose(table["score"], each.mean(axis=0), rtol=1e-4, atol=1e-6)
+    assert np.allclose(table["score_sd"], each.std(axis=0, ddof=1), rtol=1e-4, atol=1e-6)
+    plain = problem.each(SCORES["per_sample_gradient"], external, gradient).numpy()
+    assert np.allclose(table["gradient_dot"], plain, rtol=1e-4, atol=1e-6)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    ranks = np.mean([spearmanr(each[first], each[second]).statistic for first, second in pairs])
+    assert agreement["agreement_of_ranks"] == pytest.approx(ranks)
+    assert "score_sd" not in score_molecules(problem, external, solutions[:1], gradient, InfluenceArguments())[0]
+
+
+def test_the_damping_of_group_influence_is_a_share_of_the_largest_eigenvalue(tiny):
+    """Reference: the curvature of the mean training loss, written out."""
+    _, _, molecules = tiny
+    parts = {"train": molecules.iloc[:24], "target": molecules.iloc[24:40]}
+    gradients, residuals, damping = utils_influence.linearize(problem_of(tiny, "head"), parts, 0)
+    known = gradients["train"]
+    largest = torch.linalg.eigvalsh(2 * known.T @ known / len(known))[-1]
+    assert damping == pytest.approx(1e-3 * float(largest), rel=0.01)
+    losses = problem_of(tiny, "head").each(molecule_losses, parts["target"]).double()
+    assert torch.allclose(residuals["target"].square(), losses, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 7])
@@ -698,9 +757,36 @@ def test_a_small_residual_of_a_short_recursion_is_not_called_converged(share, de
     residual = float(((values + share) * answer - vector).norm() / vector.norm())
     implicit = utils_influence.implicit_damping(settings["scale"], depth, tail)
     report = {"residual": residual, "tolerance": 0.3, "implicit_damping": implicit, **settings}
+    report["largest_eigenvalue_of_batches"] = [1.0]
     judged = utils_influence.judge(report, InfluenceArguments(recursion_depth=depth, tail_fraction=tail))
     assert re.search(verdict, judged["verdict"]) and judged["converged"] == (judged["verdict"] == "converged")
     assert cosine < similarity < cosine + 0.1 and (similarity > 0.99 or not judged["converged"])
+
+
+def test_iterates_that_grow_with_alternating_signs_are_not_called_converged():
+    """Above twice the scale by one percent the mean of 100 iterates is near the solution, and the last one is not."""
+    vector, settings = torch.ones(1, dtype=torch.float64), {"damping": 0.03, "scale": 0.5, "recursion_depth": 200}
+    eigenvalue, states = 2.02 * settings["scale"] - settings["damping"], []
+    answer = lissa_inverse_hvp(
+        lambda v: eigenvalue * v,
+        vector,
+        tail_fraction=0.5,
+        on_step=lambda state: states.append(state.iterate),
+        **settings,
+    )[0]
+    residual = float(((eigenvalue + settings["damping"]) * answer - vector).norm() / vector.norm())
+    assert residual < 0.3 and float(states[-1].norm()) > 20 and len(states) == 200
+    report = {"residual": residual, "tolerance": 0.3, "implicit_damping": 0.004, **settings}
+    report["largest_eigenvalue_of_batches"] = [0.1, eigenvalue]
+    judged = utils_influence.judge(report, InfluenceArguments())
+    assert not judged["converged"] and judged["verdict"].endswith("Give more than 0.505")
+
+
+def test_a_hessian_that_damping_does_not_make_positive_is_not_called_converged():
+    report = {"residual": 0.01, "tolerance": 0.3, "damping": 0.1, "smallest_eigenvalue": -0.5}
+    for solver in ("cg", "lissa"):
+        judged = utils_influence.judge(report, InfluenceArguments(ihvp=solver, curvature="hessian"))
+        assert not judged["converged"] and "Raise --damping to 0.55" in judged["verdict"]
 
 
 def test_the_answer_of_conjugate_gradients_is_judged_by_its_residual():
@@ -717,7 +803,10 @@ def test_lissa_that_is_worse_than_no_solution_is_refused(tiny):
     gradient = problem.gradient(molecules.iloc[16:32])
     answers = torch.stack([-gradient])
     problem.curvature = lambda rows, vector, description=None: vector
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="that of no solution at all is 1"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(InputError, match="no solution at all is 1: .* at step 0"),
+    ):
         patch.setattr(utils_influence, "solve_by_lissa", lambda *args: answers)
         inverse_curvature(problem, train, gradient, InfluenceArguments(), 0)
 

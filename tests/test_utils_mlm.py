@@ -16,6 +16,7 @@ import run_mlm
 import utils_mlm
 from arguments import EMBEDDED_DATA, InputError, parse_arguments
 from modeling_molformer_reg import MolformerAtomHead, MolformerConfig, MolformerForMaskedLM
+from run_mlm import MlmArguments
 from utils_checkpoints import build_tokenizer
 from utils_mlm import PretrainingCollator, describe_atoms, describe_molecules, mlm_metrics, score_tokens
 
@@ -244,8 +245,9 @@ def test_encoding_tells_what_is_wrong_with_each_line():
     encoded = utils_mlm.encode_batch({"smiles": lines}, tokenizer, "canonical", 20, named=True)
     assert encoded["reason"] == ["", "invalid", "invalid", "invalid", "too_long", ""]
     assert encoded["input_ids"][0] == tokenizer("CCO")["input_ids"] and encoded["length"][0] == 5
-    raw = utils_mlm.encode_batch({"smiles": ["CXC", "[Zz]", "C1CC"]}, tokenizer, "raw", 20)
-    assert raw["reason"] == ["lost", "unknown", ""]  # not parsed, but nothing is lost in silence
+    raw = utils_mlm.encode_batch({"smiles": ["C1CC", "CCO", "C" * 30]}, tokenizer, "raw", 20)
+    assert raw["reason"] == ["invalid", "", "too_long"]
+    assert raw["input_ids"][1] == tokenizer("CCO")["input_ids"]
 
 
 @pytest.mark.parametrize("form", ["canonical", "isomeric", "raw"])
@@ -342,15 +344,34 @@ def test_molecules_to_exclude_that_cannot_be_read_are_told(corpus, small_table, 
 
 
 def test_the_corpus_of_the_embedded_checkpoint_has_no_molecule_of_the_task():
-    """Reference: molecules of data/lipophilicity.csv without stereo, alone or in a mixture."""
-    path = ROOT.parent / "shared" / "data" / "pretrain_smiles.txt.xz"
+    """Reference: molecules of data/lipophilicity.csv and the external ones, without stereo, alone or in a mixture."""
+    folder = ROOT.parent / "shared" / "data"
+    path = folder / "pretrain_smiles.txt.xz"
     if not path.exists():
         pytest.skip("the corpus does not come with the repository")
-    smiles = pd.read_csv(EMBEDDED_DATA)["SMILES"]
+    smiles = pd.concat([pd.read_csv(file)["SMILES"] for file in (EMBEDDED_DATA, folder / "external_dataset.csv")])
     known = {utils_mlm.canonicalize(text, "canonical") for text in smiles}
     with lzma.open(path, "rt") as lines:
         found = [line for line in map(str.strip, lines) if not known.isdisjoint((line, *line.split(".")))]
     assert not found
+
+
+def test_no_more_than_so_many_of_a_corpus_are_held_out(corpus, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils_mlm, "MOST_HELD_OUT", 5)
+    parsed = parse("--train_file", corpus, "--model_name_or_path", tiny_checkpoint, "--output_dir", tmp_path / "x",
+        "--cache_dir", tmp_path / "cache")  # fmt: skip
+    assert len(load_data(*parsed)[1]) == 5
+
+
+def test_descriptors_do_not_depend_on_the_number_of_workers(tiny_checkpoint, small_table, tmp_path, monkeypatch):
+    """Reference: one process. A corpus of a few thousand lines is shared by several."""
+    found = []
+    for count in (1, 2):
+        monkeypatch.setattr(MlmArguments, "workers", lambda self, dataset, count=count: count)
+        parsed = parse("--train_file", small_table, "--model_name_or_path", tiny_checkpoint, "--objective",
+            "mtr+atoms", "--output_dir", tmp_path / "x", "--cache_dir", tmp_path / f"cache-{count}")  # fmt: skip
+        found.append([part.to_dict() for part in load_data(*parsed)[:2]])
+    assert found[0] == found[1] and len(found[0][0]["descriptors"]) > 100
 
 
 def test_validation_file_of_a_corpus_is_held_out_whole(corpus, tiny_checkpoint, tmp_path):
@@ -388,13 +409,14 @@ def test_values_that_are_not_finite_do_not_count_in_the_scale(caplog):
     assert "4 of 9 values in descriptors are missing or infinite" in caplog.text
 
 
-def test_unparsable_line_is_found_where_descriptors_need_it(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("form", ["canonical", "isomeric", "raw"])
+def test_an_unparsable_line_is_found_in_every_form(form, tiny_checkpoint, tmp_path):
+    """The tokenizer would take it."""
     (tmp_path / "c.txt").write_text("CCO\nC1CC\nCCC\n")
-    common = ("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--smiles_form", "raw",
+    parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--smiles_form", form,
         "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "x")  # fmt: skip
-    assert len(load_data(*parse(*common))[0]) == 2  # the tokenizer takes it
     with pytest.raises(InputError, match="row 1: 'C1CC'"):
-        load_data(*parse(*common, "--objective", "mtr"))
+        load_data(*parsed)
 
 
 def test_descriptor_scores_are_over_molecules_not_batches():
@@ -494,14 +516,6 @@ def test_the_same_corpus_is_read_once_whoever_made_the_tokenizer(corpus, tiny_ch
         train, *_ = utils_mlm.load_data(tokenizer, *parsed, heads)
         files.append(sorted((tmp_path / "cache").rglob("*.arrow")))
     assert files[0] == files[1] and train["descriptors"][0]
-
-
-def test_raw_line_that_does_not_parse_is_found_where_random_smiles_need_it(tiny_checkpoint, tmp_path):
-    (tmp_path / "c.txt").write_text("CCO\nC1CC\nCCC\n")
-    parsed = parse("--train_file", tmp_path / "c.txt", "--model_name_or_path", tiny_checkpoint, "--smiles_form", "raw",
-        "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "x", "--augment_smiles", 1)  # fmt: skip
-    with pytest.raises(InputError, match="row 1: 'C1CC'"):
-        load_data(*parsed)
 
 
 def test_dropped_rows_of_the_validation_file_are_listed_too(tiny_checkpoint, tmp_path):

@@ -380,6 +380,15 @@ def test_a_hub_data_set_without_a_network_is_refused_at_once_with_the_way_out(of
     assert offline["seconds"] < 10
 
 
+def test_metrics_need_no_folder_that_can_be_written(tmp_path, monkeypatch):
+    """As on a machine whose home is read-only; here a file stands where the library would make its folder."""
+    import evaluate
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "file" / "metrics")
+    assert regression_metrics(np.array([1.0, 2.0]), np.array([1.0, 3.0]))["mse"] == 0.5
+
+
 def test_metrics_need_no_network(offline):
     assert offline["metrics"]["mse"] == pytest.approx(1 / 3)
     assert offline["touched"] == []
@@ -829,6 +838,10 @@ def test_validation_molecules_that_are_learned_are_told(tokenizer, tmp_path, cap
     }
     load(tokenizer, tmp_path, **files)
     assert "1 of 2 validation molecules are, stereo aside, training molecules too" in caplog.text
+    assert "test numbers are optimistic" not in caplog.text
+    files["test_file"] = write_molecules(tmp_path, "d.csv", ["CO", "OCC", "NC", "CCC"])
+    load(tokenizer, tmp_path, **files)
+    assert "2 of 4 test molecules are, stereo aside, also among the molecules of training and val" in caplog.text
 
 
 def test_a_split_file_of_another_table_is_told(tokenizer, tmp_path, caplog):
@@ -966,6 +979,18 @@ def test_the_fingerprint_baseline_beats_the_mean(prepared, protocol):
     np.testing.assert_allclose(predictions["mean"], np.full(len(labels), labels[train].mean()))
     mse = {name: np.mean((values[test] - labels[test]) ** 2) for name, values in predictions.items()}
     assert mse["fingerprint_ridge"] < 0.8 * mse["mean"]
+
+
+def test_the_penalty_of_ridge_regression_is_chosen_on_validation():
+    """Features that tell nothing: there the largest penalty is best, and of an exact relation the smallest."""
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(0)
+    features, split = rng.normal(size=(120, 30)), np.array(["train"] * 60 + ["validation"] * 60)
+    for labels, alpha in ((rng.normal(size=120), 300), (features @ rng.normal(size=30), 1)):
+        expected = Ridge(alpha=alpha).fit(features[:60], labels[:60]).predict(features)
+        predictions = baseline_predictions(features, labels, split)["fingerprint_ridge"]
+        np.testing.assert_allclose(predictions, expected)
 
 
 def test_baselines_do_not_see_test_labels(prepared):

@@ -285,6 +285,22 @@ def test_answers_of_several_processes_come_in_the_order_of_the_rows(monkeypatch,
     assert np.isnan(expected[1]).all(axis=(1, 2, 3)).tolist() == [reason is not None for reason in reasons]
 
 
+def test_embeddings_of_an_ensemble_are_those_of_its_first_member(tmp_path, table, fine_tuned):
+    states, folder = [], tmp_path / "ensemble"
+    shutil.copytree(fine_tuned, folder)
+    model = MolformerForRegression.from_pretrained(folder / "member-1")
+    torch.nn.init.normal_(model.molformer.LayerNorm.weight)
+    model.save_pretrained(folder / "member-1")
+    for name in (".", "member-0", "member-1"):
+        path = tmp_path / f"of {name}.parquet"
+        predict(
+            tmp_path / name, "--model_name_or_path", folder / name, "--test_file", table, "--export_embeddings", path
+        )
+        states.append(np.stack(pd.read_parquet(path)["embedding"].dropna()))
+    np.testing.assert_allclose(states[0], states[1], atol=1e-6)
+    assert np.abs(states[1] - states[2]).max() > 1e-3
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
 def test_embeddings_are_what_the_head_reads(tmp_path, table, fine_tuned, monkeypatch, suffix):
     """Reference: the head on the embeddings gives the predictions."""

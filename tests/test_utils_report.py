@@ -630,6 +630,17 @@ def test_a_card_says_how_smiles_are_to_be_written(tmp_path, form, told, limit):
     assert told in card and ("molecules that differ in stereo alone get one prediction" in card) == limit
 
 
+def test_numbers_stand_under_their_names_on_a_card(tmp_path):
+    numbers = {"test_mse": 0.1, "test_rmse": 0.2, "test_mae": 0.3, "test_r2": 0.4, "test_samples": 9}
+    card = card_of(tmp_path, "regression", results=numbers)
+    assert "| model | split | n | MSE | RMSE | MAE | R² |" in card
+    assert "| this model | test | 9 | 0.1000 | 0.2000 | 0.3000 | 0.4000 |" in card
+    results = {"influence": SCORES, "results": {"all": {"added": 20, "validation_mse": 0.5, **numbers}}}
+    card = card_of(tmp_path, "influence", results=results)
+    assert "| molecules added | how many | validation MSE | test MSE | RMSE | MAE | R² |" in card
+    assert "| all | 20 | 0.5000 | 0.1000 | 0.2000 | 0.3000 | 0.4000 |" in card
+
+
 def test_numbers_of_a_test_file_are_those_of_its_molecules(tmp_path):
     arguments, split = {"test_file": "elsewhere/other.csv"}, {"split": "file", "train": [0], "test": [0]}
     card = card_of(tmp_path, "regression", arguments, {"test_mse": 1.0, "train_samples": 1}, split=split)
