@@ -620,12 +620,6 @@ def test_a_run_interrupted_before_its_first_whole_checkpoint_cannot_be_continued
     assert "--resume_from_checkpoint" not in str(error.value)
 
 
-def test_a_folder_with_other_files_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="not empty.*--overwrite_output_dir"):
-        find_checkpoint(*arguments_for(tmp_path))
-
-
 @pytest.mark.parametrize("finished", [True, False])
 def test_overwrite_starts_a_new_run_and_touches_nothing_yet(tmp_path, finished):
     kept = checkpoint(tmp_path, 10)
