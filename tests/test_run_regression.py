@@ -904,6 +904,12 @@ def test_impossible_numbers_of_models_and_forms_are_refused(flag, value, capsys)
     assert f"{flag} is {value}" in capsys.readouterr().err
 
 
+def test_seeds_of_models_that_are_not_trained_are_told(finished_run, small_table, tmp_path, caplog):
+    flags = ("--model_name_or_path", finished_run, "--train_file", small_table, "--do_eval", "--num_seeds", 2)
+    call_main(*flags, "--disable_tqdm", "true", "--output_dir", tmp_path / "x")
+    assert "--num_seeds 2 trains several models" in caplog.text and not list((tmp_path / "x").glob("member-*"))
+
+
 def test_seeds_beyond_the_last_are_refused(tiny_checkpoint, small_table, tmp_path):
     flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--output_dir", tmp_path / "x")
     with pytest.raises(InputError, match="no room for 2 seeds"):

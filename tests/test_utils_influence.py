@@ -803,6 +803,21 @@ def test_lissa_that_is_worse_than_no_solution_is_refused(tiny):
     ):
         patch.setattr(utils_influence, "solve_by_lissa", lambda *args: answers)
         inverse_curvature(problem, train, gradient, InfluenceArguments(), 0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="The residual is not finite"):
+        patch.setattr(utils_influence, "solve_by_lissa", lambda *args: answers * math.nan)
+        inverse_curvature(problem, train, gradient, InfluenceArguments(), 0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"), [(0.0, "gradients are zero or not finite"), (math.nan, "or not finite")]
+)
+def test_a_model_without_gradients_has_no_group_influence(tiny, monkeypatch, factor, message):
+    _, _, molecules = tiny
+    problem = problem_of(tiny, "head")
+    projected = problem.projected_gradients
+    monkeypatch.setattr(problem, "projected_gradients", lambda *args: [factor * part for part in projected(*args)])
+    with pytest.raises(InputError, match=message):
+        utils_influence.linearize(problem, {"train": molecules.iloc[:8]}, 0)
 
 
 def test_long_passes_over_molecules_have_a_progress_bar(tiny, capsys, monkeypatch):

@@ -285,6 +285,20 @@ def test_answers_of_several_processes_come_in_the_order_of_the_rows(monkeypatch,
     assert np.isnan(expected[1]).all(axis=(1, 2, 3)).tolist() == [reason is not None for reason in reasons]
 
 
+def test_an_ensemble_whose_training_was_interrupted_predicts_nothing(tmp_path, table, fine_tuned):
+    shutil.copytree(fine_tuned, tmp_path / "ensemble")
+    (tmp_path / "ensemble" / "unfinished").touch()
+    with pytest.raises(InputError, match="holds an ensemble whose training was interrupted. Resume it first"):
+        predict(tmp_path, "--model_name_or_path", tmp_path / "ensemble", "--test_file", table)
+
+
+def test_one_label_is_compared_with_one_column(tmp_path, fine_tuned):
+    (tmp_path / "two.csv").write_text("smiles,a,b\nCC,1,2\n")
+    flags = ("--model_name_or_path", fine_tuned / "member-0", "--test_file", tmp_path / "two.csv")
+    with pytest.raises(InputError, match="--label_column names 2 columns, but the model predicts one label"):
+        predict(tmp_path, *flags, "--label_column", "a", "b")
+
+
 def test_embeddings_of_an_ensemble_are_those_of_its_first_member(tmp_path, table, fine_tuned):
     states, folder = [], tmp_path / "ensemble"
     shutil.copytree(fine_tuned, folder)
