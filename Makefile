@@ -38,7 +38,7 @@ paper: $(READY)
 	PYTHON=$(BIN)/python ./reproduce_paper.sh
 
 influence-study: $(READY)
-	$(BIN)/python studies/influence.py $(if $(EXTERNAL_FILE),--external_file $(EXTERNAL_FILE))
+	$(BIN)/python studies/influence.py $(if $(EXTERNAL_FILE),--external_file "$(EXTERNAL_FILE)")
 	$(BIN)/python studies/influence_lds.py
 
 peft: $(READY)

@@ -324,6 +324,11 @@ class DataTrainingArguments:
             self.label_name = "logD7.4" if own else (self.label_column or [None])[0]  # None: until the file is read
 
 
+def usable_cores():
+    """Returns the number of cores that this process may use, which a job's limits can make fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def has_bfloat16(use_cpu):
     """Returns whether the processor, or else the GPU, multiplies bfloat16 in hardware."""
     if use_cpu:

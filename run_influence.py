@@ -654,7 +654,8 @@ def find_scores(problem, parts, external, influence_args, training_args, checkpo
         if influence_args.with_group_influence and "group_weight" not in report:  # a control that has been added
             target = parts[influence_args.score_split]
             columns, group = order_by_group_influence(problem, parts["train"], target, external, training_args.seed)
-            table, report = table.assign(**columns), report | group
+            table = table.assign(**columns)
+            report |= {**group, **detection(table, training_args.seed)}
     return table, report | {"scores_key": key}
 
 

@@ -16,7 +16,6 @@ https://arxiv.org/abs/2007.02835 (the surroundings of atoms).
 """
 
 import logging
-import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from arguments import (
     TrainingArguments,
     run_script,
     setup_run,
+    usable_cores,
 )
 
 
@@ -87,7 +87,7 @@ class MlmArguments:
             raise ValueError(
                 f"--preprocessing_num_workers is {self.preprocessing_num_workers}; give a positive number."
             )
-        self.preprocessing_num_workers = self.preprocessing_num_workers or os.cpu_count()
+        self.preprocessing_num_workers = self.preprocessing_num_workers or usable_cores()
         self.parts = self.objective.split("+")
 
     def workers(self, dataset):
@@ -162,7 +162,9 @@ def main(model_args, data_args, mlm_args, training_args):
     check_heads(model, mlm_args.parts, training_args.do_train)
     forget_head(model.config)
     model.config.smiles_form, model.config.smiles_max_length = data_args.smiles_form, data_args.max_length
-    with training_args.main_process_first(desc="reading the corpus"):  # the others then find it in the cache
+    # one process reads it again; the others then find it in the cache
+    mlm_args.overwrite_cache &= training_args.local_process_index == 0
+    with training_args.main_process_first(desc="reading the corpus"):
         arguments = (model_args, data_args, mlm_args, training_args)
         train, held_out, digest, split, dropped = load_data(tokenizer, *arguments, heads)
     check_split(model.config, digest, data_args, checkpoint)

@@ -18,7 +18,6 @@ https://arxiv.org/abs/2106.09553. Wu et al., MoleculeNet, 2018, https://arxiv.or
 """
 
 import logging
-import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from arguments import (
     member_folders,
     run_script,
     setup_run,
+    usable_cores,
 )
 
 
@@ -84,7 +84,7 @@ class RegressionArguments:
             raise ValueError(
                 f"--preprocessing_num_workers is {self.preprocessing_num_workers}; give a positive number."
             )
-        self.preprocessing_num_workers = self.preprocessing_num_workers or min(os.cpu_count(), 8)
+        self.preprocessing_num_workers = self.preprocessing_num_workers or min(usable_cores(), 8)
         if self.export_embeddings is not None and not self.export_embeddings.endswith((".parquet", ".safetensors")):
             raise ValueError(f"--export_embeddings {self.export_embeddings} must end in .parquet or .safetensors.")
         if self.num_seeds < 1:

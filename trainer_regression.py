@@ -89,7 +89,7 @@ LEARNING_RATES = {"default": 6e-4, "paper": 1e-4}  # the default was found on va
 
 
 # Raise the number when what a cached function computes changes; RDKit's answers differ between versions.
-CACHE_VERSION = f"1, RDKit {rdBase.rdkitVersion}"
+CACHE_VERSION = f"2, RDKit {rdBase.rdkitVersion}"
 
 logger = logging.getLogger("molformer.trainer")
 
@@ -594,6 +594,11 @@ def cached_map(dataset, function, tokenizer, **map_options):
             **map_options,
         )
     except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise InputError(
+                f"The cache of data sets was removed meanwhile, by another run with --overwrite_cache, say ({error}). "
+                "Start again."
+            ) from error
         if not is_out_of_space(error):
             raise
         raise InputError(NO_ROOM.format(error)) from error

@@ -23,6 +23,7 @@ from arguments import InputError, is_out_of_space
 from trainer_regression import NO_ROOM, augment, cached_map
 from utils_molecules import (
     ATOM_DESCRIPTORS,
+    LINE,
     REASONS,
     atom_environments,
     canonicalize,
@@ -45,7 +46,6 @@ from utils_molecules import (
     refuse_shifted,
     scale_of,
     to_text,
-    twin_key,
 )
 
 
@@ -233,7 +233,7 @@ def hold_out(corpus, size, seed, source):
 def strip(lines, named):
     """Returns SMILES without the space around them, nor the molecule's name after them if lines are `named`."""
     texts = [(line or "").strip() for line in lines]
-    return [(text.split() or [""])[0] for text in texts] if named else texts
+    return [LINE.match(text)[1] or "" for text in texts] if named else texts
 
 
 def encode_batch(batch, tokenizer, smiles_form, max_length, checked=False, named=False, excluded=()):
@@ -255,11 +255,13 @@ def encode_batch(batch, tokenizer, smiles_form, max_length, checked=False, named
     if excluded:
         known = frozenset(excluded)
         mixtures = [frozenset(key.split(".")) for key in excluded if "." in key]
+        known |= {next(iter(parts)) for parts in mixtures if len(parts) == 1}  # of equal molecules
         keys = texts if smiles_form == "canonical" else [text and canonicalize(text, "canonical") for text in texts]
-        keys = [key and twin_key(key) for key in keys]
         parts = [frozenset(key.split(".")) if key else frozenset() for key in keys]
         reasons = [
-            EXCLUDED if not known.isdisjoint(found) or any(mixture <= found for mixture in mixtures) else reason
+            EXCLUDED
+            if not known.isdisjoint(found) or (len(found) > 1 and any(mixture <= found for mixture in mixtures))
+            else reason
             for found, reason in zip(parts, reasons, strict=True)
         ]
     return {"input_ids": ids, "length": [len(row) for row in ids], "reason": reasons}
@@ -281,7 +283,7 @@ def read_excluded(data_args, mlm_args, cache_dir=None):
         if bad:
             message = describe_unusable(["invalid"] * len(bad), bad, [texts[row] for row in bad], len(texts), path)
             refuse_or_warn(message, data_args, "They exclude nothing.")
-        excluded.update(twin_key(key) for key in keys if key is not None)
+        excluded.update(key for key in keys if key is not None)
     return tuple(sorted(excluded))  # in one order, by which the cache is found
 
 

@@ -12,6 +12,7 @@ import logging
 import lzma
 import math
 import os
+import re
 import tarfile
 import tempfile
 import warnings
@@ -80,6 +81,7 @@ def read_table(path, smiles_column=None, label_column=None, require_label=True, 
     except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from error
     refuse_shifted(path, columns, separator)
+    refuse_joined(table, separator, path)
     molecules = _to_molecules(table, path, smiles_column, label_column, require_label, prefix)
     refuse_repeated([molecules.attrs["smiles_column"], *molecules.attrs["label_columns"]], columns, path)
     return molecules
@@ -105,6 +107,20 @@ def refuse_shifted(path, columns, separator):
         )
 
 
+def refuse_joined(table, separator, path):
+    """Raises `InputError` for a cell of a TSV with tabs and line ends: quotes that were not meant have joined rows."""
+    if separator != "\t":
+        return
+    for name in table:
+        joined = table[name].str.contains("\t", regex=False) & table[name].str.contains("\n", regex=False)
+        if joined.any():
+            row = int(joined.to_numpy().argmax())
+            raise InputError(
+                f"Column {name!r} of {path} holds several lines in row {row}: {shorten(table[name].iloc[row])!r}. "
+                "Remove the quotes that no other one closes."
+            )
+
+
 def not_utf8(path):
     """Returns what to say of a file that is not UTF-8, with its first such byte; `None` for one that is."""
     with get_handle(path, "rb", compression="infer", is_text=False) as handles:
@@ -122,6 +138,8 @@ def not_utf8(path):
 
 def check_file(path):
     """Raises `InputError` if there is no such file, or nothing in it."""
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise InputError(f"{path} is no regular file, which is read more than once. Write its content to one.")
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "is not there"
         raise InputError(f"The file {path} {what}. Correct its path.")
@@ -137,7 +155,7 @@ def read_header(path):
     """
     columns, separator = read_first_line(path)
     if not columns:
-        raise InputError(f"{path} is empty. It needs a header and at least one row.")
+        raise InputError(f"{path} is empty, or its first line is. It needs a header and at least one row.")
     return columns, separator
 
 
@@ -170,8 +188,9 @@ def has_lines(path, smiles_column=None):
 def read_header_lines(file, most=20):
     """Returns the header of a table: its first line, and those that follow while a quoted name goes on."""
     text = file.readline()
-    for _ in range(most):
-        if text.count('"') % 2 == 0 or not (line := file.readline()):
+    for _ in range(most):  # a quote within a name opens nothing
+        rest = re.sub(r'(^|[,;\t])"(?:[^"]|"")*"', "", text)
+        if not re.search(r'(^|[,;\t])"', rest) or not (line := file.readline()):
             break
         text += line
     return text.rstrip("\r\n")
@@ -332,13 +351,18 @@ def labels_of(molecules):
 # --------------------------------------------------------------------------------------------------------- checking
 
 
+LINE = re.compile(r"^(\S*(?:\s+\|[^|]*\|)?)\s*(.*)$")  # SMILES, also with extensions, and name
+QUERY = re.compile(r"\[\d*#[1-9]|\|(.*,)?(m|LN):")  # of a SMILES, and of the extensions of CXSMILES
+
+
 def parse_smiles(smiles):
     """Returns RDKit's molecule, or `None` if it cannot parse the SMILES or there is no atom.
 
     White space ends a SMILES: RDKit takes the rest for a name, so half of a broken text would pass for a molecule.
-    The extensions of CXSMILES, between bars, may follow.
+    The extensions of CXSMILES, between bars, may follow. What stands for many molecules is none: atoms by number,
+    which RDKit takes for bare ones, places of attachment (m:) and repeats (LN:).
     """
-    if any(not rest.startswith("|") for rest in smiles.split(maxsplit=1)[1:]):
+    if any(not rest.startswith("|") for rest in smiles.split(maxsplit=1)[1:]) or QUERY.search(smiles):
         return None
     with rdBase.BlockLogs():
         molecule = Chem.MolFromSmiles(smiles)
@@ -355,7 +379,13 @@ def canonicalize(smiles, form):
     molecule = parse_smiles(smiles)
     if molecule is None:
         return None
-    return smiles if form == "raw" else Chem.MolToSmiles(molecule, isomericSmiles=form == "isomeric")
+    text = smiles if form == "raw" else Chem.MolToSmiles(molecule, isomericSmiles=form == "isomeric")
+    if form == "canonical" and "[H]" in text:
+        # deuterium is [H] without its isotope, as is the hydrogen that gave a double bond its stereo: read again, both
+        # are hydrogens like all others
+        molecule = parse_smiles(text)
+        text = text if molecule is None else Chem.MolToSmiles(molecule, isomericSmiles=False)
+    return text
 
 
 def random_smiles(smiles, count, seed):
@@ -408,7 +438,11 @@ def check_smiles(smiles, tokenizer, form, max_length):
     The text is `None` for what RDKit cannot parse; the reason is `None` for what can be used.
     """
     texts = [canonicalize(text, form) for text in with_progress(smiles, "Checking SMILES")]
-    encoded, problems = encode_smiles([text or "" for text in texts], tokenizer)
+    encoded, problems = [], []
+    for start in range(0, len(texts), 10_000):  # of all at once the tokenizer takes 12 kB a molecule
+        ids, found = encode_smiles([text or "" for text in texts[start : start + 10_000]], tokenizer)
+        encoded += ids
+        problems += found
     reasons = [
         "invalid" if text is None else "too_long" if len(ids) > max_length else problem
         for text, ids, problem in zip(texts, encoded, problems, strict=True)
@@ -466,18 +500,12 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
     if data_args.smiles_form != "canonical":
         smiles = with_progress(molecules["smiles"], "Finding stereo twins")
         smiles = [canonicalize(text, "canonical") for text in smiles]
-    molecules["group"] = [twin_key(text) for text in smiles]
+    molecules["group"] = smiles
     for column in label_columns(molecules):
         warn_of_conflicting_labels(molecules, source, column)
     dropped = bad[["row", "smiles"]].assign(reason=bad["reason"].map(REASONS))
     dropped.insert(0, "source", str(source))
     return molecules, dropped
-
-
-def twin_key(canonical):
-    """Returns what stereo twins and isotopes of a molecule share, from its canonical SMILES without them."""
-    # deuterium is written as [H] without isotopes; read again, it is the hydrogen of the other twin
-    return canonicalize(canonical, "canonical") or canonical if "[H]" in canonical else canonical
 
 
 def refuse_or_warn(message, data_args, consequence):
@@ -1008,4 +1036,9 @@ def update_results(folder, split, metrics):
 
 def write_csv(frame, path):
     """Writes a CSV whole or not at all."""
-    write_text(frame.to_csv(index=False, lineterminator="\n"), path)
+    write_text(unix_lines(frame).to_csv(index=False, lineterminator="\n"), path)
+
+
+def unix_lines(frame):
+    """Returns a table whose texts have no carriage returns, which CSV readers take for ends of rows."""
+    return frame.replace("\r\n?", "\n", regex=True)

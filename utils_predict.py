@@ -14,8 +14,9 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 from arguments import InputError, begin_writing
 from trainer_regression import summarize_predictions
 from utils_molecules import (
+    LINE,
     MISSING,
     UNREADABLE,
     check_file,
@@ -42,6 +44,7 @@ from utils_molecules import (
     read_header_lines,
     refuse_repeated,
     split_header,
+    unix_lines,
 )
 
 
@@ -83,7 +86,7 @@ def open_table(source, data_args):
         except UNREADABLE as error:
             raise InputError(f"Standard input cannot be read: {error}") from error
         if not header:
-            raise InputError("Standard input is empty. It needs a header and rows.")
+            raise InputError("Standard input is empty, or its first line is. It needs a header and rows.")
         columns, separator = split_header(header.removeprefix("\ufeff"))
         file = sys.stdin
         options |= {"header": None, "names": columns}
@@ -112,8 +115,8 @@ def read_pieces(file, source, columns, separator, options):
             if piece is None:
                 return
             if separator is None:  # a line of SMILES and name
-                parts = piece["line"].str.strip().str.split(n=1)
-                piece = pd.DataFrame({"SMILES": parts.str[0].fillna(""), "name": parts.str[1].fillna("")})
+                parts = piece["line"].str.strip().str.extract(LINE)
+                piece = pd.DataFrame({"SMILES": parts[0].fillna(""), "name": parts[1].fillna("")})
             elif not isinstance(piece.index, pd.RangeIndex) or piece.shape[1] != len(columns):
                 raise ValueError("its rows have more fields than its header")
         except pd.errors.EmptyDataError:  # a header alone
@@ -139,7 +142,7 @@ class Writer:
         self.begun = False
 
     def write(self, table):
-        table.to_csv(self.file, index=False, header=not self.begun, lineterminator="\n")
+        unix_lines(table).to_csv(self.file, index=False, header=not self.begun, lineterminator="\n")
         self.begun = True
 
     def close(self, columns):
@@ -224,6 +227,16 @@ def prepare(smiles, tokenizer, form, max_length, num_forms, seed, descriptors):
     return forms, reasons
 
 
+def end_with_parent():
+    """Has a worker end when the process that began it does, also if that is killed: no one would stop it then."""
+
+    def wait():
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
 def prepared_pieces(pieces, smiles_column, arguments, workers, share=slice(None)):
     """Yields every piece with what `prepare` makes of a `share` of it; workers prepare the next one meanwhile."""
     pool, seen = None, 0
@@ -236,7 +249,7 @@ def prepared_pieces(pieces, smiles_column, arguments, workers, share=slice(None)
         if seen <= inline or workers < 2:
             return [prepare(smiles, *arguments)]
         if pool is None:  # spawned: a fork of a process whose threads compute may hang
-            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
         size = max(1, -(-len(smiles) // (4 * workers)))  # the last piece can have none for this process
         parts = [smiles[first : first + size] for first in range(0, len(smiles), size)]
         return [pool.submit(prepare, part, *arguments) for part in parts]
@@ -362,6 +375,9 @@ def find_measured(columns, data_args, config, source):
         wanted = find_labels(columns, data_args.label_column, "--label_column", source)
     else:
         wanted = [name for name in known if name in columns]
+        if not wanted:
+            logger.info("%s has no column %s: nothing is measured. --label_column names another one", source,
+                        " or ".join(known))  # fmt: skip
     if wanted:
         logger.info("Measured labels for comparison: %s", ", ".join(wanted))
     if not names:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from common import FAILED, as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
 from run_once import ROOT, checksums, is_done
 
 
@@ -292,10 +292,12 @@ def main():
     folder = command_of(first, args)[0]
     scored = (folder / "influence_scores.csv").exists()  # not of a run that was kept from elsewhere
     if scored and is_done(*command_of(first, args)) and not args.finished:
-        values["exact"] = next(iter(run_all(lambda cell, threads: compare_with_exact(cell, args), [first], 1)), None)
+        found = run_all(lambda cell, threads: compare_with_exact(cell, args), [first], 1)
+        values["exact"] = found[0] if found else values["exact"]
         write()
     print(to_markdown(rows, detected, runs, values["exact"]))
 
 
 if __name__ == "__main__":
     main()
+    sys.exit(bool(FAILED))

@@ -21,6 +21,7 @@ import copy
 import hashlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,14 @@ from scipy import stats
 
 sys.path.insert(0, str(ROOT))
 
-from arguments import DataTrainingArguments, ModelArguments, TrainingArguments  # noqa: E402
+from arguments import EMBEDDED_DATA, DataTrainingArguments, ModelArguments, TrainingArguments  # noqa: E402
 from modeling_molformer_reg import MolformerForRegression  # noqa: E402
 from run_influence import InfluenceArguments  # noqa: E402
 from trainer_regression import select_parts  # noqa: E402
 from utils_checkpoints import load_tokenizer  # noqa: E402
 from utils_influence import (  # noqa: E402
+    GROUP_DAMPING,
+    PROJECTION_SIZE,
     MoleculeProblem,
     choose_parameters,
     inverse_curvature,
@@ -322,8 +325,10 @@ def main():
     parser.add_argument("--folder", type=Path, default=ROOT / "work" / "lds", help="where unfinished seeds are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "influence_lds.json")
     args = parser.parse_args()
-    settings = {"weights": checksums([args.model]), "batch": BATCH, "epochs": EPOCHS, "rate": RATE, "solvers": SOLVERS}
+    settings = {"weights": checksums([args.model]), "batch": BATCH, "epochs": EPOCHS, "rate": RATE}
     settings |= {name: getattr(args, name) for name in ("subsets", "trainings", "molecules")}
+    settings["solvers"] = {name: asdict(InfluenceArguments(**options)) for name, options in SOLVERS.items()}
+    settings |= {"projection": PROJECTION_SIZE, "group_damping": GROUP_DAMPING, "data": checksums([EMBEDDED_DATA])}
     settings["format"] = 3  # with what was foretold, a linear refit among it, and the losses of every training
     before = read_json(args.output)
     if before and before.get("settings") != settings:  # of other weights at the same path, too

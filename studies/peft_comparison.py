@@ -28,7 +28,18 @@ import shlex
 import sys
 
 import numpy as np
-from common import ROOT, as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from common import (
+    FAILED,
+    ROOT,
+    as_text,
+    interval,
+    place_of,
+    run_all,
+    run_script,
+    study_parser,
+    with_interval,
+    write_report,
+)
 from kept_runs import RUNS, read_records
 from run_once import is_done
 
@@ -473,3 +484,4 @@ def report(winner, runs, args):
 
 if __name__ == "__main__":
     main()
+    sys.exit(bool(FAILED))

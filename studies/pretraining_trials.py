@@ -16,10 +16,11 @@ import json
 import re
 import shlex
 import statistics
+import sys
 from operator import itemgetter
 from pathlib import Path
 
-from common import ROOT, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from common import FAILED, ROOT, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
 from recipes import number_of_runs
 
 
@@ -145,3 +146,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    sys.exit(bool(FAILED))

@@ -5,7 +5,7 @@
     python studies/recipes.py --finished                  # the table of the runs that are there; trains nothing
 
 Every recipe trains run_regression.py on the same splits and seeds, with 20 % of the training side held out, which
-judges the model of the last epoch; the test set is not read (of each seed's own split: a third of it are validation
+judges the model of the last epoch; the test set is not read (of each seed's own split: half of it are validation
 molecules of other seeds). Of an adaptation by run_mlm.py the same molecules, not their labels, choose the epoch. With
 --recipes or --seeds the others are what is finished of them. Writes results/recipes.json (.md): flags, validation MSE
 of every seed, and the paired difference to the reference with its 95 % interval. A run whose predictions are means
@@ -14,8 +14,9 @@ over random SMILES is two rows: the other one is of the same model's predictions
 
 import shlex
 import statistics
+import sys
 
-from common import as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from common import FAILED, as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
 from run_once import is_done
 
 
@@ -189,3 +190,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    sys.exit(bool(FAILED))

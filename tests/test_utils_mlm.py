@@ -244,6 +244,8 @@ def test_encoding_tells_what_is_wrong_with_each_line():
     lines = ["OCC ethanol", "C1CC", "", None, "C" * 30, "c1ccccc1"]
     encoded = utils_mlm.encode_batch({"smiles": lines}, tokenizer, "canonical", 20, named=True)
     assert encoded["reason"] == ["", "invalid", "invalid", "invalid", "too_long", ""]
+    named = ["C |^1:0| methyl", "CC name |x|", "CC", ""]
+    assert utils_mlm.strip(named, True) == ["C |^1:0|", "CC", "CC", ""]
     assert encoded["input_ids"][0] == tokenizer("CCO")["input_ids"] and encoded["length"][0] == 5
     raw = utils_mlm.encode_batch({"smiles": ["C1CC", "CCO", "C" * 30]}, tokenizer, "raw", 20)
     assert raw["reason"] == ["invalid", "", "too_long"]

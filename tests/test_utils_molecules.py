@@ -57,6 +57,7 @@ from utils_molecules import (
     prepare_molecules,
     random_smiles,
     read_header,
+    read_header_lines,
     read_hub_dataset,
     read_table,
     regression_metrics,
@@ -453,10 +454,54 @@ def test_stereo_twins_have_one_group_in_every_form(tokenizer, form, texts):
 
 @pytest.mark.parametrize("form", ["canonical", "isomeric", "raw"])
 def test_a_deuterated_molecule_is_a_twin_of_the_plain_one(tokenizer, form):
-    """Without isotopes RDKit writes deuterium as [H], which is another text, as MoLFormer was trained on."""
+    """Without isotopes RDKit writes deuterium as [H]: canonical, it is a hydrogen like others."""
     twins = table_of(["[2H]C([2H])([2H])Oc1ccccc1", "COc1ccccc1"])
     molecules, _ = prepare_molecules(twins, tokenizer, DataTrainingArguments(smiles_form=form), "twins")
-    assert molecules["group"].tolist() == ["COc1ccccc1"] * 2 and molecules["text"].nunique() == 2
+    assert molecules["group"].tolist() == ["COc1ccccc1"] * 2
+    assert molecules["text"].nunique() == (1 if form == "canonical" else 2)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "text"),
+    [
+        ("[2H]C([2H])([2H])OC", "COC"),
+        ("[H]/N=C(/N)C", "CC(=N)N"),
+        ("[H][H]", "[H][H]"),
+        ("[2H]C*", "*C"),
+        ("[H+]", "[H+]"),
+    ],
+)
+def test_hydrogens_are_written_alike_whatever_isotope_or_bond_they_had(smiles, text):
+    assert canonicalize(smiles, "canonical") == text
+
+
+@pytest.mark.parametrize("smiles", ["[#6]-[#8]-[#7]", "[13#6]C", "CC |m:0:1|", "CCO |^1:0,LN:1:1.3|"])
+def test_what_stands_for_many_molecules_is_none(smiles):
+    assert canonicalize(smiles, "canonical") is None
+
+
+def test_a_quote_within_a_column_name_opens_nothing():
+    for lines in ('SMILES,size (")\nCC,1\n', 'SMILES,"a ""b"""\nCC,1\n'):
+        assert read_header_lines(io.StringIO(lines)) == lines.splitlines()[0]
+    assert read_header_lines(io.StringIO('SMILES,"a\nb"\nCC,1\n')) == 'SMILES,"a\nb"'
+
+
+def test_quotes_that_join_rows_of_a_tsv_are_told(tmp_path):
+    """One label would be that of another molecule."""
+    (tmp_path / "t.tsv").write_text('SMILES\tname\ty\nCCO\t"alpha\t1\nCCC\tb\t2\nCCN\t"beta\t3\nCCF\td\t4\n')
+    with pytest.raises(InputError, match="Column 'name' of .* holds several lines in row 0: .*Remove the quotes"):
+        read_table(tmp_path / "t.tsv", label_column=["y"])
+
+
+def test_carriage_returns_do_not_end_rows(tmp_path):
+    write_csv(pd.DataFrame({"a": ["x\ry", "z"], "b": [1, 2]}), tmp_path / "a.csv")
+    assert pd.read_csv(tmp_path / "a.csv")["a"].tolist() == ["x\ny", "z"]
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is no regular file"):
+        read_header(tmp_path / "pipe")
 
 
 UNREADABLE_AGAIN = "Cb1=C(OCc2ccc(F)cc2)C(=O)C=CO1"  # RDKit reads it, and not what it writes of it
