@@ -13,7 +13,7 @@
 #   CHEMPROP=chemprop_env/bin/chemprop ./reproduce_table1.sh    # with the row of chemprop (see studies/peers.py)
 set -eu
 HERE=$PWD
-case ${CHEMPROP:-} in */*) CHEMPROP=$(realpath "$CHEMPROP") ;; esac # as seen by the caller
+case ${CHEMPROP:-} in /*) ;; */*) CHEMPROP=$HERE/$CHEMPROP ;; esac # as seen by the caller
 cd "$(dirname "$0")"
 
 EMBEDDED=models/molformer-mini

@@ -932,8 +932,8 @@ def order_by_group_influence(problem, train, target, external, seed):
         raise InputError("Group influences are not finite: the checkpoint is broken. Use another one.")
     if not weight:
         logger.warning(
-            "The halves of the target's molecules do not agree on any molecule (group_weight 0): the order of group "
-            "influence is only that of least harm."
+            "The halves of the target's molecules do not agree on which molecules help more than others (group_weight "
+            "0): the order of group influence is only that of least harm."
         )
     size = gradients["train"].shape[1]
     report = {"projection_size": size, "group_damping": damping, "group_weight": weight}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
+from scipy import stats
 
 import bench
 from arguments import EMBEDDED_DATA, DataTrainingArguments, parse_arguments
@@ -121,6 +122,14 @@ def test_what_the_readme_says_of_the_methods_is_what_they_reached():
     assert "for each they are {:.2f}, {:.2f} and {:.2f}.".format(*told.values()) in text
     errors = {name: {run["seed"]: run["eval_mse"] for run in report["runs"] if run["name"] == name and
                      run["split"] == "random"} for name in ("dora", "rslora")}  # fmt: skip
+    tested = {name: {run["seed"]: run["test_mse"] for run in report["runs"] if run["name"] == name and
+                     run["split"] == "random"} for name in ("hira", "oft", "shira", "rslora")}  # fmt: skip
+    more = {name: interval([tested[name][seed] - tested["rslora"][seed] for seed in range(5)]) for name in tested}
+    assert (
+        more["oft"][0] < more["oft"][1] and more["shira"][0] > more["shira"][1] and more["hira"][0] > more["hira"][1]
+    )
+    assert "zero inside ({:.3f} ± {:.3f}), of `shira` hardly not ({:.4f} ± {:.4f})".format(
+        *more["oft"], *more["shira"]) in text  # fmt: skip
     mean, half = interval([errors["dora"][seed] - errors["rslora"][seed] for seed in range(5)])
     assert f"(`dora` is {mean:.3f} ± {half:.3f} behind)" in text
     failed = [run["test_r2"] for run in report["runs"] if run["name"].startswith("paper-") and run["test_r2"] < 0.2]
@@ -261,9 +270,26 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     assert f"none ({differences[1][0]}) or with the better half ({differences[2][0]}) is not shown" in text
     assert f"is {mean['none']} with none, {mean['selected']} with the better half, {mean['random']} with half" in text
     assert f"of them at random, {mean['all']} with all." in text and mean["selected"] > mean["random"]
-    halves = [run["influence"]["agreement_of_halves"] for run in runs]
-    told = f"by {min(halves):.2f} to {max(halves):.2f} in these runs, by {np.mean(halves):.2f} on average"
-    assert told in text
+    by_pool = {
+        pool: [
+            run["influence"]["group_weight"] for run in report["runs"] if run["pool"] == pool and not run["leakage"]
+        ]
+        for pool in ("1400", "300")
+    }
+    spans = [f"{min(weights):.{digits}f} to {max(weights):.2f}"
+             for weights, digits in ((by_pool["1400"], 2), (by_pool["300"], 0))]  # fmt: skip
+    assert f"of {spans[0]} in these runs and of {spans[1]} with the pool of 300, where it is 0 in two of five" in text
+    assert by_pool["300"].count(0.0) == 2
+    compared = {name: row["group_influence_minus_this"] for name, row in rows.items() if name != "group_influence"}
+    seeds = {name: len(rows[name]["test_mse"]) for name in compared}
+    chance = {name: 2 * stats.t.sf(stats.t.ppf(0.975, n - 1) * abs(compared[name][0]) / compared[name][1], n - 1)
+              for name, n in seeds.items()}  # fmt: skip
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(chance, key=chance.get)):  # Holm 1979
+        adjusted[name] = largest = max(largest, (len(chance) - rank) * chance[name])
+    assert len(chance) == 8 and [name for name, value in adjusted.items() if value < 0.05] == ["selected"]
+    lead, half = compared["selected"]
+    assert f"over the better half by the score alone stands ({-lead:.3f} ± {half:.3f})" in text
     memory = [run["influence"]["peak_memory_bytes"] / 1e9 for run in report["runs"] if not run["leakage"]]
     assert f"both ({min(memory):.1f} to {max(memory):.1f} GB in the runs of the study below" in text
     paired = [rows[name]["group_influence_minus_this"] for name in ("random", "all")]
@@ -396,11 +422,11 @@ def test_the_readme_says_how_many_test_molecules_took_part_in_a_choice(molecules
     def rows(seed, part, **values):
         return set(np.flatnonzero(assign_splits(molecules, DataTrainingArguments(**values), seed) == part))
 
-    def shares(chosen_with):
+    def shares(chosen_with, split="random"):
         validation = {seed: rows(seed, "validation", validation_fraction=0.2) for seed in chosen_with}
         for seed in range(5):
-            others = set().union(*(found for other, found in validation.items() if other != seed))
-            test = rows(seed, "test")
+            others = (found for other, found in validation.items() if split == "scaffold" or other != seed)
+            others, test = set().union(*others), rows(seed, "test", split=split)
             yield round(100 * len(test & others) / len(test))
 
     text = readme_text()
@@ -408,6 +434,8 @@ def test_the_readme_says_how_many_test_molecules_took_part_in_a_choice(molecules
     chosen_with = {int(seed) for row in tried for seed in row["validation_mse"]}
     of_recipes, of_rates = list(shares(chosen_with)), list(shares(peft_comparison.TUNING_SEEDS))
     assert f"{min(of_recipes)} to {max(of_recipes)} % of a seed's test molecules in Table 1 were validation" in text
+    of_scaffolds = list(shares(chosen_with, "scaffold"))
+    assert f"(on scaffold splits {min(of_scaffolds)} to {max(of_scaffolds)} %, of any seed)" in text
     assert f"{min(of_rates)} to {max(of_rates)} % were validation molecules of another seed when the rates" in text
 
 
