@@ -351,7 +351,7 @@ def labels_of(molecules):
 # --------------------------------------------------------------------------------------------------------- checking
 
 
-LINE = re.compile(r"^(\S*(?:\s+\|[^|]*\|)?)\s*(.*)$")  # SMILES, also with extensions, and name
+LINE = re.compile(r"^(\S*(?:\s+\|[^|]*\|)?)\s*(.*)$", re.DOTALL)  # SMILES, also with extensions, and name
 QUERY = re.compile(r"\[\d*#[1-9]|\|(.*,)?(m|LN):")  # of a SMILES, and of the extensions of CXSMILES
 
 

@@ -116,6 +116,13 @@ def test_a_full_cache_of_data_sets_is_told(molecules, monkeypatch):
     with pytest.raises(InputError, match="no room in the cache of data sets .*--cache_dir"):
         augment(data, build_tokenizer(), 1, 0, 256)
 
+    def lose(*args, **options):
+        raise FileNotFoundError("tmp5z766")
+
+    monkeypatch.setattr(type(data), "map", lose)
+    with pytest.raises(InputError, match="cache of data sets was removed meanwhile, .*tmp5z766"):
+        augment(data, build_tokenizer(), 1, 0, 256)
+
 
 def test_head_gets_its_own_learning_rate(tiny_checkpoint, molecules, tmp_path):
     trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, head_learning_rate=5e-2))

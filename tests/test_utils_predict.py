@@ -8,9 +8,11 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -283,6 +285,32 @@ def test_answers_of_several_processes_come_in_the_order_of_the_rows(monkeypatch,
     np.testing.assert_allclose(answer[1], expected[1], atol=1e-5)
     np.testing.assert_allclose(answer[2], expected[2], atol=1e-5)
     assert np.isnan(expected[1]).all(axis=(1, 2, 3)).tolist() == [reason is not None for reason in reasons]
+
+
+WORKERS = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from utils_predict import end_with_parent
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="asks Linux for the worker")
+def test_a_killed_prediction_leaves_no_workers(tmp_path):
+    """They would hold its standard output open, and whoever reads that would wait for ever."""
+    (tmp_path / "script.py").write_text(WORKERS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=environment, stdout=subprocess.PIPE)
+    worker = Path("/proc") / process.stdout.readline().decode().strip() / "cmdline"
+    assert worker.read_bytes()
+    process.kill()
+    process.communicate(timeout=60)  # to the end of its output
+    assert not (worker.exists() and worker.read_bytes())  # a process that ended has none
 
 
 def test_an_ensemble_whose_training_was_interrupted_predicts_nothing(tmp_path, table, fine_tuned):
