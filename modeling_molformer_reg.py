@@ -320,8 +320,10 @@ class MolformerSelfAttention(nn.Module):
         context, key = linear_attention(query, key, value, attention_mask, self.eps)
         attentions = None
         if output_attentions:  # the quadratic form of the same thing: rows that sum to one
-            scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)  # (B, H, T, T)
-            attentions = scores / scores.sum(dim=-1, keepdim=True).clamp(min=self.eps)
+            wide = torch.promote_types(query.dtype, torch.float32)  # the sums are too large for float16
+            with torch.autocast(query.device.type, enabled=False):
+                scores = query.transpose(1, 2).to(wide) @ key.permute(0, 2, 3, 1).to(wide)  # (B, H, T, T)
+                attentions = (scores / scores.sum(dim=-1, keepdim=True).clamp(min=self.eps)).to(query.dtype)
         return context.reshape(asked.shape), attentions
 
 
@@ -561,8 +563,9 @@ def masked_mean(hidden_states, attention_mask=None):
     """Returns the mean of `hidden_states` (B, T, C) over the tokens that the mask (B, T) keeps, shape (B, C)."""
     if attention_mask is None:
         return hidden_states.mean(dim=1)
-    mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (B, T, 1)
-    return (hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)  # sums of long molecules are too large for float16
+    mask = attention_mask.unsqueeze(-1).to(wide)  # (B, T, 1)
+    return ((hidden_states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).to(hidden_states.dtype)
 
 
 class MolformerPredictionTransform(nn.Module):

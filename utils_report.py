@@ -409,6 +409,11 @@ def license_of_base(run):
         return None
 
 
+def hub_type(name):
+    """Returns the name of a data file as the Hub takes it in metadata, which are refused otherwise."""
+    return re.sub(r"[^\w.-]+", "-", name.lower(), flags=re.ASCII).strip("-") or "data"
+
+
 def card_data(run):
     """Returns the metadata of a card: licence, base, tags, and results as `model-index`."""
     hub_data = run.values.get("dataset_name")
@@ -416,7 +421,7 @@ def card_data(run):
         EvalResult(
             task_type="regression",
             task_name=f"prediction of {end.removeprefix('_') or run.label}",
-            dataset_type=hub_data or run.data_of(part).lower().replace(" ", "-"),
+            dataset_type=hub_data or hub_type(run.data_of(part)),
             dataset_name=f"{run.data_of(part)}, {run.split.get('split', 'unknown')} split",
             dataset_config=end.removeprefix("_") or None,  # without it, all labels would be taken for one task
             dataset_split=run.counted(part, end),
@@ -518,7 +523,8 @@ def results_section(run):
     if not table:
         return ""
     lines += ["| model | split | n | MSE | RMSE | MAE | R² |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-    if run.values.get("protocol") == "paper":
+    chosen = run.model_folder is not None and run.values.get("load_best_model_at_end", True)
+    if run.values.get("protocol") == "paper" and chosen:
         table += ["", "The epoch was chosen by the test loss, as in the paper, so the test numbers are optimistic."]
     return "\n".join(lines + table)
 

@@ -28,6 +28,7 @@ from modeling_molformer_reg import (
     MolformerForRegression,
     MolformerModel,
     draw_random_features,
+    masked_mean,
     rotary_tables,
 )
 
@@ -442,6 +443,22 @@ def test_attentions_are_rows_of_probabilities():
         assert (attentions >= 0).all()
         assert_near(attentions.sum(dim=-1), torch.ones(4, 4, 9), TOLERANCE[torch.float32])
         assert (attentions * (1 - mask)[:, None, None]).abs().max() == 0
+
+
+def test_attentions_in_float16_are_those_of_float32():
+    """Of the embedded checkpoint, whose features are large: their products are beyond float16."""
+    model = MolformerForRegression.from_pretrained(ROOT / "models" / "molformer-mini").eval()
+    input_ids = torch.randint(5, 100, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids, output_attentions=True).attentions
+    for attentions, wanted in zip(model.half()(input_ids, output_attentions=True).attentions, expected, strict=True):
+        assert attentions.dtype == torch.float16 and attentions.isfinite().all()
+        assert_near(attentions.float().sum(dim=-1), wanted.sum(dim=-1), 0.01)
+
+
+def test_the_mean_of_a_long_molecule_is_within_float16():
+    states = torch.full((1, 6000, 2), 12.0, dtype=torch.float16)
+    mean = masked_mean(states, torch.ones(1, 6000))
+    assert mean.dtype == torch.float16 and (mean == 12).all()
 
 
 @pytest.mark.parametrize("cls", CLASSES)

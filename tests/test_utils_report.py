@@ -641,6 +641,21 @@ def test_numbers_stand_under_their_names_on_a_card(tmp_path):
     assert "| all | 20 | 0.5000 | 0.1000 | 0.2000 | 0.3000 | 0.4000 |" in card
 
 
+@pytest.mark.parametrize("name", ["data (1).csv", "données.csv", "logD+pKa.csv", "x,y.csv", "a&b.tsv", "(1)"])
+def test_metadata_name_any_data_file_as_the_hub_takes_it(name):
+    """Its rule for the type of a data set, by which it refuses a card after the training."""
+    assert re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", utils_report.hub_type(name), re.ASCII)
+
+
+@pytest.mark.parametrize(("values", "told"), [({}, True), ({"load_best_model_at_end": False}, False)])
+def test_a_card_says_that_the_epoch_was_chosen_by_the_test_loss_where_it_was(tmp_path, values, told):
+    arguments = {"protocol": "paper", **values}
+    options = {"results": {"test_mse": 1.0}, "config": {"smiles_form": "canonical"}}
+    card = card_of(tmp_path / "run", "regression", arguments, model_folder=tmp_path / "run", **options)
+    assert ("The epoch was chosen by the test loss" in card) == told
+    assert "The epoch was" not in card_of(tmp_path / "evaluation", "regression", arguments, results={"test_mse": 1.0})
+
+
 def test_numbers_of_a_test_file_are_those_of_its_molecules(tmp_path):
     arguments, split = {"test_file": "elsewhere/other.csv"}, {"split": "file", "train": [0], "test": [0]}
     card = card_of(tmp_path, "regression", arguments, {"test_mse": 1.0, "train_samples": 1}, split=split)
