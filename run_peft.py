@@ -326,8 +326,8 @@ def check_base_name(model_args, peft_args, training_args, base_weights):
         if not fits:
             raise InputError(
                 f"--base_hub_name {name} is not on the Hub, or has other weights than {source}: nobody could load the "
-                f"adapter with it. Push the base there first: `hf upload {name} {shlex.quote(str(source))} . --include "
-                "config.json --include 'model*.safetensors*' --include 'tok*.json' --include 'modeling*.py'`."
+                f"adapter with it. Push the base there first: `hf upload {name} {shlex.quote(str(source))} . "
+                "--include config.json --include 'model*' --include 'tok*.json' --include 'modeling*.py'`."
             )
 
 
