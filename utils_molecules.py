@@ -138,12 +138,13 @@ def not_utf8(path):
 
 def check_file(path):
     """Raises `InputError` if there is no such file, or nothing in it."""
-    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
-        raise InputError(f"{path} is no regular file, which is read more than once. Write its content to one.")
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "is not there"
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is no regular file, and is to be read more than once. Write its content to one.")
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
         raise InputError(f"The file {path} {what}. Correct its path.")
-    if not Path(path).stat().st_size:
+    if not path.stat().st_size:
         raise InputError(f"{path} is empty. It needs molecules; a table needs a header and at least one row.")
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -389,6 +390,15 @@ def test_only_what_is_saved_can_be_the_best(tiny_checkpoint, molecules, tmp_path
     assert trainer._determine_best_metric({"eval_loss": 0.1}, None)
 
 
+@pytest.mark.parametrize(("saved", "told"), [(0.7, True), (0.35, False)])
+def test_a_last_model_that_stands_in_for_the_best_is_told(tiny_checkpoint, molecules, tmp_path, caplog, saved, told):
+    """Of seven steps the third and the sixth are evaluated; the fifth and the last, or those two, are saved."""
+    strategies = {"eval_strategy": "steps", "eval_steps": 0.35, "save_strategy": "steps", "save_steps": saved}
+    args = arguments(tmp_path, max_steps=7, **strategies)
+    make_trainer(tiny_checkpoint, molecules, args).train()
+    assert ("No evaluation was of a step that was saved" in caplog.text) == told
+
+
 @pytest.mark.parametrize(("limit", "left"), [(1, {2, 6}), (2, {2, 6}), (3, {2, 5, 6}), (9, {2, 3, 4, 5, 6})])
 def test_the_oldest_checkpoints_go_and_no_other_folder(tmp_path, limit, left):
     for step in (2, 3, 4, 5, 6):
@@ -432,9 +442,11 @@ def test_weights_are_averaged_before_they_are_kept(tiny_checkpoint, molecules, t
     assert trainer.state.best_model_checkpoint and told.count("eval") == 1  # of the evaluation
 
 
-def test_a_label_whose_name_looks_like_one_of_memory_is_logged(tiny_checkpoint, molecules, tmp_path):
+def test_a_label_whose_name_looks_like_one_of_memory_stops_no_log(tiny_checkpoint, molecules, tmp_path, capsys):
     trainer = make_trainer(tiny_checkpoint, molecules, arguments(tmp_path))
     trainer.log_metrics("eval", {"eval_mse_logK_mem_w": 0.5, "eval_loss": 0.5, "init_mem_cpu_alloc_delta": 2**20})
+    shown = capsys.readouterr().out
+    assert "eval_loss" in shown and re.search(r"init_mem_cpu_alloc_delta *= *1MB", shown)
 
 
 @pytest.mark.parametrize(
