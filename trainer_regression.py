@@ -425,9 +425,6 @@ class MolformerTrainer(Trainer):
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
-            if self.args.load_best_model_at_end:
-                logger.warning("No evaluation was of a step that was saved: the last model is kept. Give --save_steps "
-                               "the number of --eval_steps, or leave it out.")  # fmt: skip
             self.optimizer.eval()  # has those that average weights leave the average, which is what is evaluated
         metrics, state, before = result.metrics, self.state, self.stopwatch.loss_before
         metrics["train_runtime"] = seconds = self.stopwatch.seconds

@@ -390,15 +390,6 @@ def test_only_what_is_saved_can_be_the_best(tiny_checkpoint, molecules, tmp_path
     assert trainer._determine_best_metric({"eval_loss": 0.1}, None)
 
 
-@pytest.mark.parametrize(("saved", "told"), [(0.7, True), (0.35, False)])
-def test_a_last_model_that_stands_in_for_the_best_is_told(tiny_checkpoint, molecules, tmp_path, caplog, saved, told):
-    """Of seven steps the third and the sixth are evaluated; the fifth and the last, or those two, are saved."""
-    strategies = {"eval_strategy": "steps", "eval_steps": 0.35, "save_strategy": "steps", "save_steps": saved}
-    args = arguments(tmp_path, max_steps=7, **strategies)
-    make_trainer(tiny_checkpoint, molecules, args).train()
-    assert ("No evaluation was of a step that was saved" in caplog.text) == told
-
-
 @pytest.mark.parametrize(("limit", "left"), [(1, {2, 6}), (2, {2, 6}), (3, {2, 5, 6}), (9, {2, 3, 4, 5, 6})])
 def test_the_oldest_checkpoints_go_and_no_other_folder(tmp_path, limit, left):
     for step in (2, 3, 4, 5, 6):
