@@ -875,12 +875,23 @@ class MolformerForRegression(MolformerPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Loads a checkpoint; one with the published head is recognized by its keys if its config names no head."""
+        """Loads a checkpoint; one with the published head is recognized by its keys if its config names no head.
+
+        Raises:
+            ValueError: as of the class that it inherits from, and if the name is that of an adapter.
+        """
         return_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         # The parent's parent: the keys are judged after the head is known.
         load = super(MolformerPreTrainedModel, cls).from_pretrained
         model, info = load(pretrained_model_name_or_path, *model_args, **kwargs)
+        if getattr(model, "_hf_peft_config_loaded", False):  # the configuration is that of the base
+            adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or pretrained_model_name_or_path
+            raise ValueError(
+                f"{adapter} is an adapter, and loaded like this its scale of the labels stays behind. Load its base "
+                "with the configuration that lies beside the adapter, and then the adapter with "
+                "PeftModel.from_pretrained(base, …), as its card says."
+            )
         if "classifier.dense.weight" in info["unexpected_keys"] and not model._head_was_named:
             config = model.config
             config.regression_head = "molformer"

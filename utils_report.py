@@ -248,8 +248,9 @@ class Run:
         model_folder (`Path` or `None`): where its weights are. label_names (`list[str]`): of several labels.
     """
 
-    def __init__(self, folder, kind, name=None, model_folder=None):
+    def __init__(self, folder, kind, name=None, model_folder=None, revision=None):
         self.folder, self.kind, self.pushed = Path(folder), kind, name is not None
+        self.revision = revision  # branch on the Hub, where it is not the main one
         self.name = name or shown_path(folder)
         self.values, self.results = (read_json(self.folder / file) for file in (ARGUMENTS_FILE, "all_results.json"))
         self.split = read_json(self.folder / "splits.json")
@@ -261,6 +262,8 @@ class Run:
         self.head_descriptors = config.get("head_descriptors") or []
         self.smiles_form = config.get("smiles_form") or self.values.get("smiles_form")
         self.shown_labels = list((config.get("id2label") or {}).values())
+        source = self.values.get("dataset_name")  # of the Hub, or a folder here, which only has a name for others
+        self.hub_data = None if source is None or Path(source).is_dir() else source
 
     @property
     def member(self):
@@ -325,7 +328,7 @@ class Run:
             return "MoleculeNet Lipophilicity"
         if not self.results:
             return "not known"
-        return self.values.get("dataset_name") or Path(self.values["train_file"]).name
+        return self.hub_data or Path(self.values.get("dataset_name") or self.values["train_file"]).resolve().name
 
     def data_of(self, part):
         """Name of the data set that a part of the molecules is of: the part's own file, if it has one."""
@@ -416,12 +419,11 @@ def hub_type(name):
 
 def card_data(run):
     """Returns the metadata of a card: licence, base, tags, and results as `model-index`."""
-    hub_data = run.values.get("dataset_name")
     evaluations = [
         EvalResult(
             task_type="regression",
             task_name=f"prediction of {end.removeprefix('_') or run.label}",
-            dataset_type=hub_data or hub_type(run.data_of(part)),
+            dataset_type=run.hub_data or hub_type(run.data_of(part)),
             dataset_name=f"{run.data_of(part)}, {run.split.get('split', 'unknown')} split",
             dataset_config=end.removeprefix("_") or None,  # without it, all labels would be taken for one task
             dataset_split=run.counted(part, end),
@@ -439,7 +441,7 @@ def card_data(run):
         library_name="peft" if run.exists("adapter_config.json") else "transformers",
         pipeline_tag=TASKS[run.kind == "mlm"] if run.model_folder is not None else None,
         base_model=run.base if run.base_is_on_hub else None,
-        datasets=[hub_data] if hub_data else None,
+        datasets=[run.hub_data] if run.hub_data else None,
         metrics=None if run.kind == "mlm" else ["mse", "mae", "r_squared"],
         tags=["chemistry", "molformer", "smiles", *([] if run.kind == "mlm" else ["regression"])],
         model_name=run.name.split("/")[-1] if evaluations else None,
@@ -533,11 +535,12 @@ def usage_section(run):
     """Returns how the model is loaded, with and without this project's scripts; nothing if there is no model."""
     if run.model_folder is None:
         return ""
-    command = f"python run_regression.py --do_predict --model_name_or_path {run.address} --test_file molecules.csv"
+    model, revision = f"--model_name_or_path {run.address}", ""
+    if run.revision is not None:
+        model, revision = f"{model} --model_revision {run.revision}", f', revision="{run.revision}"'
+    command = f"python run_regression.py --do_predict {model} --test_file molecules.csv"
     if run.kind == "mlm":
-        command = (
-            f"python run_regression.py --model_name_or_path {run.address} --train_file my.csv --output_dir outputs/my"
-        )
+        command = f"python run_regression.py {model} --train_file my.csv --output_dir outputs/my"
     scripts = f"```bash\n{command}\n```"
     imports, answer = (DESCRIPTOR_IMPORTS, DESCRIPTOR_ANSWER) if run.head_descriptors else ("", ANSWER)
     if len(run.label_names) > 1:
@@ -548,12 +551,13 @@ def usage_section(run):
             f"which find the base:\n\n{scripts}"
         )
         if run.exists("adapter_config.json"):
-            text += USE_OF_ADAPTER.format(name=run.name, imports=imports, answer=answer)
+            text += USE_OF_ADAPTER.format(name=f'"{run.name}"{revision}', imports=imports, answer=answer)
         return f"{text}\n\n{smiles_to_give(run)}"
     auto = "AutoModelForMaskedLM" if run.kind == "mlm" else "AutoModelForSequenceClassification"
     where = f'"{run.address}"'
     if run.member is not None:  # a subfolder's code is looked for at the root, where a pushed ensemble has it
         where = f'"{run.address}", subfolder="{run.member}"' if run.pushed else f'"{run.address}/{run.member}"'
+    where += revision
     code = [f"{imports}from transformers import {auto}, AutoTokenizer", ""]
     code += [f"model = {auto}.from_pretrained({where}, trust_remote_code=True).eval()"]
     code += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
@@ -661,11 +665,11 @@ In your own code, beside `modeling_molformer_reg.py` of these scripts:
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-config, adapter = AutoConfig.from_pretrained("{name}"), PeftConfig.from_pretrained("{name}")
+config, adapter = AutoConfig.from_pretrained({name}), PeftConfig.from_pretrained({name})
 base, revision = adapter.base_model_name_or_path, adapter.revision or "main"
 model = AutoModelForSequenceClassification.from_pretrained(base, revision=revision, config=config)
-model = PeftModel.from_pretrained(model, "{name}").eval()
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = PeftModel.from_pretrained(model, {name}).eval()
+tokenizer = AutoTokenizer.from_pretrained({name})
 {answer}
 ```"""
 ANSWER = 'print(model(**tokenizer("CCO", return_tensors="pt")).logits)  # in the unit of the label'
@@ -769,7 +773,8 @@ def push_run(training_args, kind, folders, replaced=None):
         InputError: if the push fails; the local files stay as they are, and what was to be sent lies ready.
     """
     name, root = repository_name(training_args), folders[-1][1]
-    contents = contents_to_push(Run(root, kind, name, folders[0][1]), folders, replaced)
+    revision = training_args.hub_revision
+    contents = contents_to_push(Run(root, kind, name, folders[0][1], revision), folders, replaced)
     api = HfApi(token=training_args.hub_token)
     as_wanted = not training_args.hub_private_repo  # whether nobody else can read it, if nobody else is to
     try:
@@ -782,12 +787,11 @@ def push_run(training_args, kind, folders, replaced=None):
                 "command with --resume_from_checkpoint true, which trains nothing again."
             )
         as_wanted = True
-        run = Run(root, kind, repository.repo_id, folders[0][1])  # now with its full name
+        run = Run(root, kind, repository.repo_id, folders[0][1], revision)  # now with its full name
         contents[CARD_FILE] = str(model_card(run)).encode()
-        revision = training_args.hub_revision
         if revision is not None and not api.revision_exists(repository.repo_id, revision):
             api.create_branch(repository.repo_id, branch=revision)
-        before = api.list_repo_files(repository.repo_id, revision=training_args.hub_revision)
+        before = api.list_repo_files(repository.repo_id, revision=revision)
         operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
         # what an earlier push left would be taken for a part of this model
         operations += [CommitOperationDelete(file) for file in before if OURS.fullmatch(file) and file not in contents]
@@ -795,7 +799,7 @@ def push_run(training_args, kind, folders, replaced=None):
             repository.repo_id,
             operations,
             commit_message="Model, metrics and card",
-            revision=training_args.hub_revision,
+            revision=revision,
         )
     except InputError:
         raise
@@ -808,7 +812,7 @@ def push_run(training_args, kind, folders, replaced=None):
         for pattern in OTHER_MODELS:  # what an earlier push left would be taken for a part of this model
             command += ["--delete", pattern]
         command += ["--private"] if training_args.hub_private_repo else []
-        command += ["--revision", training_args.hub_revision] if training_args.hub_revision else []
+        command += ["--revision", revision] if revision else []
         again = shlex.join(command)
         if not as_wanted:  # that one ignores --private where there is a public repository
             again = "the same command and --resume_from_checkpoint true, which trains nothing again"

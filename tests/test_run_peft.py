@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, TWO_PROCESSES
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 import run_influence
 import run_peft
@@ -641,6 +642,16 @@ def test_an_adapter_of_the_embedded_checkpoint_is_loaded_from_any_folder(small_t
         model_args = ModelArguments(model_name_or_path=str(tmp_path / method))
         assert find_base(method, model_args)["base"] == "models/molformer-mini"
         assert not load_model(MolformerForRegression, model_args, build_tokenizer()).head_is_new
+
+
+def test_an_adapter_without_the_scale_of_its_labels_is_refused(finished_run, tiny_checkpoint, tmp_path):
+    """As the Auto classes load one from the Hub: the configuration is that of the base."""
+    shutil.copytree(finished_run, tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    path = tmp_path / "bare" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tiny_checkpoint)}))
+    with pytest.raises(ValueError, match="bare is an adapter, and loaded like this its scale of the labels"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
 
 
 def test_the_revision_of_a_base_on_the_hub_is_kept(base, tmp_path):

@@ -549,12 +549,16 @@ def test_a_best_evaluation_that_was_not_saved_does_not_stop_a_run(connected, tra
         trainer_regression.best_checkpoint(tmp_path / "run", path.parent)
 
 
-def test_a_push_goes_to_the_branch_that_is_named(connected, hub, training):
-    """Which the Hub does not know yet."""
+def test_a_push_goes_to_the_branch_that_is_named(connected, online, hub, training, tmp_path):
+    """Which the Hub does not know yet; the card loads the model from there."""
     connected(
         run_regression, *training, "--push_to_hub", "--hub_model_id", "someone/branched", "--hub_revision", "next"
     )
     assert "next" in hub.branches and "model.safetensors" in hub.repositories["someone/branched"]
+    card = hub.repositories["someone/branched"]["README.md"].decode()
+    assert card.count('from_pretrained("someone/branched", revision="next"') == 2
+    assert "--model_name_or_path someone/branched --model_revision next " in card
+    assert np.isfinite(run_card(card, online, tmp_path))
     hub.branches.add("refs/pr/5")  # which is there, and cannot be made as a branch
     again = ("--resume_from_checkpoint", "true", "--hub_revision", "refs/pr/5")
     connected(run_regression, *training, "--push_to_hub", "--hub_model_id", "someone/branched", *again)
@@ -628,6 +632,28 @@ def test_the_card_of_a_selection_says_what_was_learned(tmp_path):
 def test_a_card_says_how_smiles_are_to_be_written(tmp_path, form, told, limit):
     card = card_of(tmp_path, "regression", results={"test_mse": 1.0}, config={"smiles_form": form})
     assert told in card and ("molecules that differ in stereo alone get one prediction" in card) == limit
+
+
+def test_the_card_of_an_adapter_on_a_branch_names_the_branch(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    card_of(tmp_path, "peft", {"base_hub_name": "a/base"}, {"test_mse": 1.0}, {"num_labels": 1})
+    code = re.search(r"```python\n(.*?)```", str(model_card(Run(tmp_path, "peft", "a/b", None, "next"))), re.DOTALL)[1]
+    assert code.count('"a/b", revision="next")') == code.count('"a/b"') == 4
+
+
+def test_a_card_names_a_folder_of_data_without_its_path(tmp_path):
+    """The Hub would refuse a path as the type of a data set; a name on the Hub stays whole."""
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    card = card_of(tmp_path / "run", "regression", {"dataset_name": str(folder)}, {"test_mse": 1.0}, {"num_labels": 1})
+    data = ModelCard(card).data
+    assert "- Data: my data\n" in card and str(tmp_path) not in card.replace(str(tmp_path / "run"), "")
+    assert data.datasets is None and data.eval_results[0].dataset_type == "my-data"
+    card = card_of(
+        tmp_path / "run", "regression", {"dataset_name": "someone/data"}, {"test_mse": 1.0}, {"num_labels": 1}
+    )
+    data = ModelCard(card).data
+    assert data.datasets == ["someone/data"] and data.eval_results[0].dataset_type == "someone/data"
 
 
 def test_numbers_stand_under_their_names_on_a_card(tmp_path):
