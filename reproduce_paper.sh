@@ -2,15 +2,18 @@
 # The whole paper as one chain: regression; masked language modeling, then regression; influence scores, selection and
 # regression on the union; BitFit, (IA)³ and LoRA. Every step that is finished is skipped, an interrupted one continues.
 # Ends in paper_tables.md and paper_tables.json, the paper's three tables with ours beside them: in results/ for the
-# embedded checkpoint, beside the runs for any other model, for external molecules and for the quick form.
+# embedded checkpoint, beside the runs for any other model, external molecules, EXTRA flags and the quick form.
 #
 #   ./reproduce_paper.sh                                  # the embedded checkpoint, three seeds; hours on two cores
 #   ./reproduce_paper.sh --quick                          # a look at the chain in minutes; its numbers mean little
 #   ./reproduce_paper.sh ibm/MoLFormer-XL-both-10pct      # with a network, and better with a GPU
 #   EXTERNAL_FILE=external.csv ./reproduce_paper.sh       # your external molecules in place of the corrupted pool
 #   SEEDS="0 1 2 3 4" OUT=outputs/five ./reproduce_paper.sh
-#   EXTRA="--split scaffold" OUT=outputs/scaffold RESULTS=outputs/scaffold ./reproduce_paper.sh     # flags of all steps
+#   EXTRA="--split scaffold" OUT=outputs/scaffold ./reproduce_paper.sh     # flags of all steps
 set -eu
+if [ "${EXTRA:-}" ] && [ -z "${OUT:-}" ]; then
+    echo "EXTRA makes other runs than those of the tables: give them an OUT of their own." >&2 && exit 2
+fi
 if [ "${EXTERNAL_FILE:-}" ] && [ ! -f "$EXTERNAL_FILE" ]; then
     echo "There is no file $EXTERNAL_FILE. Correct EXTERNAL_FILE." >&2 && exit 2
 fi
@@ -32,7 +35,7 @@ name=paper${QUICK:+-quick}${EXTERNAL_FILE:+-external}
 [ "$MODEL" = $EMBEDDED ] || name=$name-$(basename "$MODEL")
 if [ "$MODEL" != $EMBEDDED ] && [ -d "$HERE/$MODEL" ]; then MODEL=$(realpath "$HERE/$MODEL"); fi # as seen by the caller
 OUT=${OUT:-outputs/$name}
-[ "$name" = paper ] && RESULTS=${RESULTS:-results} || RESULTS=${RESULTS:-$OUT}
+[ "$name${EXTRA:-}" = paper ] && RESULTS=${RESULTS:-results} || RESULTS=${RESULTS:-$OUT}
 [ "$QUICK" ] && SEEDS=${SEEDS:-0} || SEEDS=${SEEDS:-0 1 2}
 EXTRA=${EXTRA:-}
 INFLUENCE="--controls none random"

@@ -2,13 +2,13 @@
 # Table 1 of the paper and this project's rows beside it. Trains every cell that is not finished, continues the
 # interrupted ones, replaces those that other flags or files have made (another OUT keeps them), and writes
 # table1.json, table1.md and table1.png: into results/ for the embedded checkpoint, beside the cells for any other
-# model, and for a part where the table in results/ has more.
+# model or with EXTRA flags, and for a part where the table in results/ has more.
 #
 #   ./reproduce_table1.sh                                # the embedded checkpoint; hours on two cores
 #   ./reproduce_table1.sh ibm/MoLFormer-XL-both-10pct    # with a network, and better with a GPU
 #   ROWS="regression mlm_regression" SPLITS=random SEEDS="0 1" ./reproduce_table1.sh
 #   JOBS=2 OMP_NUM_THREADS=1 ./reproduce_table1.sh       # two cells at a time, one thread each: faster on two cores
-#   EXTRA="--max_train_samples 64 --num_train_epochs 1" OUT=outputs/trial RESULTS=outputs/trial ./reproduce_table1.sh
+#   EXTRA="--max_train_samples 64 --num_train_epochs 1" OUT=outputs/trial ./reproduce_table1.sh
 #                                                        # a quick look at the chain; its numbers mean nothing
 #   CHEMPROP=chemprop_env/bin/chemprop ./reproduce_table1.sh    # with the row of chemprop (see studies/peers.py)
 set -eu
@@ -16,12 +16,16 @@ HERE=$PWD
 case ${CHEMPROP:-} in /*) ;; */*) CHEMPROP=$HERE/$CHEMPROP ;; esac # as seen by the caller
 cd "$(dirname "$0")"
 
+if [ "${EXTRA:-}" ] && [ -z "${OUT:-}" ]; then
+    echo "EXTRA makes other runs than those of the table: give them an OUT of their own." >&2
+    exit 2
+fi
 EMBEDDED=models/molformer-mini
 MODEL=${1:-$EMBEDDED}
 if [ "$MODEL" != $EMBEDDED ] && [ -d "$HERE/$MODEL" ]; then MODEL=$(realpath "$HERE/$MODEL"); fi # as seen by the caller
 if [ "$MODEL" = $EMBEDDED ]; then DEFAULT_OUT=outputs/table1; else DEFAULT_OUT=outputs/table1-$(basename "$MODEL"); fi
 OUT=${OUT:-$DEFAULT_OUT}
-if [ "$MODEL" = $EMBEDDED ]; then RESULTS=${RESULTS:-results}; else RESULTS=${RESULTS:-$OUT}; fi
+if [ "$MODEL" = $EMBEDDED ] && [ -z "${EXTRA:-}" ]; then RESULTS=${RESULTS:-results}; else RESULTS=${RESULTS:-$OUT}; fi
 # of the row from scratch: as the model it is compared with
 if [ "$MODEL" = $EMBEDDED ]; then SHAPE=configs/molformer-mini.json POOLING="--pooling mean"; else SHAPE=$MODEL POOLING=; fi
 SEEDS=${SEEDS:-0 1 2 3 4}
@@ -59,7 +63,7 @@ cell() {
     from_scratch) run "$folder" run_regression.py --config_name "$SHAPE" $POOLING --learning_rate 3e-4 $where ;;
     descriptor_boosting) run "$folder" studies/peers.py --peer $row --refit true $where ;;
     chemprop) run "$folder" studies/peers.py --peer $row $where ;; # CHEMPROP is exported
-    *) echo "There is no row $row." && return 1 ;;
+    *) echo "There is no row $row (best_recipe comes with ensemble, fingerprint_ridge by itself)." && return 1 ;;
     esac
 }
 

@@ -342,6 +342,13 @@ def load_external(tokenizer, data_args, influence_args, molecules):
     smiles = influence_args.external_smiles_column or (smiles if smiles in header else None)
     label = influence_args.external_label_column or (label if label in header else None)
     table = read_table(path, smiles, None if label is None else [label], prefix="external_")
+    (found,) = table.attrs["label_columns"]
+    logger.info("Labels of %s: column %s", path, found)
+    if found not in (data_args.label_column or [found]) and influence_args.external_label_column is None:
+        logger.warning(
+            "%s has no column %s: column %s is taken for the same quantity. Name another one with "
+            "--external_label_column", path, data_args.label_column[0], found,
+        )  # fmt: skip
     external, dropped = prepare_molecules(table, tokenizer, data_args, path)
     excluded = [dropped[["row", "smiles", "reason"]]]
     for part in ("validation", "test"):

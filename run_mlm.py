@@ -161,6 +161,8 @@ def main(model_args, data_args, mlm_args, training_args):
     model = load_model(MolformerForMaskedLM, model_args, tokenizer, **chosen)
     check_heads(model, mlm_args.parts, training_args.do_train)
     forget_head(model.config)
+    if "mtr" in mlm_args.parts and model.config.pooling is None:
+        model.config.pooling = "mean"  # the state that it trains is the one that a fine-tuning is to read
     model.config.smiles_form, model.config.smiles_max_length = data_args.smiles_form, data_args.max_length
     # one process reads it again; the others then find it in the cache
     mlm_args.overwrite_cache &= training_args.local_process_index == 0

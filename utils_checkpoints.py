@@ -154,7 +154,10 @@ def check_auto_map(source, auto_map):
 
 def settle_smiles_form(config, data_args):
     """Fills in form and length of the SMILES where the user named none: the fine-tuned checkpoint's, or the usual."""
-    data_args.smiles_form = data_args.smiles_form or getattr(config, "smiles_form", None) or "canonical"
+    if data_args.smiles_form is None:
+        data_args.smiles_form = getattr(config, "smiles_form", None) or "canonical"
+        if data_args.smiles_form != "canonical":
+            logger.info("SMILES are read in %s form, as in the training of the model", data_args.smiles_form)
     usual = DataTrainingArguments.max_length
     if data_args.max_length == usual:  # a model that has learned longer ones is asked for them too
         data_args.max_length = max(usual, getattr(config, "smiles_max_length", None) or usual)

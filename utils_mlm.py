@@ -183,18 +183,19 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
                 f"--validation_fraction {data_args.validation_fraction} of the {len(held_out)} molecules in {source} "
                 "leaves none to learn. Give a smaller one, or more molecules."
             )
+    whole = held_out  # which a warning is about
+    if data_args.max_eval_samples is not None:
+        held_out = held_out.select(range(min(len(held_out), data_args.max_eval_samples)))
     if data_args.max_train_samples is not None:
         train = train.select(range(min(len(train), data_args.max_train_samples)))
         train, held_out = (add_descriptors(part, *options) for part in (train, held_out))
     if data_args.validation_file is not None and digest is None:
-        known = int(np.isin(keys_of(held_out), keys_of(train)).sum())
+        known = int(np.isin(keys_of(whole), keys_of(train)).sum())
         if known:
             logger.warning(
                 "%d of the %d molecules in %s are in %s too and are learned: the held-out numbers are optimistic",
-                known, len(held_out), data_args.validation_file, source,
+                known, len(whole), data_args.validation_file, source,
             )  # fmt: skip
-    if data_args.max_eval_samples is not None:
-        held_out = held_out.select(range(min(len(held_out), data_args.max_eval_samples)))
     if data_args.augment_smiles and training_args.do_train:
         cache = {"load_from_cache_file": not mlm_args.overwrite_cache, "num_proc": mlm_args.workers(train)}
         train = augment(train, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length, **cache)
@@ -607,7 +608,7 @@ def check_heads(model, objective_parts, will_train):
     """Removes heads that are still random and will not be trained, and refuses to evaluate a random one.
 
     A configuration may name heads that its checkpoint lacks, as that of a regression model does. Saved untrained, they
-    would later pass for trained ones.
+    would later pass for trained ones; that of the tokens stays in the model and is not saved.
 
     Raises:
         InputError: if the objective needs a head that is random, and there is no training.
@@ -626,3 +627,5 @@ def check_heads(model, objective_parts, will_train):
     if "atoms" in random and "atoms" not in objective_parts and model.config.atom_descriptor_names:
         del model.atom_head
         model.config.atom_descriptor_names = model.config.environment_buckets = None
+    if "mlm" in random and "mlm" not in objective_parts:
+        model._keys_to_ignore_on_save = {name for name in model.state_dict() if name.startswith("lm_head.")}

@@ -266,6 +266,11 @@ class Run:
         self.hub_data = None if source is None or Path(source).is_dir() else source
 
     @property
+    def learned_tokens(self):
+        """Whether masked tokens were among what a pre-training has learned; true of all other runs."""
+        return "mlm" in self.values.get("objective", "mlm").split("+")
+
+    @property
     def member(self):
         """The folder's name of the ensemble's member that stands for it; `None` if there is no ensemble."""
         inside = self.model_folder is not None and self.model_folder.parent == self.folder
@@ -439,7 +444,7 @@ def card_data(run):
     return ModelCardData(
         license=license_of_base(run),
         library_name="peft" if run.exists("adapter_config.json") else "transformers",
-        pipeline_tag=TASKS[run.kind == "mlm"] if run.model_folder is not None else None,
+        pipeline_tag=TASKS[run.kind == "mlm"] if run.model_folder is not None and run.learned_tokens else None,
         base_model=run.base if run.base_is_on_hub else None,
         datasets=[run.hub_data] if run.hub_data else None,
         metrics=None if run.kind == "mlm" else ["mse", "mae", "r_squared"],
@@ -595,7 +600,9 @@ def protocol_section(run):
     files = [f"{run.data_of(part)} ({part})" for part in ("validation", "test") if run.values.get(f"{part}_file")]
     lines = ["## Data and protocol", "", f"- Data: {', '.join([run.data, *files])}"]
     if run.kind == "mlm" and "train_samples" in run.results:
-        lines.append(f"- Learned from {run.results['train_samples']} molecules")
+        count, epochs = run.results["train_samples"], run.results.get("epoch", 1)
+        seen = f"about {round(epochs * count)} of {count}" if epochs < 1 else count
+        lines.append(f"- Learned from {seen} molecules")
     if run.kind == "influence":
         lines.append(f"- {scored_molecules(run, pool, wrong)}")
     if sizes:
@@ -639,20 +646,26 @@ def no_test(parts):
 
 
 def training_section(run):
-    """Returns the table of losses by epoch, about twenty lines at most, with the best and the last one."""
-    losses = {round(entry["epoch"], 2): entry["loss"] for entry in run.history if "loss" in entry}
-    held_out = {round(entry["epoch"], 2): entry["eval_loss"] for entry in run.history if "eval_loss" in entry}
-    epochs = sorted(held_out or losses)
-    if not epochs:
+    """Returns the table of losses, about twenty lines at most, with the best and the last one.
+
+    By epoch, and by step where there was less than one.
+    """
+    losses = {entry["step"]: entry["loss"] for entry in run.history if "loss" in entry}
+    held_out = {entry["step"]: entry["eval_loss"] for entry in run.history if "eval_loss" in entry}
+    epochs = {entry["step"]: entry["epoch"] for entry in run.history if "epoch" in entry}
+    steps = sorted(held_out or losses)
+    if not steps:
         return ""
+    unit = "epoch" if epochs[steps[-1]] >= 1 else "step"
     lines = ["## Training", ""]
     if run.member is not None:
         lines += ["Of the first of the models, as are the loss curves.", ""]
-    lines += ["| epoch | training loss | held-out loss |", "| ---: | ---: | ---: |"]
-    shown = {*epochs[:: -(-len(epochs) // 20)], epochs[-1], *([min(held_out, key=held_out.get)] if held_out else [])}
-    for epoch in sorted(shown):
-        cells = (f"{values[epoch]:.4f}" if epoch in values else "" for values in (losses, held_out))
-        lines.append(f"| {epoch:g} | {' | '.join(cells)} |")
+    lines += [f"| {unit} | training loss | held-out loss |", "| ---: | ---: | ---: |"]
+    shown = {*steps[:: -(-len(steps) // 20)], steps[-1], *([min(held_out, key=held_out.get)] if held_out else [])}
+    for step in sorted(shown):
+        cells = (f"{values[step]:.4f}" if step in values else "" for values in (losses, held_out))
+        place = f"{round(epochs[step], 2):g}" if unit == "epoch" else step
+        lines.append(f"| {place} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

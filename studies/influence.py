@@ -289,8 +289,8 @@ def main():
         plot(rows, output.with_suffix(".png"))
 
     write()
-    folder = command_of(first, args)[0]
-    scored = (folder / "influence_scores.csv").exists()  # not of a run that was kept from elsewhere
+    folders = command_of(first, args)[0], args.folder / "exact"
+    scored = all((folder / "influence_scores.csv").exists() or not folder.exists() for folder in folders)  # kept ones
     if scored and is_done(*command_of(first, args)) and not args.finished:
         found = run_all(lambda cell, threads: compare_with_exact(cell, args), [first], 1)
         values["exact"] = found[0] if found else values["exact"]

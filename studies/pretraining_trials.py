@@ -73,9 +73,11 @@ def commands(name, args):
     pretrain += ["--max_steps", str(molecules // batch), "--per_device_train_batch_size", str(batch)]
     pretrain += ["--lr_scheduler_type", "cosine", "--weight_decay", "0.01", "--eval_strategy", "no"]
     pretrain += ["--save_strategy", "no", "--load_best_model_at_end", "false"]
-    tune = ["run_regression.py", "--model_name_or_path", str(folder / "model"), "--pooling", "mean", "--do_train"]
+    tune = ["run_regression.py", "--model_name_or_path", str(folder / "model"), "--pooling", "mean"]
+    # the corpora are canonical; without the flag the molecules would be read as given, as these were
+    tune += ["--smiles_form", "canonical"]
     # the last epoch counts: the best one would be chosen by the molecules that are to judge
-    tune += ["--do_eval", "--validation_fraction", str(HELD_OUT), "--load_best_model_at_end", "false"]
+    tune += ["--do_train", "--do_eval", "--validation_fraction", str(HELD_OUT), "--load_best_model_at_end", "false"]
     tune += ["--learning_rate", RATE, "--seed"]
     return folder, pretrain, {seed: [*tune, str(seed)] for seed in args.seeds}
 

@@ -123,7 +123,9 @@ def main():
         store_half(args.output / "model.safetensors")
     (args.output / "modeling_molformer_reg.py").unlink(missing_ok=True)  # the repository's own serves
     config = json.loads((args.output / "config.json").read_text())
-    config.pop("auto_map", None)
+    # the last two are how the corpus was read; it was canonical, and so are the SMILES of a fine-tuning by default
+    for name in ("auto_map", "smiles_form", "smiles_max_length"):
+        config.pop(name, None)
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     build_tokenizer().save_pretrained(args.output)
 

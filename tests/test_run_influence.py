@@ -820,7 +820,7 @@ def test_the_command_for_elsewhere_trains_as_this_run_did():
     assert "--load_best_model_at_end=False" in merged_command("--no_load_best_model_at_end")
 
 
-def test_external_columns_are_those_of_the_training_file_where_they_are_there(tmp_path):
+def test_external_columns_are_those_of_the_training_file_where_they_are_there(tmp_path, caplog):
     """logD is a name that is found by itself, pKa is the one that was asked for."""
     path = tmp_path / "external.csv"
     path.write_text("smiles,logD,pKa\nCCO,1,7\n")
@@ -833,7 +833,9 @@ def test_external_columns_are_those_of_the_training_file_where_they_are_there(tm
         return external["label"].tolist()
 
     assert label(label_column=["pKa"]) == [7.0] and label() == [1.0]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert label(label_column=["y"]) == [1.0]  # which this file does not have
+    assert "has no column y: column logD is taken for the same quantity" in caplog.text
     influence_args.external_label_column = "pKa"
     assert label(label_column=["logD"]) == [7.0]
 

@@ -372,6 +372,7 @@ def test_descriptors_are_learned_and_their_scale_stays_with_the_checkpoint(
     assert ("eval_masked_accuracy" in values) == (objective == "mlm+mtr+atoms")
     assert ("eval_environment_2_accuracy" in values) == (objective == "mlm+mtr+atoms")
     assert 0 < values["eval_descriptor_mse"] < 5 and values["eval_descriptor_r2"] < 1
+    assert json.loads((out / "config.json").read_text())["pooling"] == "mean"  # the state that it has trained
     model = MolformerForMaskedLM.from_pretrained(out)
     names = model.config.descriptor_names
     assert names == default_descriptors() and not model.head_is_new

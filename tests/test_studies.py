@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -272,6 +273,18 @@ def test_chain_of_table_1_trains_every_row_once_and_writes_the_table(tiny_checkp
     assert other.returncode == 0 and "regression-random-0" in other.stdout.splitlines()[0]
 
 
+@pytest.mark.parametrize("script", ["reproduce_table1.sh", "reproduce_paper.sh"])
+def test_other_flags_replace_no_runs_and_no_tables_of_the_project(script, tmp_path):
+    """`echo` stands in for Python."""
+    environment = {**os.environ, "PYTHON": "echo", "SEEDS": "3", "EXTRA": "--num_train_epochs 1"}
+    environment = {name: value for name, value in environment.items() if name not in ("OUT", "RESULTS")}
+    refused = subprocess.run(["sh", str(ROOT / script)], env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and not refused.stdout and "give them an OUT of their own" in refused.stderr
+    environment["OUT"] = str(tmp_path)
+    ran = subprocess.run(["sh", str(ROOT / script)], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0 and f"--output {tmp_path}/" in ran.stdout.splitlines()[-1]
+
+
 def chain_of_table_1(folder, *arguments, **environment):
     """What the chain would run: `echo` stands in for Python."""
     environment = {**os.environ, "PYTHON": "echo", "SEEDS": "3", "RESULTS": str(folder), **environment}
@@ -363,6 +376,26 @@ def test_chain_of_table_1_reports_what_failed_and_still_writes_the_table(tmp_pat
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "There is no row no_such_row" in done.stdout
     assert json.loads((tmp_path / "table1.json").read_text())["rows"][0]["test_mse"] == [0.9]
+
+
+def test_how_a_corpus_was_read_does_not_ship(tiny_checkpoint, tmp_path, monkeypatch):
+    """A canonical corpus is read as it is; who fine-tunes the checkpoint has SMILES of any form."""
+    run, shipped = tmp_path / "run", tmp_path / "shipped"
+    shutil.copytree(tiny_checkpoint, run)
+    config = json.loads((run / "config.json").read_text()) | {"smiles_form": "raw", "smiles_max_length": 256}
+    (run / "config.json").write_text(json.dumps(config))
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5, "eval_perplexity": 4.5}]
+    state = {"global_step": 2, "train_batch_size": 8, "log_history": log}
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    (run / "all_results.json").write_text(json.dumps({"train_loss": 2.0, "eval_loss": 1.5}))
+    shipped.mkdir()
+    (shipped / "README.md").write_text("<!-- table -->\n<!-- end -->\n")
+    monkeypatch.setattr(sys, "argv", ["ship_checkpoint.py", str(run), "--output", str(shipped), "--half"])
+    ship_checkpoint.main()
+    config = json.loads((shipped / "config.json").read_text())
+    assert not {"auto_map", "smiles_form", "smiles_max_length"} & set(config)
+    assert json.loads((shipped / "all_results.json").read_text()) == {"eval_loss": 1.5, "molecules": 16}
+    assert "| 16 |  | 4.500 |" in (shipped / "README.md").read_text()
 
 
 def test_half_the_digits_are_stored_and_loaded_as_float32(tiny_checkpoint, tmp_path):
@@ -1251,10 +1284,12 @@ def test_the_commands_of_the_trials_are_taken_by_the_scripts(tmp_path):
         assert seen == 6400 * {"half as long": 0.5, "twice as long": 2}.get(name, 1)
         assert sorted(tunings) == [0, 1]
         for seed, tune in tunings.items():
-            *_, training_args = parse_arguments(
+            _, data_args, *_, training_args = parse_arguments(
                 *run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=[*tune[1:], "--output_dir", "x"]
             )
             assert (training_args.seed, training_args.do_predict) == (seed, False)
+            # not the form of the corpus, which is canonical and was read as it is
+            assert data_args.smiles_form == "canonical"
 
 
 def test_trials_are_compared_with_the_reference_of_the_same_seed():

@@ -542,6 +542,24 @@ def test_random_heads_are_removed_where_nobody_trains_them_and_not_evaluated():
         utils_mlm.check_heads(MolformerForMaskedLM(MolformerConfig(**config, **heads)), ["mlm", "mtr"], False)
 
 
+def test_a_head_for_tokens_that_is_random_does_not_ship(tmp_path):
+    """A model that has learned descriptors alone is not evaluated as one of tokens later."""
+    config = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    for tied in (True, False):
+        model = MolformerForMaskedLM(MolformerConfig(**config, descriptor_names=["MolLogP"], tie_word_embeddings=tied))
+        utils_mlm.check_heads(model, ["mtr"], will_train=True)
+        model.save_pretrained(tmp_path)
+        again, info = MolformerForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert again.new_heads == ("lm_head.",) and not info["unexpected_keys"]
+        pairs = zip(model.molformer.parameters(), again.molformer.parameters(), strict=True)
+        assert all(torch.equal(before, after) for before, after in pairs)
+        with pytest.raises(InputError, match="no trained head for mlm"):
+            utils_mlm.check_heads(again, ["mlm"], will_train=False)
+        utils_mlm.check_heads(again, ["mlm"], will_train=True)  # it is trained then, and saved
+        again.save_pretrained(tmp_path)
+        assert MolformerForMaskedLM.from_pretrained(tmp_path).new_heads == ()
+
+
 @pytest.mark.parametrize(("field", "part"), [("descriptor_names", "mtr"), ("atom_descriptor_names", "atoms")])
 def test_descriptors_that_cannot_be_computed_are_named_before_any_corpus_is_read(field, part):
     names = {"atom_descriptor_names": ["hydrogens"], "environment_buckets": [4, 4]} | {field: ["no_such_number"]}

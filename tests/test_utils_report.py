@@ -695,6 +695,18 @@ def test_a_label_with_a_bar_in_its_name_stays_in_its_cell(tmp_path):
     assert r"| this model: a\|b | test |" in card
 
 
+def test_a_card_of_less_than_an_epoch_counts_what_was_seen(tmp_path):
+    """Evaluations that are less than a hundredth of an epoch apart have a line each, by their step."""
+    history = [{"step": step, "epoch": step * 64 / 5e6, "eval_loss": 1 / step} for step in (250, 500, 750)]
+    history.insert(1, {"step": 400, "epoch": 400 * 64 / 5e6, "loss": 0.5})
+    results = {"train_samples": 5_000_000, "epoch": 750 * 64 / 5e6}
+    card = card_of(tmp_path, "mlm", {"objective": "mtr"}, results, {"a": 1}, history)
+    assert "- Learned from about 48000 of 5000000 molecules" in card
+    assert "| step | training loss | held-out loss |" in card
+    assert all(line in card for line in ("| 250 |  | 0.0040 |", "| 500 |  | 0.0020 |", "| 750 |  | 0.0013 |"))
+    assert "fill-mask" not in card  # its head for tokens was not trained
+
+
 def test_only_so_many_labels_as_a_picture_holds_are_drawn(tmp_path, caplog):
     """RDKit gives no picture of more than 32,767 pixels."""
     with caplog.at_level("INFO", "molformer.hub"):
