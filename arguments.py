@@ -187,7 +187,10 @@ class DataTrainingArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_file: str | None = field(
         default=None,
-        metadata={"help": "CSV or TSV with SMILES and labels (.gz and .xz too). Default: data/lipophilicity.csv."},
+        metadata={
+            "help": "CSV or TSV with SMILES and labels (.gz and .xz too); for run_mlm.py also text with one SMILES a "
+            "line. Default: data/lipophilicity.csv."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Separate file of validation molecules."})
     test_file: str | None = field(
@@ -208,13 +211,15 @@ class DataTrainingArguments:
         default=None,
         metadata={
             "help": "Column of the label. Default: the one called label, labels, exp, target, y, logD or value, in "
-            "any case. Several columns are learned together; a molecule may then lack some of the labels."
+            "any case. Several columns are learned together; a molecule may then lack some of the labels. For "
+            "run_mlm.py a file with such a column is split, and its test molecules are not learned."
         },
     )
     label_name: str | None = field(
         default=None,
         metadata={
-            "help": "What plots and card call the label, with its unit. Default: logD7.4, or the column's name."
+            "help": "What plots and card call the label, with its unit. Default: logD7.4, or the column's name, as of "
+            "several labels."
         },
     )
     smiles_form: str | None = field(
@@ -319,6 +324,10 @@ class DataTrainingArguments:
         self.only_test_file = self.test_file is not None and not any(others)
         if self.train_file is None and self.dataset_name is None:
             self.train_file = EMBEDDED_DATA
+        if self.label_name not in (None, *(self.label_column or [])[:1]) and len(self.label_column or ()) > 1:
+            raise ValueError(
+                f"--label_name {self.label_name} is for one label; several are called as their columns. Leave it out."
+            )
         if self.label_name is None:
             own = self.train_file is not None and Path(self.train_file).resolve() == Path(EMBEDDED_DATA)
             self.label_name = "logD7.4" if own else (self.label_column or [None])[0]  # None: until the file is read

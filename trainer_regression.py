@@ -86,6 +86,11 @@ from utils_report import draw_worst_molecules, metrics_table, no_test, plot_loss
 
 
 LEARNING_RATES = {"default": 6e-4, "paper": 1e-4}  # the default was found on validation, see the README
+BASELINE_ADVICE = {  # where a baseline has the lower test error
+    "mean": "The mean of the training labels has the lower error{}: the model has learned nothing of use. Train "
+    "longer, or with more molecules.",
+    "fingerprint_ridge": "Ridge regression on fingerprints has the lower error{}: use that, or train longer.",
+}
 
 
 # Raise the number when what a cached function computes changes; RDKit's answers differ between versions.
@@ -1055,10 +1060,10 @@ def write_reports(output_dir, parts, members, digest, data_args):
     text = metrics_table(lines) + ("" if "test" in parts else f"\n{no_test(parts)}")
     for label in tests:
         end = f"_{label}" if label else ""
-        ours, ridge = (metrics.get(f"test_mse{which}{end}", math.nan) for which in ("", "_fingerprint_ridge"))
-        if ridge < ours:
-            of_which = f" of {label}" if label else ""
-            text += f"\nRidge regression on fingerprints has the lower error{of_which}: use that, or train longer."
+        of_which = f" of {label}" if label else ""
+        for baseline, advice in BASELINE_ADVICE.items():
+            if metrics.get(f"test_mse_{baseline}{end}", math.inf) < metrics.get(f"test_mse{end}", -math.inf):
+                text += "\n" + advice.format(of_which)
     if data_args.protocol == "paper":
         text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."
     return metrics, text

@@ -25,6 +25,7 @@ from utils_molecules import (
     ATOM_DESCRIPTORS,
     LINE,
     REASONS,
+    SMILES_COLUMNS,
     atom_environments,
     canonicalize,
     check_file,
@@ -34,6 +35,7 @@ from utils_molecules import (
     describe,
     describe_unusable,
     encode_smiles,
+    find_column,
     find_labels,
     find_smiles,
     has_lines,
@@ -157,6 +159,11 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
                 f"{source} has no column that is called like a label, so all its molecules would be learned whatever "
                 f"{' and '.join(parts)} says. Name its labels with --label_column, or leave {' and '.join(parts)} out."
             )
+        if len(columns) > 1 and not mlm_args.exclude_file:  # of one column there can be no labels
+            logger.warning(
+                "%s has no column that is called like a label, and is read as a corpus: later test molecules of it "
+                "are learned too. Name its labels with --label_column, or such molecules with --exclude_file", source,
+            )  # fmt: skip
         if data_args.dataset_name is None:
             corpus = read_corpus(source, data_args.smiles_column, model_args.cache_dir, mlm_args.overwrite_cache)
         else:
@@ -277,7 +284,12 @@ def read_excluded(data_args, mlm_args, cache_dir=None):
     excluded = set()
     for path in mlm_args.exclude_file or []:
         named = has_lines(path, data_args.smiles_column)
-        column = None if named or data_args.smiles_column not in read_header(path)[0] else data_args.smiles_column
+        columns = [] if named else read_header(path)[0]
+        column = data_args.smiles_column if data_args.smiles_column in columns else None
+        if columns and find_column(columns, column, SMILES_COLUMNS, "--smiles_column", path) is None:
+            raise InputError(
+                f"{path} has no SMILES column; it has: {', '.join(columns)}. Call the one with the SMILES smiles."
+            )
         texts = strip(read_corpus(path, column, cache_dir, mlm_args.overwrite_cache)["smiles"], named)
         keys = [canonicalize(text, "canonical") for text in texts]
         bad = [row for row, key in enumerate(keys) if key is None]

@@ -6,6 +6,7 @@ Rows are counted from 0, the header aside, in messages, `splits.json` and `predi
 """
 
 import csv
+import difflib
 import hashlib
 import json
 import logging
@@ -34,6 +35,10 @@ from tqdm.auto import tqdm
 from arguments import InputError
 
 
+OTHER_FILES = {
+    (".xlsx", ".xlsm", ".xls", ".ods"): "a workbook. Save the sheet as CSV (UTF-8)",
+    (".sdf", ".sd", ".mol", ".mol2"): "no table. Write SMILES, and labels where there are some, to a CSV",
+}
 PACKED = (".gz", ".xz", ".bz2", ".zst")
 SMILES_COLUMNS = ("smiles", "canonical_smiles", "mol", "molecule", "structure")
 LABEL_COLUMNS = ("label", "labels", "exp", "target", "y", "logd", "value")
@@ -144,6 +149,9 @@ def check_file(path):
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
         raise InputError(f"The file {path} {what}. Correct its path.")
+    other = next((text for suffixes, text in OTHER_FILES.items() if path.suffix.lower() in suffixes), None)
+    if other is not None:
+        raise InputError(f"{path} is {other}.")
     if not path.stat().st_size:
         raise InputError(f"{path} is empty. It needs molecules; a table needs a header and at least one row.")
 
@@ -327,9 +335,11 @@ def _to_numbers(texts, column, source, required, may_lack=False):
         wrong &= ~texts.fillna("").astype(str).str.strip().str.lower().isin(MISSING)
     bad = np.flatnonzero(wrong)
     if len(bad) and required:
+        comma = re.fullmatch(r"\s*[-+]?\d+,\d+\s*", str(texts.iloc[bad[0]]))
+        advice = "Write decimals with a point." if comma else "Correct or remove these rows."
         raise InputError(
             f"{len(bad)} of {len(texts)} labels in column {column!r} of {source} are missing, infinite or no numbers, "
-            f"first at row {bad[0]}: {texts.iloc[bad[0]]!r}. Correct or remove these rows."
+            f"first at row {bad[0]}: {texts.iloc[bad[0]]!r}. {advice}"
         )
     return numbers.where(np.isfinite(numbers))
 
@@ -491,7 +501,11 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
 
     bad = molecules[molecules["reason"].notna()]
     if len(bad):
-        message = describe_unusable(bad["reason"], bad["row"], bad["smiles"], len(molecules), source)
+        column = molecules.attrs.get("smiles_column")  # of a table
+        where = source if column is None else f"column {column!r} of {source}"
+        message = describe_unusable(bad["reason"], bad["row"], bad["smiles"], len(molecules), where)
+        if column is not None and (bad["reason"] == "invalid").sum() == len(molecules):
+            message += " If another column has the SMILES, name it (--smiles_column)."
         refuse_or_warn(message, data_args, "Dropped; a file in the output folder lists them.")
         molecules = molecules[molecules["reason"].isna()]
     if not len(molecules):
@@ -529,6 +543,8 @@ def describe_unusable(reasons, rows, smiles, total, source, examples=3):
         if found:
             first = ", ".join(f"row {row}: {shorten(s)!r}" for row, s in found[:examples])
             sentences.append(f"{len(found)} of {total} SMILES in {source} {text}, first at {first}.")
+            if reason == "too_long":
+                sentences.append("A higher --max_length takes them.")
     return " ".join(sentences)
 
 
@@ -655,7 +671,14 @@ def load_molecules(tokenizer, model_args, data_args, training_args):
         data_args.label_name = "the label" if found[0].lower() in ("label", "labels") else found[0]
     for name in ("validation", "test"):
         if files[name] is not None:  # by the same label, where a file has more columns that are called like one
-            same = {"label_column": found} if set(found) <= set(read_header(files[name])[0]) else {}
+            header, _ = read_header(files[name])
+            if data_args.label_column and set(found).isdisjoint(header):
+                raise InputError(
+                    f"{files[name]} has no column {' or '.join(found)}; it has: {', '.join(header)}. {name.title()} "
+                    "molecules need labels. To predict others, train first, then pass --do_predict --test_file with "
+                    "--model_name_or_path and without --train_file."
+                )
+            same = {"label_column": found} if set(found) <= set(header) else {}
             tables[name] = read_table(files[name], **(columns | same))
     for name, table in tables.items():
         if name == "train" or table.attrs["label_columns"] != found:
@@ -727,12 +750,16 @@ def warn_of_leaks(molecules):
 
 def warn_of_few(molecules):
     """Warns of a test set whose error says little: of n normal errors, the mean square varies by sqrt(2 / n)."""
-    count = int((molecules["split"] == "test").sum())
+    labels = molecules.loc[molecules["split"] == "test", label_columns(molecules)]
+    counts = labels.notna().sum()
+    counts = counts[counts > 0]  # of another label no error is reported
+    count = int(min(counts, default=0))
     if 0 < count < FEW_MOLECULES:
+        name = counts.idxmin().removeprefix(LABEL_PREFIX)
         logger.warning(
-            "There are %d test molecules: by chance alone their mean squared error is off by some %.0f %%, more if a "
-            "few of them are far off. Repeat with other seeds (--seed 1, 2 …) before you compare models.",
-            count, 100 * math.sqrt(2 / count),
+            "There are %d test molecules%s: by chance alone their mean squared error is off by some %.0f %%, more if "
+            "a few of them are far off. Repeat with other seeds (--seed 1, 2 …) before you compare models.",
+            count, f" with the label {name}" if name != "label" else "", 100 * math.sqrt(2 / count),
         )  # fmt: skip
 
 
@@ -844,8 +871,19 @@ def choose_descriptors(named):
     Raises:
         InputError: if the installed RDKit does not know a name, or one is there twice.
     """
+    from rdkit.Chem import Descriptors
+
+    known = [name for name, _ in Descriptors.descList]
     names = default_descriptors() if list(named) == ["all"] else list(named)
-    compute_descriptors(Chem.MolFromSmiles("C"), names)
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        lowered = {name.lower(): name for name in known}
+        near = [lowered[name] for name in difflib.get_close_matches(unknown.lower(), lowered, n=3)]
+        hint = f" Near it: {', '.join(near)}." if near else ""
+        raise InputError(
+            f"--head_descriptors names {unknown}, which RDKit {rdBase.rdkitVersion} does not know.{hint} Take those "
+            "of rdkit.Chem.Descriptors.descList."
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"--head_descriptors has {', '.join(twice)} twice. Name each once.")

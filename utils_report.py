@@ -123,7 +123,8 @@ def plot_parity(panels, path):
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
+    # compressed: of more than two square panels, the other one cuts titles off
+    figure = Figure(figsize=(5 * len(panels), 5), layout="compressed")
     for axes, (name, molecules) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
         predictions, labels = molecules["prediction"], molecules["label"]
         low, high = min(np.min(labels), np.min(predictions)), max(np.max(labels), np.max(predictions))
@@ -344,6 +345,8 @@ class Run:
     def label(self):
         """What the label is called."""
         columns = self.values.get("label_column") or self.shown_labels or ["the label"]
+        if len(columns) > 1:
+            return " and ".join(columns)
         return self.values.get("label_name") or ("logD7.4" if self.embedded_data else " and ".join(columns))
 
     @property

@@ -527,6 +527,10 @@ def test_the_value_of_an_unknown_flag_is_not_shown(capsys, args):
             ["--label_column", "a", "--label_column", "b"],
             "--label_column is given more than once. Name all its values",
         ),
+        (
+            ["--label_column", "a", "b", "--label_name", "pKa, no unit"],
+            "--label_name pKa, no unit is for one label; several are called as their columns.",
+        ),
         (["--do_train", "false"], "--do_train false leaves nothing to do."),
         (
             ["--dataset_name", "someone/molecules", "--train_file", "my.csv"],

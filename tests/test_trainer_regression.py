@@ -544,3 +544,4 @@ def test_a_model_that_is_worse_than_the_baseline_is_told(molecules, tmp_path, er
     members = {name: [part["label"].to_numpy()[:, None, None] + error] for name, part in parts.items()}
     _, text = trainer_regression.write_reports(tmp_path, parts, members, "hash", DataTrainingArguments())
     assert ("Ridge regression on fingerprints has the lower error" in text) == told
+    assert ("The mean of the training labels has the lower error: the model has learned nothing" in text) == told

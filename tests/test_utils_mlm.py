@@ -343,6 +343,21 @@ def test_molecules_to_exclude_that_cannot_be_read_are_told(corpus, small_table, 
         load(corpus, tiny_checkpoint, tmp_path, "--exclude_file", tmp_path / "absent.csv")
     with pytest.raises(InputError, match="has labels: .* Leave --exclude_file out"):
         load(small_table, tiny_checkpoint, tmp_path, *exclude)
+    (tmp_path / "test.csv").write_text("drug,name\nCCO,ethanol\n")
+    with pytest.raises(InputError, match=r"test.csv has no SMILES column; .* Call the one with the SMILES smiles\."):
+        load(corpus, tiny_checkpoint, tmp_path, "--exclude_file", tmp_path / "test.csv")
+
+
+@pytest.mark.parametrize(
+    ("header", "flags", "told"),
+    [("smiles,pIC50", (), True), ("smiles", (), False), ("smiles,pIC50", ("--label_column", "pIC50"), False)],
+)
+def test_a_table_that_is_read_as_a_corpus_is_told(header, flags, told, tiny_checkpoint, tmp_path, caplog):
+    """Its label may be called as no label is, and its test molecules would be learned."""
+    rows = [",".join(("C" * number, str(number))[: 1 + header.count(",")]) for number in range(1, 31)]
+    (tmp_path / "corpus.csv").write_text("\n".join([header, *rows]) + "\n")
+    load(tmp_path / "corpus.csv", tiny_checkpoint, tmp_path, *flags)
+    assert ("is read as a corpus: later test molecules of it are learned too" in caplog.text) == told
 
 
 def test_the_corpus_of_the_embedded_checkpoint_has_no_molecule_of_the_task():

@@ -42,6 +42,7 @@ from utils_molecules import (
     atom_environments,
     baseline_predictions,
     canonicalize,
+    choose_descriptors,
     compute_atom_descriptors,
     compute_descriptors,
     default_descriptors,
@@ -564,7 +565,7 @@ def test_unusable_molecules_stop_the_run_with_count_and_first_rows_of_each_reaso
         "1 of 9 SMILES in t.csv have characters that the tokenizer would drop, first at row 2: 'C%(123)CC%(123)'. "
         "1 of 9 SMILES in t.csv have atoms or bonds that the tokenizer does not know, first at row 3: '[U+6]'. "
         f"1 of 9 SMILES in t.csv have more tokens than --max_length, first at row 4: '{'C' * 20}'. "
-        "Correct them, or pass --invalid_smiles drop to go on without them."
+        "A higher --max_length takes them. Correct them, or pass --invalid_smiles drop to go on without them."
     )
 
 
@@ -741,11 +742,53 @@ def test_a_scaffold_has_no_side_chains_and_no_stereo():
 @pytest.mark.parametrize("count, told", [(49, True), (50, False), (0, False)])
 def test_a_test_set_that_tells_little_is_named(count, told, caplog):
     """Reference: mean squares of that many normal errors, whose standard deviation is the share in the text."""
-    warn_of_few(pd.DataFrame({"split": ["train"] * 9 + ["test"] * count}))
+    warn_of_few(pd.DataFrame({"split": ["train"] * 9 + ["test"] * count, "label": 1.0}))
     assert bool(caplog.text) == told
     if told:
         errors = np.random.default_rng(0).normal(size=(20000, count))
         assert f"off by some {100 * (errors**2).mean(axis=1).std():.0f} %" in caplog.text
+
+
+def test_a_label_that_few_test_molecules_have_is_named(caplog):
+    table = pd.DataFrame({"split": ["test"] * 60, "label:logD": 1.0, "label:pKa": [1.0] * 12 + [np.nan] * 48})
+    warn_of_few(table.assign(**{"label:unmeasured": np.nan}))
+    assert "There are 12 test molecules with the label pKa: by chance" in caplog.text and "41 %" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.xlsx", "is a workbook. Save the sheet as CSV"), ("a.SDF", "is no table. Write SMILES")]
+)
+def test_files_of_other_programs_are_told_from_tables(name, message, tmp_path):
+    (tmp_path / name).write_bytes(b"PK\x03\x04\xff")
+    with pytest.raises(InputError, match=message):
+        read_table(tmp_path / name)
+
+
+def test_a_decimal_comma_is_told_from_other_text(tmp_path):
+    (tmp_path / "a.csv").write_text("smiles;y\nCCO;3,11\n")
+    with pytest.raises(InputError, match=r"first at row 0: '3,11'. Write decimals with a point\.$"):
+        read_table(tmp_path / "a.csv")
+
+
+def test_a_column_without_smiles_is_named_with_the_flag_for_another(tmp_path, tokenizer):
+    (tmp_path / "a.csv").write_text("molecule,code,y\nCPD-0,CCO,1\nCPD-1,CCN,2\n")
+    with pytest.raises(InputError, match=r"column 'molecule' of .*another column has the SMILES.*--smiles_column"):
+        prepare_molecules(read_table(tmp_path / "a.csv"), tokenizer, DataTrainingArguments(), "a.csv")
+
+
+def test_a_test_file_without_the_label_is_told_how_to_predict(tmp_path, tokenizer):
+    (tmp_path / "a.csv").write_text("smiles,pIC50\nCCO,1\nCCN,2\n")
+    (tmp_path / "b.csv").write_text("smiles,name\nCCO,x\n")
+    arguments = DataTrainingArguments(
+        train_file=str(tmp_path / "a.csv"), test_file=str(tmp_path / "b.csv"), label_column=["pIC50"]
+    )
+    with pytest.raises(InputError, match="b.csv has no column pIC50; .* Test molecules need labels.*--do_predict"):
+        load_molecules(tokenizer, ModelArguments(), arguments, TrainingArguments(output_dir="x"))
+
+
+def test_a_descriptor_that_rdkit_does_not_know_is_told_with_names_near_it():
+    with pytest.raises(InputError, match=r"--head_descriptors names logP, .* Near it: .*MolLogP"):
+        choose_descriptors(["logP"])
 
 
 @pytest.mark.parametrize("split, leaks", [("random", True), ("scaffold", False)])

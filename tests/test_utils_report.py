@@ -695,6 +695,25 @@ def test_a_label_with_a_bar_in_its_name_stays_in_its_cell(tmp_path):
     assert r"| this model: a\|b | test |" in card
 
 
+def test_a_card_of_several_labels_names_their_columns(tmp_path):
+    """`label_name` is the first one's, as the arguments of such a run have it."""
+    arguments = {"train_file": "a.csv", "label_column": ["logD", "pKa"], "label_name": "logD"}
+    results = {f"test_{key}_{name}": 1.0 for key in ("mse", "rmse", "mae", "r2") for name in ("logD", "pKa")}
+    card = card_of(tmp_path, "regression", arguments, results, {"label_names": ["logD", "pKa"]})
+    assert "predicts logD and pKa" in card
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_nothing_of_the_parity_plot_is_cut_off(count, tmp_path):
+    """The outermost pixels are white."""
+    panels = {
+        f"label {number}": pd.DataFrame({"label": [0.0, 1, 2], "prediction": [0.1, 1, 2]}) for number in range(count)
+    }
+    plot_parity(panels, tmp_path / "parity.png")
+    pixels = np.asarray(Image.open(tmp_path / "parity.png").convert("L"))
+    assert all((edge == 255).all() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+
+
 def test_a_card_of_less_than_an_epoch_counts_what_was_seen(tmp_path):
     """Evaluations that are less than a hundredth of an epoch apart have a line each, by their step."""
     history = [{"step": step, "epoch": step * 64 / 5e6, "eval_loss": 1 / step} for step in (250, 500, 750)]
@@ -754,7 +773,7 @@ def test_a_card_has_the_licence_of_the_card_beside_its_base(tmp_path):
 
 
 def test_a_long_training_shows_its_best_and_its_last_epoch(tmp_path):
-    log = [{"epoch": float(epoch), "eval_loss": abs(epoch - 32) + 1.0} for epoch in range(1, 46)]
+    log = [{"step": 9 * epoch, "epoch": float(epoch), "eval_loss": abs(epoch - 32) + 1.0} for epoch in range(1, 46)]
     text = card_of(tmp_path, "regression", log=log, config={"a": 1})
     shown = [int(line.split()[1]) for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
     assert {1, 32, 45} <= set(shown) and len(shown) < 22 and shown == sorted(shown)
@@ -763,7 +782,7 @@ def test_a_long_training_shows_its_best_and_its_last_epoch(tmp_path):
 @pytest.mark.parametrize(("log", "told"), [("eval_loss", "the dashed line is"), ("loss", "Training losses by epoch.")])
 def test_the_loss_curves_are_told_as_they_are(tmp_path, log, told):
     (tmp_path / "loss_curves.png").touch()
-    assert told in card_of(tmp_path, "regression", log=[{"epoch": 1.0, log: 0.5}], config={"a": 1})
+    assert told in card_of(tmp_path, "regression", log=[{"step": 9, "epoch": 1.0, log: 0.5}], config={"a": 1})
 
 
 def test_an_evaluation_of_several_labels_has_their_results(tmp_path):
