@@ -7,10 +7,10 @@ All cases of a size are built first and then timed in turn, round after round in
 the rounds. A step is timed alone, its batches ready on the device (predictions are padded in it); learning rates are 0
 and weights random. Beside our steps: the published way to run the model (molecules in random order, padded, float32,
 one QR a layer at each forward, every state computed), BERT and ModernBERT of the same width and depth from
-transformers (ModernBERT's feed-forward layer is gated: a seventh more arithmetic at XL size, a quarter more in the
-small model), and the matrix products of the same real tokens alone, which nothing can beat. Peak memory is that of a
-process of its own, with about half a gigabyte of libraries (the case "nothing"), that gives freed blocks back to the
-system at once; --only_memory measures it anew and leaves the times of the report as they are.
+transformers (ModernBERT's feed-forward layer is gated: a sixth more arithmetic at XL size, three tenths more
+in the small model), and the matrix products of the same real tokens alone, which nothing can beat. Peak memory is that
+of a process of its own, with about half a gigabyte of libraries (the case "nothing"), that gives freed blocks back to
+the system at once; --only_memory measures it anew and leaves the times of the report as they are.
 
 What the README says of many GPUs is arithmetic, for pre-training MoLFormer-XL (45 million parameters) with DDP: each
 GPU sends and receives 2 (N - 1) / N times the 180 MB of gradients a step, 315 MB at 8 GPUs and 354 MB at 64, while the
@@ -731,8 +731,8 @@ def facts(report):
     for size, found in report["compilation"].items():
         steps = f"{found['pays_after_steps']:,.0f} steps" if found["pays_after_steps"] else "no number of steps"
         times = f"{found['compiled_step_seconds']:.3f} s in place of {found['plain_step_seconds']:.3f} s"
-        lines.append(f"- torch.compile, {size}: {found['compile_seconds']:.0f} s once, a training step {times}; "
-                     f"pays after {steps}")  # fmt: skip
+        lines.append(f"- torch.compile, {size}: {found['compile_seconds']:.0f} s once, a script's "
+                     f"training step {times}; pays after {steps}")  # fmt: skip
     for ratio in report["ratios"]:
         if ratio["case"] in INFLUENCE:
             lines.append(f"- {ratio['case']}, {ratio['size']}: {ratio['ratio']:.1f} times as fast as "

@@ -35,7 +35,7 @@ from arguments import (
     project_path,
 )
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
-from utils_molecules import choose_descriptors, use_cache_alone_without_network
+from utils_molecules import compute_descriptors, parse_smiles, use_cache_alone_without_network
 
 
 PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names
@@ -454,7 +454,7 @@ def check_descriptors(config, source, named):
             f"--head_descriptors names {len(named)}: {', '.join(named[:5])}. Leave the flag out, or start from a "
             "checkpoint without a regression head."
         )
-    choose_descriptors(own)
+    compute_descriptors(parse_smiles("C"), own)
     version = getattr(config, "rdkit_version", rdBase.rdkitVersion)
     if own and version != rdBase.rdkitVersion:
         logger.warning(

@@ -133,6 +133,12 @@ def interval(values, test_share=0.2):
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * np.sqrt(variance))
 
 
+def share_of_test(values):
+    """Returns the share of the test molecules of those that a run learned, chose its epoch on, or was tested on."""
+    sizes = [values[f"{part}_samples"] for part in ("train", "validation", "test")]
+    return sizes[-1] / sum(sizes)
+
+
 def with_interval(pair, signed=False):
     """Returns what `interval` returns as text."""
     mean, half = pair

@@ -21,7 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import FAILED, as_text, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
+from common import (
+    FAILED,
+    as_text,
+    interval,
+    place_of,
+    run_all,
+    run_script,
+    share_of_test,
+    study_parser,
+    with_interval,
+    write_report,
+)
 from run_once import ROOT, checksums, is_done
 
 
@@ -129,12 +140,6 @@ def groups(rows):
     """Returns the pools and splits of runs or rows, the smaller pools first."""
     found = {(row["pool"], row["split"]) for row in rows}
     return sorted(found, key=lambda group: (group[0] == "external", group[0].zfill(6), group[1]))
-
-
-def share_of_test(values):
-    """Returns the share of the test molecules of those that a run learned, chose its epoch on, or was tested on."""
-    sizes = [values[f"{part}_samples"] for part in ("train", "validation", "test")]
-    return sizes[-1] / sum(sizes)
 
 
 def summarize(runs):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import peft_comparison
 import table1
-from common import ROOT, interval, place_of, with_interval, write_report
+from common import ROOT, interval, place_of, share_of_test, with_interval, write_report
 from run_once import is_finished
 
 
@@ -100,7 +100,8 @@ def rows_of(runs):
                      if "test_mse" in values["results"].get(name, {})}  # fmt: skip
             if seeds:
                 found = {"seeds": seeds, "command": runs["influence"]["command"]}
-                rows.append(row(found, "1", title, METRICS, None))
+                share = max(map(share_of_test, seeds.values()))  # the pool is not in all of them
+                rows.append(row(found, "1", title, METRICS, None, share))
         losses = {
             seed: values["results"]["selected"]["eval_losses"]
             for seed, values in runs["influence"]["seeds"].items()
@@ -117,14 +118,18 @@ def rows_of(runs):
     return rows
 
 
-def row(run, table, title, metrics, paper):
-    """Returns one row: for each metric mean and half width, the values by seed, and the paper's numbers."""
+def row(run, table, title, metrics, paper, share=0.2):
+    """Returns one row: for each metric mean and half width, the values by seed, and the paper's numbers.
+
+    Args:
+        share (`float`): of the test molecules, see `interval`.
+    """
     values = {metric: {seed: found[metric] for seed, found in run["seeds"].items()} for metric in metrics}
     return {
         "table": table,
         "name": title,
         "values": values,
-        "intervals": {metric: interval(list(numbers.values())) for metric, numbers in values.items()},
+        "intervals": {metric: interval(list(numbers.values()), share) for metric, numbers in values.items()},
         "paper": [number for number in paper or () if number is not None],
         "command": run["command"],
     }

@@ -31,7 +31,7 @@ ALL_MASKED = ["--objective", "mlm+mtr+atoms"]
 # name: corpus, batch, flags of run_mlm.py
 TRIALS = {
     "reference": ("chembl", 64, ALL),
-    # each differs from the reference in one thing
+    # each differs from the reference in one thing; features and dropout are also those of its fine-tunings
     "random SMILES": ("chembl", 64, [*ALL, "--augment_smiles", "1"]),
     "with MOSES": ("mixed", 64, ALL),
     "redrawn features": ("chembl", 64, [*ALL, "--redraw_features", "true"]),

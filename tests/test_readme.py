@@ -29,7 +29,7 @@ import peft_comparison  # noqa: E402
 import pretraining_trials  # noqa: E402
 import recipes  # noqa: E402
 import table1  # noqa: E402
-from common import interval  # noqa: E402
+from common import interval, share_of_test  # noqa: E402
 from kept_runs import read_records  # noqa: E402
 from readme_tables import BLOCK  # noqa: E402
 from ship_checkpoint import table  # noqa: E402
@@ -175,6 +175,12 @@ def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
         assert all(pairs["regression", second]["high"] < 0 for second in ("fingerprint_ridge", "from_scratch"))
         plain = pairs["regression", "descriptor_boosting"]
         assert plain["mean"] < 0 < plain["high"]
+    found = report["paired_differences"]
+    stands = stands_by_holm([(p["mean"], p["high"] - p["mean"], p["seeds"]) for p in found])
+    assert {(found[place]["first"], found[place]["second"]) for place in stands} == {
+        ("regression", "from_scratch"), ("regression", "fingerprint_ridge")
+    } and len(stands) == 4  # fmt: skip
+    assert f"Holm's correction over all {len(found)} only the leads over random weights and ridge regression" in text
     level = random["regression", "chemprop"], scaffold["best_recipe", "chemprop"]
     assert all(abs(pair["mean"]) < 0.005 for pair in level)
     ahead = scaffold["regression", "chemprop"]
@@ -196,6 +202,21 @@ def test_what_the_readme_says_of_the_rows_is_what_their_intervals_show():
     assert mean["regression"] <= 0.45 and mean["best_recipe"] <= 0.33 and mean["ensemble"] <= 0.33  # the goals
 
 
+def stands_by_holm(intervals, level=0.05):
+    """Returns the places of those that exclude zero by Holm's correction for all of them (1979).
+
+    Args:
+        intervals (`list[tuple]`): mean, half width of the 95 % interval and number of values of each.
+    """
+    stands = []
+    values = [2 * stats.t.sf(abs(mean) / half * stats.t.ppf(0.975, n - 1), n - 1) for mean, half, n in intervals]
+    for rank, place in enumerate(np.argsort(values)):
+        if values[place] > level / (len(values) - rank):
+            break
+        stands.append(int(place))
+    return sorted(stands)
+
+
 def test_what_the_readme_says_of_pretraining_is_what_the_trials_came_to():
     report = json.loads((ROOT / "results" / "pretraining_trials.json").read_text())
     text = readme_text()
@@ -211,9 +232,11 @@ def test_what_the_readme_says_of_pretraining_is_what_the_trials_came_to():
     assert mean + half < 0 and f"`atoms` alone ends {-mean:.3f} ± {half:.3f} lower than `mlm+mtr+atoms`" in text
     mean, half = fewer["mtr+atoms"]
     assert mean < 0 < mean + half and f"better than with masked tokens ({-mean:.3f} ± {half:.3f})" in text
-    assert "Half and twice the rate, batches of 128 and redrawn features teach less than the reference" in text
+    assert "redrawn features (redrawn in fine-tuning too) teach less than the reference" in text
     worse = ("rate 6e-4", "rate 2.4e-3", "batch 128", "redrawn features")
     assert all(mean > half for mean, half in (pairs[name] for name in worse))
+    assert len(pairs) == 20 and not stands_by_holm([(*pair, 3) for pair in pairs.values()])
+    assert "by Holm's correction over the twenty to the reference none stands" in text
     mean, half = pretraining_trials.minus(report["rows"], "half as long")["twice as long"]
     assert mean + half < 0 and f"twice as long ends {-mean:.3f} ± {half:.3f} lower than half as long" in text
     assert "`mtr+atoms`, the lowest of all" in text and min(pairs, key=pairs.get) == "mtr+atoms"
@@ -254,7 +277,7 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
         """Returns the paired difference of two choices as text, and whether its interval excludes zero."""
         pairs = [[run["results"][choice] for choice in (name, other)] for run in runs]
         # what the splits share is known of the test molecules; of the validation molecules it is less
-        share = max(influence.share_of_test(values) for pair in pairs for values in pair) if part == "test" else 0.2
+        share = max(share_of_test(values) for pair in pairs for values in pair) if part == "test" else 0.2
         mean, half = interval([first[f"{part}_mse"] - second[f"{part}_mse"] for first, second in pairs], share)
         return f"{abs(mean):.3f} ± {half:.3f}", abs(mean) > half
 
@@ -281,13 +304,8 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     assert f"of {spans[0]} in these runs and of {spans[1]} with the pool of 300, where it is 0 in two of five" in text
     assert by_pool["300"].count(0.0) == 2
     compared = {name: row["group_influence_minus_this"] for name, row in rows.items() if name != "group_influence"}
-    seeds = {name: len(rows[name]["test_mse"]) for name in compared}
-    chance = {name: 2 * stats.t.sf(stats.t.ppf(0.975, n - 1) * abs(compared[name][0]) / compared[name][1], n - 1)
-              for name, n in seeds.items()}  # fmt: skip
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(chance, key=chance.get)):  # Holm 1979
-        adjusted[name] = largest = max(largest, (len(chance) - rank) * chance[name])
-    assert len(chance) == 8 and [name for name, value in adjusted.items() if value < 0.05] == ["selected"]
+    stands = stands_by_holm([(*pair, len(rows[name]["test_mse"])) for name, pair in compared.items()])
+    assert len(compared) == 8 and [list(compared)[place] for place in stands] == ["selected"]
     lead, half = compared["selected"]
     assert f"over the better half by the score alone stands ({-lead:.3f} ± {half:.3f})" in text
     memory = [run["influence"]["peak_memory_bytes"] / 1e9 for run in report["runs"] if not run["leakage"]]

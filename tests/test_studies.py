@@ -429,7 +429,8 @@ def test_the_papers_tables_stand_beside_ours(tmp_path):
         finished(tmp_path, f"regression-{seed}", {"test_mse": mse, "test_mae": 0.5, "test_r2": 0.7})
         finished(tmp_path, f"lora-{seed}", {"test_mse": mse, "final_train_mse": 0.1})
         selected = {"eval_losses": [0.9, mse]}
-        controls = {"none": {}, "random": {"test_mse": 2 * mse, "test_mae": 0.5, "test_r2": 0.7}}
+        sizes = {"train_samples": 40, "validation_samples": 10, "test_samples": 50}
+        controls = {"none": {}, "random": {"test_mse": 2 * mse, "test_mae": 0.5, "test_r2": 0.7, **sizes}}
         finished(tmp_path, f"influence-{seed}", {"results": {**controls, "selected": selected}})
     finished(tmp_path, "bitfit-0", {"test_mse": 9.0})
     (tmp_path / "bitfit-0" / "unfinished").touch()
@@ -437,6 +438,8 @@ def test_the_papers_tables_stand_beside_ours(tmp_path):
     chance = "regression with as many of them, chosen at random"
     assert [row["name"] for row in rows] == ["regression", chance, "epoch 1", "epoch 2", "lora"]
     assert rows[1]["values"]["test_mse"] == {0: 0.8, 1: 1.0}
+    mean, half = rows[1]["intervals"]["test_mse"]  # half of the molecules are tested on: times 1/2 + 1
+    assert mean == pytest.approx(0.9) and half == pytest.approx(12.706 * math.sqrt(0.02 * 1.5), rel=1e-3)
     mean, half = rows[0]["intervals"]["test_mse"]
     assert mean == pytest.approx(0.45) and half == pytest.approx(12.706 * math.sqrt(0.005 * 0.75), rel=1e-3)
     text = paper_tables.to_markdown(rows)
