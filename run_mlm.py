@@ -54,8 +54,8 @@ class MlmArguments:
         metadata={
             "choices": ["mlm", "mtr", "atoms", "mlm+mtr", "mlm+atoms", "mtr+atoms", "mlm+mtr+atoms"],
             "help": "What is learned, one or several at once. mlm: masked tokens; mtr: multi-task regression of RDKit "
-            "descriptors from the mean state; atoms: for each atom's token, its share in such descriptors and its "
-            "surroundings.",
+            "descriptors from the mean state, which a fine-tuning then reads too; atoms: for each atom's token, its "
+            "share in such descriptors and its surroundings.",
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Of mlm: share of the tokens to be predicted."})

@@ -24,6 +24,7 @@ from trainer_regression import NO_ROOM, augment, cached_map
 from utils_molecules import (
     ATOM_DESCRIPTORS,
     LINE,
+    OTHER_COLUMN,
     REASONS,
     SMILES_COLUMNS,
     atom_environments,
@@ -159,10 +160,13 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
                 f"{source} has no column that is called like a label, so all its molecules would be learned whatever "
                 f"{' and '.join(parts)} says. Name its labels with --label_column, or leave {' and '.join(parts)} out."
             )
-        if len(columns) > 1 and not mlm_args.exclude_file:  # of one column there can be no labels
+        if (
+            len(columns) > 1 and training_args.do_train and not mlm_args.exclude_file
+        ):  # of one column there can be no labels
             logger.warning(
                 "%s has no column that is called like a label, and is read as a corpus: later test molecules of it "
-                "are learned too. Name its labels with --label_column, or such molecules with --exclude_file", source,
+                "are learned too. If it has labels, name them (--label_column), or such molecules (--exclude_file)",
+                source,
             )  # fmt: skip
         if data_args.dataset_name is None:
             corpus = read_corpus(source, data_args.smiles_column, model_args.cache_dir, mlm_args.overwrite_cache)
@@ -344,6 +348,8 @@ def encode_corpus(corpus, tokenizer, data_args, mlm_args, source, least=2, check
         message = describe_unusable(reasons[bad[:1000]], bad[:1000], smiles, len(corpus), source)
         if len(bad) > 1000:
             message = f"{len(bad)} of {len(corpus)} molecules cannot be used; of the first 1000: {message}"
+        if not options["named"] and (reasons == "invalid").all():
+            message += OTHER_COLUMN.format("--smiles_column")
         refuse_or_warn(message, data_args, "Dropped.")
     if excluded:
         count = int((reasons == EXCLUDED).sum())

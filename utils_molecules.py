@@ -35,8 +35,10 @@ from tqdm.auto import tqdm
 from arguments import InputError
 
 
+OTHER_COLUMN = " If another column has the SMILES, name it ({})."
 OTHER_FILES = {
     (".xlsx", ".xlsm", ".xls", ".ods"): "a workbook. Save the sheet as CSV (UTF-8)",
+    (".parquet", ".feather"): "no text. Write it as CSV, with pandas for example",
     (".sdf", ".sd", ".mol", ".mol2"): "no table. Write SMILES, and labels where there are some, to a CSV",
 }
 PACKED = (".gz", ".xz", ".bz2", ".zst")
@@ -149,7 +151,11 @@ def check_file(path):
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
         raise InputError(f"The file {path} {what}. Correct its path.")
-    other = next((text for suffixes, text in OTHER_FILES.items() if path.suffix.lower() in suffixes), None)
+    suffix = next((suffix for suffix in reversed(path.suffixes) if suffix.lower() not in PACKED), "").lower()
+    other = next((text for suffixes, text in OTHER_FILES.items() if suffix in suffixes), None)
+    if suffix == ".xls":  # instruments call tables so too
+        with path.open("rb") as file:
+            other = other if file.read(2) in (b"PK", b"\xd0\xcf") else None
     if other is not None:
         raise InputError(f"{path} is {other}.")
     if not path.stat().st_size:
@@ -319,7 +325,7 @@ def _to_molecules(table, source, smiles_column, label_column, require_label, pre
     for label in labels:
         name = "label" if len(labels) == 1 else f"{LABEL_PREFIX}{label}"
         molecules[name] = _to_numbers(table[label], label, source, require_label, may_lack=len(labels) > 1)
-    molecules.attrs |= {"smiles_column": smiles, "label_columns": labels}
+    molecules.attrs |= {"smiles_column": smiles, "smiles_flag": f"--{prefix}smiles_column", "label_columns": labels}
     return molecules
 
 
@@ -335,8 +341,9 @@ def _to_numbers(texts, column, source, required, may_lack=False):
         wrong &= ~texts.fillna("").astype(str).str.strip().str.lower().isin(MISSING)
     bad = np.flatnonzero(wrong)
     if len(bad) and required:
-        comma = re.fullmatch(r"\s*[-+]?\d+,\d+\s*", str(texts.iloc[bad[0]]))
-        advice = "Write decimals with a point." if comma else "Correct or remove these rows."
+        given = next((text for text in texts.iloc[bad].astype(str) if text.strip()), "")
+        comma = re.fullmatch(r"\s*[-+]?\d+,\d+\s*", given)
+        advice = "Decimals are to be written with a point." if comma else "Correct or remove these rows."
         raise InputError(
             f"{len(bad)} of {len(texts)} labels in column {column!r} of {source} are missing, infinite or no numbers, "
             f"first at row {bad[0]}: {texts.iloc[bad[0]]!r}. {advice}"
@@ -505,7 +512,7 @@ def prepare_molecules(molecules, tokenizer, data_args, source):
         where = source if column is None else f"column {column!r} of {source}"
         message = describe_unusable(bad["reason"], bad["row"], bad["smiles"], len(molecules), where)
         if column is not None and (bad["reason"] == "invalid").sum() == len(molecules):
-            message += " If another column has the SMILES, name it (--smiles_column)."
+            message += OTHER_COLUMN.format(molecules.attrs["smiles_flag"])
         refuse_or_warn(message, data_args, "Dropped; a file in the output folder lists them.")
         molecules = molecules[molecules["reason"].isna()]
     if not len(molecules):
@@ -544,7 +551,7 @@ def describe_unusable(reasons, rows, smiles, total, source, examples=3):
             first = ", ".join(f"row {row}: {shorten(s)!r}" for row, s in found[:examples])
             sentences.append(f"{len(found)} of {total} SMILES in {source} {text}, first at {first}.")
             if reason == "too_long":
-                sentences.append("A higher --max_length takes them.")
+                sentences.append("A higher --max_length may take them.")
     return " ".join(sentences)
 
 
@@ -669,14 +676,14 @@ def load_molecules(tokenizer, model_args, data_args, training_args):
     found = tables["train"].attrs["label_columns"]
     if data_args.label_name is None:
         data_args.label_name = "the label" if found[0].lower() in ("label", "labels") else found[0]
+    predict = " To predict others, pass run_regression.py --do_predict, --test_file and --model_name_or_path alone."
     for name in ("validation", "test"):
         if files[name] is not None:  # by the same label, where a file has more columns that are called like one
             header, _ = read_header(files[name])
             if data_args.label_column and set(found).isdisjoint(header):
                 raise InputError(
                     f"{files[name]} has no column {' or '.join(found)}; it has: {', '.join(header)}. {name.title()} "
-                    "molecules need labels. To predict others, train first, then pass --do_predict --test_file with "
-                    "--model_name_or_path and without --train_file."
+                    f"molecules need labels, in a column called so.{predict if name == 'test' else ''}"
                 )
             same = {"label_column": found} if set(found) <= set(header) else {}
             tables[name] = read_table(files[name], **(columns | same))

@@ -30,6 +30,7 @@ from trainer_regression import summarize_predictions
 from utils_molecules import (
     LINE,
     MISSING,
+    OTHER_COLUMN,
     UNREADABLE,
     check_file,
     check_smiles,
@@ -468,6 +469,10 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
                 embeddings.write(usable, states[usable], len(piece))
         total += len(piece)
     bar.close()
+    if main and total == statuses.get(STATUS["invalid"]):
+        logger.warning(
+            "No row of %s has a SMILES in column %r.%s", source, smiles_column, OTHER_COLUMN.format("--smiles_column")
+        )
     if main:
         writer.close(columns + sorted(f"prediction{end}" for end in ends) + ["status"])
         if embeddings is not None:

@@ -572,6 +572,8 @@ def usage_section(run):
     if run.kind != "mlm":
         code.append(answer)
     lines = "\n".join(code)
+    if not run.learned_tokens:  # so that the head for them is random
+        return f"## Use\n\nWith the MoLFormer fine-tuning scripts:\n\n{scripts}\n\n{smiles_to_give(run)}"
     first = " This is the first of the models whose mean the scripts predict." if run.member is not None else ""
     return (
         f"## Use\n\n```python\n{lines}\n```\n\n`trust_remote_code` runs the `modeling_molformer_reg.py` that lies "

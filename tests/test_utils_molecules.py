@@ -565,7 +565,7 @@ def test_unusable_molecules_stop_the_run_with_count_and_first_rows_of_each_reaso
         "1 of 9 SMILES in t.csv have characters that the tokenizer would drop, first at row 2: 'C%(123)CC%(123)'. "
         "1 of 9 SMILES in t.csv have atoms or bonds that the tokenizer does not know, first at row 3: '[U+6]'. "
         f"1 of 9 SMILES in t.csv have more tokens than --max_length, first at row 4: '{'C' * 20}'. "
-        "A higher --max_length takes them. Correct them, or pass --invalid_smiles drop to go on without them."
+        "A higher --max_length may take them. Correct them, or pass --invalid_smiles drop to go on without them."
     )
 
 
@@ -756,7 +756,14 @@ def test_a_label_that_few_test_molecules_have_is_named(caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("a.xlsx", "is a workbook. Save the sheet as CSV"), ("a.SDF", "is no table. Write SMILES")]
+    ("name", "message"),
+    [
+        ("a.xlsx", "is a workbook. Save the sheet as CSV"),
+        ("a.SDF", "is no table. Write SMILES"),
+        ("a.sdf.gz", "is no table"),
+        ("a.xls", "is a workbook"),
+        ("a.parquet", "is no text"),
+    ],
 )
 def test_files_of_other_programs_are_told_from_tables(name, message, tmp_path):
     (tmp_path / name).write_bytes(b"PK\x03\x04\xff")
@@ -766,7 +773,7 @@ def test_files_of_other_programs_are_told_from_tables(name, message, tmp_path):
 
 def test_a_decimal_comma_is_told_from_other_text(tmp_path):
     (tmp_path / "a.csv").write_text("smiles;y\nCCO;3,11\n")
-    with pytest.raises(InputError, match=r"first at row 0: '3,11'. Write decimals with a point\.$"):
+    with pytest.raises(InputError, match=r"first at row 0: '3,11'. Decimals are to be written with a point\.$"):
         read_table(tmp_path / "a.csv")
 
 
@@ -782,7 +789,9 @@ def test_a_test_file_without_the_label_is_told_how_to_predict(tmp_path, tokenize
     arguments = DataTrainingArguments(
         train_file=str(tmp_path / "a.csv"), test_file=str(tmp_path / "b.csv"), label_column=["pIC50"]
     )
-    with pytest.raises(InputError, match="b.csv has no column pIC50; .* Test molecules need labels.*--do_predict"):
+    with pytest.raises(
+        InputError, match="b.csv has no column pIC50; .* Test molecules need labels.* called so.*--do_predict"
+    ):
         load_molecules(tokenizer, ModelArguments(), arguments, TrainingArguments(output_dir="x"))
 
 

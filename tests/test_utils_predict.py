@@ -184,6 +184,18 @@ def test_pieces_without_a_usable_row_are_answered(tmp_path, fine_tuned, monkeypa
     assert len(result) == content.count("\n") - 1 and list(result) == ["SMILES", "prediction", "status"]
 
 
+def test_a_column_without_any_smiles_is_told(tmp_path, fine_tuned, caplog):
+    (tmp_path / "new.csv").write_text("molecule,code\nCPD-0,CCO\nCPD-1,CCN\n")
+    model = ("--model_name_or_path", fine_tuned / "member-0", "--test_file", tmp_path / "new.csv")
+    assert set(predict(tmp_path, *model)["status"]) == {"invalid SMILES"}
+    assert (
+        "has a SMILES in column 'molecule'. If another column has the SMILES, name it (--smiles_column)" in caplog.text
+    )
+    caplog.clear()
+    predict(tmp_path, *model, "--smiles_column", "code", output="right")
+    assert "has a SMILES" not in caplog.text
+
+
 def test_columns_keep_their_names(tmp_path, fine_tuned):
     path = tmp_path / "odd.csv"
     path.write_text(",smiles,a b\n0,CC,\n1,,x\n")

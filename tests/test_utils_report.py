@@ -723,7 +723,7 @@ def test_a_card_of_less_than_an_epoch_counts_what_was_seen(tmp_path):
     assert "- Learned from about 48000 of 5000000 molecules" in card
     assert "| step | training loss | held-out loss |" in card
     assert all(line in card for line in ("| 250 |  | 0.0040 |", "| 500 |  | 0.0020 |", "| 750 |  | 0.0013 |"))
-    assert "fill-mask" not in card  # its head for tokens was not trained
+    assert "fill-mask" not in card and "AutoModelForMaskedLM" not in card  # its head for tokens was not trained
 
 
 def test_only_so_many_labels_as_a_picture_holds_are_drawn(tmp_path, caplog):
