@@ -54,8 +54,8 @@ class MlmArguments:
         metadata={
             "choices": ["mlm", "mtr", "atoms", "mlm+mtr", "mlm+atoms", "mtr+atoms", "mlm+mtr+atoms"],
             "help": "What is learned, one or several at once. mlm: masked tokens; mtr: multi-task regression of RDKit "
-            "descriptors from the mean state, which a fine-tuning then reads too; atoms: for each atom's token, its "
-            "share in such descriptors and its surroundings.",
+            "descriptors from the mean state; atoms: for each atom's token, its share in such descriptors and its "
+            "surroundings. After these two a fine-tuning reads the mean state, if no other was named.",
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Of mlm: share of the tokens to be predicted."})
@@ -161,8 +161,8 @@ def main(model_args, data_args, mlm_args, training_args):
     model = load_model(MolformerForMaskedLM, model_args, tokenizer, **chosen)
     check_heads(model, mlm_args.parts, training_args.do_train)
     forget_head(model.config)
-    if "mtr" in mlm_args.parts and model.config.pooling is None:
-        model.config.pooling = "mean"  # the state that it trains is the one that a fine-tuning is to read
+    if mlm_args.objective != "mlm" and model.config.pooling is None:
+        model.config.pooling = "mean"  # a fine-tuning is to read what was trained, which <bos> then was not
     model.config.smiles_form, model.config.smiles_max_length = data_args.smiles_form, data_args.max_length
     # one process reads it again; the others then find it in the cache
     mlm_args.overwrite_cache &= training_args.local_process_index == 0

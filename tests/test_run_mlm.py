@@ -72,6 +72,8 @@ def test_unknown_metric_for_the_best_model_is_refused_before_an_older_run_is_rep
     flags = ("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--objective", objective)
     flags += ("--max_steps", 1, "--disable_tqdm", "true", "--output_dir", tmp_path / "x")
     run_mlm.main(*parse(*flags))
+    pooling = json.loads((tmp_path / "x" / "config.json").read_text())["pooling"]
+    assert pooling == (None if objective == "mlm" else "mean")
     measured = {name.removeprefix("eval_") for name in results(tmp_path / "x") if name.startswith("eval_")}
     with pytest.raises(InputError, match="gives --metric_for_best_model accuracy. Choose one of loss, ") as error:
         run_mlm.main(*parse(*flags, "--metric_for_best_model", "accuracy", "--overwrite_output_dir"))
