@@ -6,8 +6,8 @@
 Writes results/table1.json (test MSE, MAE and R² of every seed, in logD units, with the command), results/table1.md
 (mean and standard deviation beside the paper's numbers, paired differences with 95 % intervals that allow for what the
 seeds' splits have in common; and how much of the molecules each row learned: 72 % where a tenth of the training side
-only chooses, 80 % where it is learned too) and results/table1.png (predictions against true values of the first seed
-that has them).
+only chooses, 80 % where it is learned too) and results/table1.png (predictions against true values of the first split
+and seed of which all models have them).
 """
 
 import argparse
@@ -207,22 +207,23 @@ def markdown(rows, pairs):
 
 
 def plot(rows, folder, path):
-    """Draws predictions of the test set against true values, a panel for each model, of the first seed that has them.
+    """Draws predictions of the test set against true values, a panel for each model.
 
-    Of a model whose runs were restored by kept_runs.py there are no predictions; then the plot stays as it is.
+    They are of the first split and seed of which all models have them. Runs that were restored by kept_runs.py have
+    none; if there is no such split and seed, the plot stays as it is.
     """
     from matplotlib.figure import Figure
 
-    shown = [
-        row for row in rows
-        if row["split"] == rows[0]["split"] and row["name"] in ("regression", "mlm_regression", "ensemble")
-    ]  # fmt: skip
-    seeds = [[seed for seed in row["seeds"] if predictions_file(folder, row, seed).exists()] for row in shown]
-    if not shown or not all(seeds):
+    drawn = [row for row in rows if row["name"] in ("regression", "mlm_regression", "ensemble")]
+    for split, seed in sorted({(row["split"], seed) for row in drawn for seed in row["seeds"]}):
+        shown = [row for row in drawn if row["split"] == split]
+        if all(seed in row["seeds"] and predictions_file(folder, row, seed).exists() for row in shown):
+            break
+    else:
         print(f"{path.name} stays as it is: not all of its models have predictions in {folder}.")
         return
     figure = Figure(figsize=(4.2 * len(shown), 4.6), layout="constrained")
-    for number, (row, (seed, *_)) in enumerate(zip(shown, seeds, strict=True)):
+    for number, row in enumerate(shown):
         table = test_predictions(folder, row, seed)
         axes = figure.add_subplot(1, len(shown), number + 1)
         limits = [
@@ -233,7 +234,8 @@ def plot(rows, folder, path):
         axes.scatter(table["label"], table["prediction"], s=8, alpha=0.5, linewidths=0)
         axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel="measured logD7.4", ylabel="predicted logD7.4")
         error = row["test_mse"][row["seeds"].index(seed)]
-        axes.set_title(f"{row['name'].replace('_', ', then ')}, seed {seed}: MSE {error:.3f}", fontsize=10)
+        name = row["name"].replace("_", ", then ")
+        axes.set_title(f"{name}, {split} split, seed {seed}: MSE {error:.3f}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 

@@ -16,6 +16,7 @@ import pytest
 import scipy.stats
 import torch
 from conftest import ROOT
+from matplotlib.axes import Axes
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -351,17 +352,25 @@ def test_rows_that_learn_the_validation_molecules_too_are_marked(tmp_path):
     assert "| best recipe − chemprop | random | 80 %, 72 % | -0.100 |" in text
 
 
-def test_predictions_against_true_values_are_drawn_where_all_models_have_them(tmp_path, capsys):
+def test_predictions_against_true_values_are_drawn_where_all_models_have_them(tmp_path, capsys, monkeypatch):
     values = {"test_mse": 0.4, "test_mae": 0.5, "test_r2": 0.7}
     table = "row,SMILES,label,prediction,split\n0,C,1.0,1.5,test\n1,N,2.0,1.5,test\n2,O,3.0,3.0,train\n"
-    for name in ("regression-random-0", "mlm_regression-random-0"):
-        finished(tmp_path, name, values | {f"{key}_fingerprint_ridge": 0.5 for key in values})
-        (tmp_path / name / "predictions.csv").write_text(table)
-    rows = table1.collect(tmp_path, ["random"])
+    for name in ("regression", "mlm_regression"):
+        for cell in ("random-0", "scaffold-0", "scaffold-1"):
+            finished(tmp_path, f"{name}-{cell}", values | {f"{key}_fingerprint_ridge": 0.5 for key in values})
+    files = [tmp_path / cell / "predictions.csv"
+             for cell in ("regression-scaffold-1", "mlm_regression-scaffold-1", "regression-random-0")]  # fmt: skip
+    for path in files:
+        path.write_text(table)
+    rows = table1.collect(tmp_path)
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
     table1.plot(rows, tmp_path, tmp_path / "table1.png")
+    told = [f"{name}, scaffold split, seed 1: MSE 0.400" for name in ("regression", "mlm, then regression")]
+    assert titles == told
     with Image.open(tmp_path / "table1.png") as image:
         assert image.width > 1.5 * image.height and len(image.convert("RGB").getcolors(maxcolors=2**24)) > 10
-    (tmp_path / "regression-random-0" / "predictions.csv").unlink()
+    files[0].unlink()
     table1.plot(rows, tmp_path, tmp_path / "other.png")
     assert not (tmp_path / "other.png").exists() and "other.png stays as it is" in capsys.readouterr().out
 
