@@ -13,6 +13,7 @@ hidden size, F random features, L layers, K labels, M descriptors, A descriptors
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -423,14 +424,31 @@ class MolformerPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if weights of the encoder are missing from the checkpoint, if a head is there in part, or if
-                the checkpoint holds weights that fit no module; the message names the keys.
+                the checkpoint holds weights that fit no module; the message names the keys. If the name is that of
+                an adapter.
         """
         return_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        model, info = cls._load(pretrained_model_name_or_path, *model_args, **kwargs)
         model._check_loaded_keys(pretrained_model_name_or_path, info)
         return (model, info) if return_info else model
+
+    @classmethod
+    def _load(cls, source, *model_args, **kwargs):
+        """Returns the model and what was loaded of it, not yet judged; refuses an adapter, whose scale of the labels
+        would stay behind."""
+        folder = Path(source or "")
+        adapter = (folder / "adapter_config.json").exists() and not (folder / "model.safetensors").exists()
+        if not adapter:
+            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            adapter = getattr(model, "_hf_peft_config_loaded", False)  # of a name on the Hub
+        if adapter:
+            source = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or source
+            raise ValueError(
+                f"{source} is an adapter, and loaded like this its scale of the labels stays behind. Load its base "
+                "with the configuration that lies beside the adapter, and then the adapter with "
+                "PeftModel.from_pretrained(base, …), as its card says."
+            )
+        return model, info
 
     def _check_loaded_keys(self, source, info):
         missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -438,7 +456,8 @@ class MolformerPreTrainedModel(PreTrainedModel):
         encoder = [key for key in missing if not key.startswith(HEAD_PREFIXES)]
         if encoder:
             raise ValueError(
-                f"{source} lacks weights of the encoder: {_some(encoder)}. It is no MoLFormer checkpoint."
+                f"{source} lacks weights of the encoder: {_some(encoder)}. It is no MoLFormer checkpoint, or one of "
+                "some parameters alone (trained_parameters.json), which run_peft.py --merge_adapter makes whole."
             )
         if type(self) is MolformerModel:  # the encoder alone leaves every head aside
             unexpected = [key for key in unexpected if not key.startswith(HEAD_PREFIXES)]
@@ -878,26 +897,16 @@ class MolformerForRegression(MolformerPreTrainedModel):
         """Loads a checkpoint; one with the published head is recognized by its keys if its config names no head.
 
         Raises:
-            ValueError: as of the class that it inherits from, and if the name is that of an adapter.
+            ValueError: as of the class that it inherits from.
         """
         return_info = kwargs.pop("output_loading_info", False)
-        kwargs["output_loading_info"] = True
-        # The parent's parent: the keys are judged after the head is known.
-        load = super(MolformerPreTrainedModel, cls).from_pretrained
-        model, info = load(pretrained_model_name_or_path, *model_args, **kwargs)
-        if getattr(model, "_hf_peft_config_loaded", False):  # the configuration is that of the base
-            adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or pretrained_model_name_or_path
-            raise ValueError(
-                f"{adapter} is an adapter, and loaded like this its scale of the labels stays behind. Load its base "
-                "with the configuration that lies beside the adapter, and then the adapter with "
-                "PeftModel.from_pretrained(base, …), as its card says."
-            )
+        model, info = cls._load(pretrained_model_name_or_path, *model_args, **kwargs)  # judged when the head is known
         if "classifier.dense.weight" in info["unexpected_keys"] and not model._head_was_named:
             config = model.config
             config.regression_head = "molformer"
             config.pooling = config.pooling if model._pooling_was_named else "mean"
             kwargs = {k: v for k, v in kwargs.items() if k == "dtype" or not hasattr(config, k)}
-            model, info = load(pretrained_model_name_or_path, *model_args, **{**kwargs, "config": config})
+            model, info = cls._load(pretrained_model_name_or_path, *model_args, **{**kwargs, "config": config})
         model._check_loaded_keys(pretrained_model_name_or_path, info)
         return (model, info) if return_info else model
 

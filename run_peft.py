@@ -137,7 +137,10 @@ class PeftArguments:
             )
         method = METHODS[self.peft_method]
         if method.targets is None and (self.peft_rank or self.target_modules):
-            raise ValueError(f"--peft_method {self.peft_method} has neither rank nor target modules. Leave them out.")
+            raise ValueError(
+                f"--peft_method {self.peft_method} has neither rank nor target modules. Leave them out, of a file of "
+                "arguments of another method too."
+            )
         if self.peft_rank is not None and method.rank is None:
             raise ValueError(f"--peft_method {self.peft_method} has no rank. Leave --peft_rank out.")
         smallest = 2 if self.peft_method == "oft" else 1  # a rotation needs two
@@ -296,16 +299,27 @@ def check_base(model_args):
 
 
 def check_base_name(model_args, peft_args, training_args, base_weights):
-    """Raises `InputError` if an adapter is to be pushed whose base nobody else could find, or has other weights.
+    """Raises `InputError` if an adapter is to be pushed over its base, or nobody else could find its base, or has it
+    with other weights.
 
     Args:
         base_weights (`str`, *optional*): hash of the weights of this run's base.
     """
-    from utils_checkpoints import find_file, hub_options, weights_digest
+    from utils_checkpoints import find_file, hub_options, is_on_hub, weights_digest
+    from utils_report import repository_name
 
     if peft_args.peft_method == "full" or peft_args.merge_adapter:
         return
     local = Path(model_args.model_name_or_path).exists()
+    on_hub = peft_args.base_hub_name or (None if local else model_args.model_name_or_path)
+    target = repository_name(training_args)
+    if on_hub and "/" not in target:  # of whose user nothing is known before the Hub answers
+        target = f"{on_hub.rpartition('/')[0]}/{target}".lstrip("/")
+    if training_args.push_when_done and on_hub and on_hub.lower() == target.lower():
+        raise InputError(
+            f"The adapter would be pushed to {target}, where its base is, and replace the weights that it needs. "
+            "Give another repository, --hub_model_id USER/NAME."
+        )
     if peft_args.base_hub_name and not local:
         raise InputError(
             f"--base_hub_name {peft_args.base_hub_name}: the base, {model_args.model_name_or_path}, is on the Hub "
@@ -319,15 +333,17 @@ def check_base_name(model_args, peft_args, training_args, base_weights):
     if peft_args.base_hub_name and training_args.push_when_done:
         name, source = peft_args.base_hub_name, model_args.model_name_or_path
         hub = {**hub_options(model_args), "revision": "main", "token": training_args.hub_token}
+        there = is_on_hub(name, training_args.hub_token)
         try:
-            fits = find_file(name, "config.json", hub) and weights_digest(name, hub) in (None, base_weights)
+            fits = there and find_file(name, "config.json", hub) and weights_digest(name, hub) in (None, base_weights)
         except InputError:  # there is no such repository
             fits = False
         if not fits:
             raise InputError(
                 f"--base_hub_name {name} is not on the Hub, or has other weights than {source}: nobody could load the "
                 f"adapter with it. Push the base there first: `hf upload {name} {shlex.quote(str(source))} . "
-                "--include config.json --include 'model*' --include 'tok*.json' --include 'modeling*.py'`."
+                "--include README.md --include config.json --include 'model*' --include 'tok*.json' "
+                "--include 'modeling*.py'`."
             )
 
 
@@ -362,7 +378,8 @@ def write_merged(model, tokenizer, folder, find, base=None):
         values = read_json(arguments)
         values.pop("base_hub_name", None)
         if base is not None:
-            values.pop("hub_model_id", None)  # that of the adapter
+            for name in ("hub_model_id", "hub_revision"):  # those of the adapter
+                values.pop(name, None)
             values["model_name_or_path"] = base
         # first: by these a folder that was begun is known as one that may be written again
         folder.mkdir(parents=True, exist_ok=True)

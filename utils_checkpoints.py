@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from rdkit import rdBase
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ from arguments import (
     UNFINISHED,
     DataTrainingArguments,
     InputError,
+    last_complete_checkpoint,
     member_folders,
     project_path,
 )
@@ -197,6 +199,22 @@ def find_file(source, name, hub):
         return cached_file(source, name, **hub, **QUIET)
     except OSError as error:
         raise InputError(_not_loaded("model", source, error)) from error
+
+
+def is_on_hub(name, token):
+    """Returns whether the Hub has a repository of this name, which the token opens if it is private.
+
+    Raises:
+        InputError: if the Hub does not answer.
+    """
+    try:
+        HfApi(token=token).model_info(name)
+    except RepositoryNotFoundError:
+        return False
+    except Exception as error:  # the client's own, and those of the library it speaks HTTP with, which changes
+        reason = next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+        raise InputError(f"Whether {name} is on the Hub could not be found out: {reason}. Try again later.") from error
+    return True
 
 
 def find_base(source, model_args):
@@ -381,7 +399,12 @@ def _load_adapted(model_class, source, found, hub, values, merge):
             f"The adapter {source} does not fit its base {base}: {reason.rstrip(' :.')}. It is damaged, has other "
             "shapes, or was trained with another head; leave --regression_head out."
         ) from error
-    model.new_heads = ()  # the head came with the adapter
+    if any(".classifier." in f".{name}" for name in weights):
+        model.new_heads = ()  # the head came with the adapter
+    elif model.head_is_new:
+        raise InputError(
+            f"Neither the adapter {source} nor its base {base} has a regression head. Train the adapter with one."
+        )
     return model
 
 
@@ -427,7 +450,8 @@ def merge_adapter(model):
 def _unwrap(model):
     """Returns the model inside a PEFT model, the trained head in its place: PEFT does not do so for every method."""
     inside = model.get_base_model()
-    inside.classifier = inside.classifier.modules_to_save[model.active_adapter]
+    if hasattr(inside.classifier, "modules_to_save"):  # otherwise the base's head was left as it is
+        inside.classifier = inside.classifier.modules_to_save[model.active_adapter]
     return inside
 
 
@@ -592,6 +616,13 @@ def _not_loaded(what, source, error):
         if (Path(source) / "influence.json").exists():
             return (
                 f"{source} holds influence scores and no model. Pass the one that was scored; influence.json names it."
+            )
+        if (Path(source) / UNFINISHED).exists():
+            last = last_complete_checkpoint(source)
+            other = f", or pass {last}" if last is not None else ""
+            return (
+                f"{source} holds a run that was interrupted. Finish it by its own command with "
+                f"--resume_from_checkpoint true{other}."
             )
         return f"There is no tokenizer.json in {source}. Pass --tokenizer_name with the checkpoint that has it."
     if Path(source).exists() or not absent:

@@ -48,6 +48,7 @@ from arguments import (
     member_folders,
     project_path,
 )
+from utils_checkpoints import PARTIAL_FILE, find_file
 from utils_molecules import parse_smiles, read_json, regression_metrics, shorten, write_bytes, write_text
 
 
@@ -350,16 +351,19 @@ class Run:
         return self.values.get("label_name") or ("logD7.4" if self.embedded_data else " and ".join(columns))
 
     @property
-    def start(self):
-        """What the run started from, as it was named; `None` if from scratch."""
+    def read_from(self):
+        """Where the run read what it started from; `None` if from scratch."""
         source = self.values.get("model_name_or_path")
         if self.kind == "influence":  # what its models were fine-tuned from
             source = self.results.get("influence", {}).get("fine_tuned_from") or source
-        if self.holds_adapter:
-            source = self.values.get("base_hub_name") or source
         if source is None:
             return None if self.values.get("config_name") else EMBEDDED_CHECKPOINT
         return source if Path(source).exists() or not (ROOT / source).exists() else str(ROOT / source)
+
+    @property
+    def start(self):
+        """What the run started from, as others are to find it; `None` if from scratch."""
+        return (self.values.get("base_hub_name") if self.holds_adapter else None) or self.read_from
 
     @property
     def base(self):
@@ -411,12 +415,28 @@ def caption(run, name):
 
 def license_of_base(run):
     """Returns the licence that the card of the checkpoint names from which a run started; `None` if none is known."""
-    card = Path(run.start or "") / CARD_FILE
-    if not run.start or not card.is_file():
-        return LICENSES.get(run.start)
+    for source in dict.fromkeys(filter(None, (run.read_from, run.start))):
+        card = find_card(source, run.values)
+        if card is None and source not in LICENSES:
+            continue
+        try:
+            found = ModelCard.load(card).data.license if card is not None else LICENSES[source]
+        except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError):  # somebody's text
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def find_card(source, values):
+    """Returns the path of a checkpoint's card, fetched if it is on the Hub; `None` if there is none."""
+    if Path(source).exists():
+        path = Path(source) / CARD_FILE
+        return path if path.is_file() else None
+    hub = {"cache_dir": values.get("cache_dir"), "revision": values.get("model_revision", "main")}
     try:
-        return ModelCard.load(card).data.license
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError):  # somebody's text
+        return find_file(source, CARD_FILE, hub)
+    except InputError:  # no such name, no access
         return None
 
 
@@ -444,10 +464,12 @@ def card_data(run):
         for key in METRICS
         if f"{part}_{key}{end}" in run.metrics
     ]
+    partial = run.exists(PARTIAL_FILE)  # which no library but these scripts makes whole
+    whole = run.model_folder is not None and not partial
     return ModelCardData(
         license=license_of_base(run),
-        library_name="peft" if run.exists("adapter_config.json") else "transformers",
-        pipeline_tag=TASKS[run.kind == "mlm"] if run.model_folder is not None and run.learned_tokens else None,
+        library_name=None if partial else "peft" if run.exists("adapter_config.json") else "transformers",
+        pipeline_tag=TASKS[run.kind == "mlm"] if whole and run.learned_tokens else None,
         base_model=run.base if run.base_is_on_hub else None,
         datasets=[run.hub_data] if run.hub_data else None,
         metrics=None if run.kind == "mlm" else ["mse", "mae", "r_squared"],
@@ -676,7 +698,8 @@ def training_section(run):
 
 USE_OF_ADAPTER = """
 
-In your own code, beside `modeling_molformer_reg.py` of these scripts:
+In your own code, beside `modeling_molformer_reg.py` of these scripts (each adapter needs a base object of its own: a
+second one in the same object would answer on the first one's scale of the labels):
 
 ```python
 {imports}import modeling_molformer_reg
@@ -840,6 +863,8 @@ def push_run(training_args, kind, folders, replaced=None):
             f"{training_args.output_dir} is whole. Push it again with: {again}{login}"
         ) from error
     logger.info("Pushed %d files to %s", len(contents), commit.repo_url)
+    if is_card((staged := Path(training_args.output_dir) / STAGED) / CARD_FILE):  # of a push that failed before
+        shutil.rmtree(staged)
     return str(commit.repo_url)
 
 

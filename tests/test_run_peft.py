@@ -11,15 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 import torch
 from conftest import ROOT, TWO_PROCESSES
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import run_influence
 import run_peft
@@ -652,6 +654,55 @@ def test_an_adapter_without_the_scale_of_its_labels_is_refused(finished_run, tin
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tiny_checkpoint)}))
     with pytest.raises(ValueError, match="bare is an adapter, and loaded like this its scale of the labels"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
+    for auto in (AutoModelForSequenceClassification, AutoModelForMaskedLM, AutoModel):  # with the configuration too
+        with pytest.raises(ValueError, match="is an adapter, and loaded like this its scale of the labels"):
+            auto.from_pretrained(finished_run)
+
+
+def test_an_interrupted_run_is_no_model_yet(tiny_checkpoint, small_table, tmp_path):
+    flags = ("--train_file", small_table, "--disable_tqdm", "true")
+    folder = tmp_path / "run"
+    call_main("--model_name_or_path", tiny_checkpoint, *flags, "--num_train_epochs", "1", "--output_dir", folder)
+    for path in folder.glob("*.*"):
+        if path.name != "arguments.json":
+            path.unlink()
+    (folder / "unfinished").touch()
+
+    def predict(model):
+        args = ["--do_predict", *flags, "--model_name_or_path", model, "--output_dir", tmp_path / "predicted"]
+        args = [str(flag) for flag in args]
+        run_regression.main(*parse_arguments(*run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=args))
+
+    (last,) = folder.glob("checkpoint-*")
+    told = f"holds a run that was interrupted. .*--resume_from_checkpoint true, or pass {re.escape(str(last))}"
+    with pytest.raises(InputError, match=told):
+        predict(folder)
+    predict(last)
+
+
+def test_an_adapter_without_a_head_of_its_own_has_that_of_its_base(tiny_checkpoint, small_table, tmp_path):
+    """As peft.get_peft_model makes one without task_type and modules_to_save."""
+    call_main("--model_name_or_path", tiny_checkpoint, "--train_file", small_table, "--num_train_epochs", "1",
+              "--peft_method", "full", "--output_dir", tmp_path / "full")  # fmt: skip
+    for name, start in (("own", tmp_path / "full"), ("none", tiny_checkpoint)):
+        model = AutoModelForSequenceClassification.from_pretrained(start)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query", "value"]))
+        for parameter in model.parameters():
+            parameter.data += 0.01 * parameter.requires_grad
+        model.save_pretrained(tmp_path / name)
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tmp_path / "full" / file, tmp_path / name)
+        if name == "own":
+            batch = build_tokenizer()(["CCO", "c1ccccc1"], return_tensors="pt", padding=True)
+            expected = model.eval()(**batch).logits
+    model_args = ModelArguments(model_name_or_path=str(tmp_path / "own"))
+    for merge in (True, False):
+        model = load_model(MolformerForRegression, model_args, build_tokenizer(), merge=merge).eval()
+        assert not model.head_is_new
+        torch.testing.assert_close(model(**batch).logits, expected)
+    with pytest.raises(InputError, match="Neither the adapter .*none nor its base .* has a regression head"):
+        load_model(MolformerForRegression, replace(model_args, model_name_or_path=str(tmp_path / "none")),
+                   build_tokenizer())  # fmt: skip
 
 
 def test_the_revision_of_a_base_on_the_hub_is_kept(base, tmp_path):
@@ -708,6 +759,14 @@ def test_an_adapter_is_merged_without_data(finished_run, small_table, tmp_path):
     assert f'("{tmp_path / "later" / "merged"}", trust' in card and "adapter_config" not in card
     call_main(*given(finished_run, small_table), "--do_predict", "--output_dir", tmp_path / "only")
     assert "An evaluation of `" in (tmp_path / "only" / "README.md").read_text()
+    shutil.copytree(finished_run, tmp_path / "pushed")
+    values = json.loads((tmp_path / "pushed" / "arguments.json").read_text())
+    (tmp_path / "pushed" / "arguments.json").write_text(
+        json.dumps(values | {"hub_model_id": "a/b", "hub_revision": "c"})
+    )
+    call_main("--model_name_or_path", tmp_path / "pushed", "--merge_adapter", "--output_dir", tmp_path / "of-pushed")
+    values = json.loads((tmp_path / "of-pushed" / "arguments.json").read_text())
+    assert not {"hub_model_id", "hub_revision"} & values.keys()
     shutil.copytree(finished_run, tmp_path / "bare")  # as somebody else's adapter
     for name in ("arguments.json", "all_results.json", "splits.json", "README.md"):
         (tmp_path / "bare" / name).unlink()

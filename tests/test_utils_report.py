@@ -234,6 +234,11 @@ def test_a_push_that_fails_leaves_the_run_whole_and_says_how_to_push_again(
     with pytest.raises(InputError) as error:
         connected(run_regression, *training, "--push_to_hub", "--hub_model_id", "a/b")
     check_what_is_left(str(error.value), token, tmp_path / "run")
+    hub.failing = None
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    again = [*training, "--push_to_hub", "--hub_model_id", "a/b", "--resume_from_checkpoint", "true"]
+    connected(run_regression, *again)
+    assert not (tmp_path / "run" / "to_push").exists() and "model.safetensors" in hub.repositories["a/b"]
 
 
 def test_a_network_that_is_gone_ends_in_one_line(online, training, tmp_path):
@@ -264,6 +269,19 @@ def test_a_push_that_cannot_succeed_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "folder"), [("someone/Base", "run"), ("base", "run"), (None, "base")], ids=["whole", "short", "folder"]
+)
+def test_an_adapter_is_not_pushed_over_its_base(connected, hub, training, tiny_checkpoint, tmp_path, target, folder):
+    base = {path.name: path.read_bytes() for path in Path(tiny_checkpoint).iterdir()}
+    hub.repositories["someone/base"] = dict(base)
+    flags = [*training, "--push_to_hub", "--base_hub_name", "someone/base", "--output_dir", tmp_path / folder]
+    flags += ["--cache_dir", tmp_path / "cache", *(["--hub_model_id", target] if target else [])]
+    with pytest.raises(InputError, match="pushed to someone/[Bb]ase, where its base is"):
+        connected(run_peft, *flags)
+    assert not (tmp_path / folder).exists() and hub.repositories["someone/base"] == base
+
+
 def test_files_of_others_in_the_folder_stay_there(tmp_path):
     names = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "parity.png", "all_results.json"]
     others = [
@@ -284,7 +302,7 @@ def test_files_of_others_in_the_folder_stay_there(tmp_path):
     [("lora", "adapter_config.json", "base_model_name_or_path"), ("bitfit", "trained_parameters.json", "base")],
 )
 def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
-    connected, online, hub, training, tiny_checkpoint, small_table, tmp_path, method, file, key
+    connected, online, hub, training, tiny_checkpoint, small_table, tmp_path, method, file, key, monkeypatch
 ):
     """It comes back by name, base and all, through the scripts, and LoRA through the code of its card."""
     flags = [*training, "--push_to_hub", "--hub_model_id", "someone/adapter", "--peft_method", method]
@@ -293,7 +311,12 @@ def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
         connected(run_peft, *flags)
     with pytest.raises(InputError, match="--base_hub_name someone/base is not on the Hub"):
         connected(run_peft, *flags, "--base_hub_name", "someone/base")
+    with monkeypatch.context() as away:  # a Hub that does not answer says nothing of the base
+        away.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(InputError, match="Whether someone/base is on the Hub could not be found out"):
+            connected(run_peft, *flags, "--base_hub_name", "someone/base")
     base = {path.name: path.read_bytes() for path in Path(tiny_checkpoint).iterdir()}
+    base["README.md"] = b"---\nlicense: cc-by-4.0\n---\n"
     other = MolformerForMaskedLM.from_pretrained(tiny_checkpoint)  # a base of the same shapes
     other.molformer.embeddings.word_embeddings.weight.data += 1
     other.save_pretrained(tmp_path / "other")
@@ -309,6 +332,11 @@ def test_an_adapter_that_is_pushed_names_its_base_on_the_hub(
     assert json.loads(files[file])[key] == card.data.base_model == "someone/base"
     assert f"fine-tuned from `someone/base` with {method}" in card.text and "local folder" not in card.text
     assert ("adapter_model.safetensors" in files) == (method == "lora")
+    assert card.data.license == "cc-by-4.0"  # that of the base
+    # what the Hub would offer for the others, transformers cannot load
+    assert (card.data.library_name, card.data.pipeline_tag) == (
+        ("peft", "text-classification") if method == "lora" else (None, None)
+    )
 
     again_flags = ["--do_predict", "--model_name_or_path", "someone/adapter", "--train_file", small_table]
     again = online("run_regression.py", *again_flags, "--output_dir", tmp_path / "again")
