@@ -473,13 +473,12 @@ class MoleculeProblem:
     @torch.no_grad()
     def predictions(self, molecules):
         """Returns predictions in label units, shape (N,)."""
-        labels = torch.tensor(molecules["label"].to_numpy(), dtype=torch.float32, device=self.model.device)
 
         def errors(residuals, params):
-            _, std = self.model.label_scale(labels)
-            return residuals(params)[:, 0] * std
+            residual = residuals(params)[:, 0]
+            return residual * self.model.label_scale(residual)[1]
 
-        return self.each(errors, molecules) + labels
+        return self.each(errors, molecules.assign(label=0.0))  # the error of 0: that of a far label would be rounded
 
 
 def choose_parameters(model, wanted):
@@ -829,12 +828,12 @@ class StateFile:
         os.replace(part, self.path)
 
 
-def halves_of(texts):
+def halves_of(molecules):
     """Returns the positions of two halves at random, a molecule that repeats in one of them; one part of one molecule.
 
     Else replicates and stereo twins would have the halves agree.
     """
-    codes, different = pd.factorize(np.asarray(texts))
+    codes, different = pd.factorize(molecules["group"])
     place = np.random.default_rng(0).permutation(len(different))[codes]
     parts = [np.flatnonzero(place % 2 == number) for number in (0, 1)]
     return [rows for rows in parts if len(rows)]
@@ -842,7 +841,7 @@ def halves_of(texts):
 
 def gradients_of_halves(problem, molecules):
     """Returns the gradients of the mean loss of two halves of the molecules, (2, P), and that of all, (P,)."""
-    halves = [molecules.iloc[rows] for rows in halves_of(molecules["text"])]
+    halves = [molecules.iloc[rows] for rows in halves_of(molecules)]
     gradients = torch.stack([problem.gradient(half) for half in halves])
     shares = torch.tensor([len(half) / len(molecules) for half in halves], device=gradients.device)
     return gradients, shares @ gradients
@@ -925,7 +924,7 @@ def order_by_group_influence(problem, train, target, external, seed):
     values = [None]
     if problem.process.is_main_process:  # all go by one order, which another processor may round otherwise
         with tqdm(total=len(external), desc="Group influence", delay=5, disable=not problem.show_progress) as bar:
-            halves = halves_of(target["text"])
+            halves = halves_of(target)
             values = [group_influence(gradients, residuals, damping, halves, bar.update)]
     rank, gains, weight = broadcast_object_list(values)[0]
     if not gains.isfinite().all():

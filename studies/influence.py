@@ -136,6 +136,11 @@ def compare_with_exact(cell, args):
     }  # fmt: skip
 
 
+def cells_of(report):
+    """Returns the cells of a report's runs (`set[tuple]`)."""
+    return {(run["pool"], run["split"], run["seed"], run["leakage"]) for run in report["runs"]}
+
+
 def groups(rows):
     """Returns the pools and splits of runs or rows, the smaller pools first."""
     found = {(row["pool"], row["split"]) for row in rows}
@@ -286,9 +291,9 @@ def main():
     known = before.get("exact") or {}
     exact = known if known.get("command") == exact_key(first, args) else None  # not of other weights or flags
     values = {"selection": rows, "detection": detected, "runs": runs, "exact": exact}
-    output = place_of(args.output, values, lambda report: len(report["runs"]), args.folder)
 
     def write():
+        output = place_of(args.output, values, cells_of, args.folder)
         write_report(output, values, args.jobs)
         output.with_suffix(".md").write_text(to_markdown(rows, detected, runs, values["exact"]))
         plot(rows, output.with_suffix(".png"))

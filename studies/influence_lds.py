@@ -325,27 +325,36 @@ def main():
     parser.add_argument("--folder", type=Path, default=ROOT / "work" / "lds", help="where unfinished seeds are kept")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "influence_lds.json")
     args = parser.parse_args()
-    settings = {"weights": checksums([args.model]), "batch": BATCH, "epochs": EPOCHS, "rate": RATE}
+    weights = checksums([str(Path(args.model).resolve())])
+    settings = {"weights": weights, "batch": BATCH, "epochs": EPOCHS, "rate": RATE}
     settings |= {name: getattr(args, name) for name in ("subsets", "trainings", "molecules")}
     settings["solvers"] = {name: asdict(InfluenceArguments(**options)) for name, options in SOLVERS.items()}
     settings |= {"projection": PROJECTION_SIZE, "group_damping": GROUP_DAMPING, "data": checksums([EMBEDDED_DATA])}
     settings["format"] = 3  # with what was foretold, a linear refit among it, and the losses of every training
-    before = read_json(args.output)
-    if before and before.get("settings") != settings:  # of other weights at the same path, too
-        raise SystemExit(f"{args.output} is of other settings or weights. Give another --output, or remove it.")
+    if not weights:
+        raise SystemExit(f"There are no weights in a folder {args.model}, and a report is known by them. Fetch them.")
+
+    def known():
+        before = read_json(args.output)
+        if before and before.get("settings") != settings:  # of other weights at the same path, too
+            raise SystemExit(f"{args.output} is of other settings or weights. Give another --output, or remove it.")
+        return before
+
     args.folder.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        if str(seed) in before.get("losses", {}):
+        if str(seed) in known().get("losses", {}):
             continue
         rows, losses = study_seed(seed, args, settings)
-        with FileLock(args.folder / "lock"):  # another process may add a seed meanwhile
-            before = read_json(args.output)
+        with FileLock(args.folder / "lock"):  # another process may add a seed meanwhile, even this one
+            before = known()
+            if str(seed) in before.get("losses", {}):
+                continue
             report = {"settings": settings, "seeds": [*before.get("seeds", []), *rows]}
             report["losses"] = {**before.get("losses", {}), str(seed): losses}
             before = {"summary": summarize(report), **report}
             write_report(args.output, before, unit="rank correlation")
             args.output.with_suffix(".md").write_text(to_markdown(before["summary"]))
-    print(to_markdown(before["summary"]))
+    print(to_markdown(known()["summary"]))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,11 @@ def learned_share(command):
     return f"{80 * (1 - held_out):.0f} %"
 
 
+def cells_of(report):
+    """Returns the cells of a report's rows (`set[tuple]`)."""
+    return {(row["name"], row["split"], seed) for row in report["rows"] for seed in row["seeds"]}
+
+
 def predictions_file(folder, row, seed):
     return folder / ROWS[row["name"]][0].format(row["split"], seed) / "predictions.csv"
 
@@ -250,9 +255,7 @@ def main():
     pairs = differences(rows)
     paper = {name: dict(zip(METRICS, values, strict=True)) for name, values in PAPER.items()}
     values = {"paper": paper, "rows": rows, "paired_differences": pairs}
-    output = place_of(
-        args.output, values, lambda report: sum(len(row["test_mse"]) for row in report["rows"]), args.folder
-    )
+    output = place_of(args.output, values, cells_of, args.folder)
     write_report(output, values)
     text = markdown(rows, pairs)
     output.with_suffix(".md").write_text(text)

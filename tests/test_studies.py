@@ -611,6 +611,10 @@ def test_a_part_of_a_study_replaces_no_whole_table(tmp_path):
     whole.write_text(json.dumps({"rows": rows}))
     assert common.place_of(whole, {"rows": rows}, recipes.number_of_runs, tmp_path) == whole
     assert common.place_of(whole, {"rows": rows[:1]}, recipes.number_of_runs, tmp_path) == tmp_path / "recipes.json"
+    cells = [{"name": "regression", "split": split, "seeds": [0]} for split in ("random", "scaffold")]
+    whole.write_text(json.dumps({"rows": cells[:1]}))
+    for now, place in ((cells, whole), (cells[:1], whole), (cells[1:], tmp_path / "recipes.json")):
+        assert common.place_of(whole, {"rows": now}, table1.cells_of, tmp_path) == place  # as many, but others
 
 
 def test_a_folder_that_no_study_made_is_left_alone(tmp_path):
@@ -823,6 +827,34 @@ def test_the_datamodeling_study_goes_on_with_the_seeds_that_it_has(tmp_path, mon
     assert (
         "| head | test | cg | 0.02 | 3 | 1.000, 1.000 to 1.000 | +2.000, +2" in output.with_suffix(".md").read_text()
     )
+
+
+@pytest.mark.parametrize("meanwhile", [["0"], ["1", "--subsets", "5"]], ids=["same seed", "other settings"])
+def test_two_datamodeling_studies_write_one_seed_once_and_no_mixture(meanwhile, tmp_path, monkeypatch):
+    """The second process writes its seed while the first computes."""
+    output, asked = tmp_path / "lds.json", []
+    places = ["influence_lds.py", "--output", str(output), "--folder", str(tmp_path / "kept"), "--seeds"]
+
+    def study_seed(seed, args, settings):
+        asked.append(seed)
+        if len(asked) == 1:
+            monkeypatch.setattr(sys, "argv", [*places, *meanwhile])
+            influence_lds.main()
+        losses = np.arange(18.0).reshape(9, 2).tolist()
+        row = {"seed": seed, "params": "head", "target": "test", "solver": "cg", "residual": 0.1}
+        return [row | {"foretold": list(range(9))}], {"test": losses}
+
+    monkeypatch.setattr(influence_lds, "study_seed", study_seed)
+    monkeypatch.setattr(sys, "argv", [*places, "0"])
+    if len(meanwhile) == 1:
+        influence_lds.main()
+    else:
+        with pytest.raises(SystemExit, match="is of other settings or weights"):
+            influence_lds.main()
+    assert [row["seed"] for row in json.loads(output.read_text())["seeds"]] == [int(meanwhile[0])]
+    monkeypatch.setattr(sys, "argv", [*places, "0", "--model", "someone/model"])
+    with pytest.raises(SystemExit, match="There are no weights in a folder someone/model"):
+        influence_lds.main()
 
 
 def test_the_linear_model_is_refitted_to_each_half():

@@ -8,6 +8,7 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -574,18 +575,27 @@ def test_halves_of_the_target_agree_as_far_as_their_scores_do(tiny, count):
     if count == 1:
         assert agreement["agreement_of_halves"] is None
         return
-    rows = utils_influence.halves_of(target["text"])
+    rows = utils_influence.halves_of(target)
     scores = [problem.each(scores_by_jvp, external, problem.gradient(target.iloc[half])) for half in rows]
     expected = spearmanr(*scores).statistic
     assert agreement["agreement_of_halves"] == pytest.approx(expected)
 
 
 def test_a_molecule_that_repeats_is_in_one_half():
-    texts = [f"{'C' * (number // 3 + 1)}O" for number in range(60)]  # each three times
-    first, second = utils_influence.halves_of(texts)
+    """Stereo twins are one molecule here, whatever the model reads of them."""
+    groups = [f"{'C' * (number // 3 + 1)}O" for number in range(60)]  # each three times
+    molecules = pd.DataFrame({"group": groups, "text": [f"{group}{row}" for row, group in enumerate(groups)]})
+    first, second = utils_influence.halves_of(molecules)
     assert sorted([*first, *second]) == list(range(60)) and len(first) == len(second) == 30
-    assert {texts[row] for row in first}.isdisjoint(texts[row] for row in second)
-    assert [len(rows) for rows in utils_influence.halves_of(["CCO", "CCO"])] == [2]
+    assert {groups[row] for row in first}.isdisjoint(groups[row] for row in second)
+    assert [len(rows) for rows in utils_influence.halves_of(pd.DataFrame({"group": ["CCO", "CCO"]}))] == [2]
+
+
+def test_a_prediction_does_not_depend_on_how_far_the_label_is(tiny):
+    _, _, molecules = tiny
+    problem, rows = problem_of(tiny, "head"), molecules.iloc[:3]
+    far = problem.predictions(rows.assign(label=1e7))
+    assert torch.equal(far, problem.predictions(rows))
 
 
 def linear_molecules(seed, noise=0.3, train=120, target=200, external=100, wrong=30):
