@@ -354,6 +354,30 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     assert all(abs(mean) < half for mean, half in leads.values())
 
 
+def test_what_the_readme_says_of_the_datamodeling_scores_is_what_came():
+    report = json.loads((ROOT / "results" / "influence_lds.json").read_text())
+    text = readme_text()
+    rows = {(row["params"], row["target"], row["solver"]): row for row in report["summary"]}
+    whole = {key[1:]: row for key, row in rows.items() if key[0] == "last layer and head"}
+    count = {1: "one seed", 2: "two seeds", 3: "three seeds"}[len(report["losses"])]
+    assert report["settings"]["subsets"] == 60 and f"sixty halves and {count};" in text
+
+    def told(*solvers):
+        return [f"{whole[target, solver]['lds']:.2f}" for target in ("validation", "test") for solver in solvers]
+
+    assert "is {} and {} for the validation loss and {} and {} for the test loss,".format(*told("lissa", "cg")) in text
+    assert "without the inverse curvature {} and {}, where".format(*told("identity")) in text
+    most = [rows["", target, "the most that a score could reach"]["lds"] for target in ("validation", "test")]
+    assert "where {:.2f} and {:.2f} could be reached".format(*most) in text
+    assert all(
+        abs(whole[target, "lissa"]["lds"] - whole[target, "cg"]["lds"]) < 0.05 for target in ("validation", "test")
+    )
+    minus = [whole[target, "lissa"]["minus_identity"] for target in ("validation", "test")]
+    spans = [f"{x['mean']:+.2f}, {x['low']:+.2f} to {x['high']:+.2f}".replace("-", "−") for x in minus]
+    assert minus[0]["low"] > 0 and "LiSSA minus identity {}; test loss {})".format(*spans) in text
+    assert "is about, foretells {} and {}. Command".format(*told("refit of the linear model")) in text
+
+
 def test_model_card_tells_what_training_logged():
     """Reference: training_log.json, which `python studies/ship_checkpoint.py` wrote from the runs."""
     folder = ROOT / "models" / "molformer-mini"
