@@ -436,8 +436,7 @@ class MolformerPreTrainedModel(PreTrainedModel):
     def _load(cls, source, *model_args, **kwargs):
         """Returns the model and what was loaded of it, not yet judged; refuses an adapter, whose scale of the labels
         would stay behind."""
-        folder = Path(source or "")
-        adapter = (folder / "adapter_config.json").exists() and not (folder / "model.safetensors").exists()
+        adapter = source is not None and Path(source, "adapter_config.json").exists()
         if not adapter:
             model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
             adapter = getattr(model, "_hf_peft_config_loaded", False)  # of a name on the Hub

@@ -310,28 +310,26 @@ def check_base_name(model_args, peft_args, training_args, base_weights):
 
     if peft_args.peft_method == "full" or peft_args.merge_adapter:
         return
-    local = Path(model_args.model_name_or_path).exists()
-    on_hub = peft_args.base_hub_name or (None if local else model_args.model_name_or_path)
-    target = repository_name(training_args)
-    if on_hub and "/" not in target:  # of whose user nothing is known before the Hub answers
-        target = f"{on_hub.rpartition('/')[0]}/{target}".lstrip("/")
-    if training_args.push_when_done and on_hub and on_hub.lower() == target.lower():
+    source, name = model_args.model_name_or_path, peft_args.base_hub_name
+    local = Path(source).exists()
+    if name and not local:
+        raise InputError(f"--base_hub_name {name}: the base, {source}, is on the Hub already. Leave it out.")
+    if not training_args.push_when_done:
+        return
+    if local and not name:
+        raise InputError(
+            f"The base of the adapter, {source}, is a local folder, which nobody else could load it with. Push the "
+            "base and name it with --base_hub_name USER/NAME, or pass --merge_adapter."
+        )
+    on_hub, target = name or source, repository_name(training_args)
+    if "/" not in target and "/" in on_hub:  # it may be the same user's
+        target = f"{on_hub.split('/')[0]}/{target}"
+    if on_hub.lower() == target.lower():
         raise InputError(
             f"The adapter would be pushed to {target}, where its base is, and replace the weights that it needs. "
             "Give another repository, --hub_model_id USER/NAME."
         )
-    if peft_args.base_hub_name and not local:
-        raise InputError(
-            f"--base_hub_name {peft_args.base_hub_name}: the base, {model_args.model_name_or_path}, is on the Hub "
-            "already. Leave it out."
-        )
-    if local and not peft_args.base_hub_name and training_args.push_when_done:
-        raise InputError(
-            f"The base of the adapter, {model_args.model_name_or_path}, is a local folder, which nobody else could "
-            "load it with. Push the base and name it with --base_hub_name USER/NAME, or pass --merge_adapter."
-        )
-    if peft_args.base_hub_name and training_args.push_when_done:
-        name, source = peft_args.base_hub_name, model_args.model_name_or_path
+    if name:
         hub = {**hub_options(model_args), "revision": "main", "token": training_args.hub_token}
         there = is_on_hub(name, training_args.hub_token)
         try:
@@ -413,6 +411,11 @@ def merge_alone(model_args, data_args, training_args):
     logger.info("%s holds an adapter: it is merged into its base, and nothing is trained", source)
     tokenizer = load_tokenizer(model_args)
     model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
+    if model.head_is_new:
+        raise InputError(
+            f"Neither the adapter {source} nor its base has a regression head to go into the merged model. Train one: "
+            f"`python run_regression.py --model_name_or_path {source}`."
+        )
     begin_run(training_args, None, source, [])
     if training_args.should_save:
         base = path_of_base(find_base(source, model_args)["base"])

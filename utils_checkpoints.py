@@ -32,6 +32,7 @@ from arguments import (
     UNFINISHED,
     DataTrainingArguments,
     InputError,
+    hide_tokens,
     last_complete_checkpoint,
     member_folders,
     project_path,
@@ -212,7 +213,7 @@ def is_on_hub(name, token):
     except RepositoryNotFoundError:
         return False
     except Exception as error:  # the client's own, and those of the library it speaks HTTP with, which changes
-        reason = next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+        reason = next(iter(hide_tokens(str(error)).splitlines()), "").rstrip(".") or type(error).__name__
         raise InputError(f"Whether {name} is on the Hub could not be found out: {reason}. Try again later.") from error
     return True
 
@@ -399,12 +400,8 @@ def _load_adapted(model_class, source, found, hub, values, merge):
             f"The adapter {source} does not fit its base {base}: {reason.rstrip(' :.')}. It is damaged, has other "
             "shapes, or was trained with another head; leave --regression_head out."
         ) from error
-    if any(".classifier." in f".{name}" for name in weights):
+    if any("classifier." in name for name in weights):
         model.new_heads = ()  # the head came with the adapter
-    elif model.head_is_new:
-        raise InputError(
-            f"Neither the adapter {source} nor its base {base} has a regression head. Train the adapter with one."
-        )
     return model
 
 

@@ -415,29 +415,17 @@ def caption(run, name):
 
 def license_of_base(run):
     """Returns the licence that the card of the checkpoint names from which a run started; `None` if none is known."""
+    hub = {"cache_dir": run.values.get("cache_dir"), "revision": run.values.get("model_revision", "main")}
     for source in dict.fromkeys(filter(None, (run.read_from, run.start))):
-        card = find_card(source, run.values)
-        if card is None and source not in LICENSES:
-            continue
+        if source in LICENSES:
+            return LICENSES[source]
         try:
-            found = ModelCard.load(card).data.license if card is not None else LICENSES[source]
-        except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError):  # somebody's text
+            card = find_file(source, CARD_FILE, hub)
+            if card is not None and (found := ModelCard.load(card).data.license):
+                return found
+        except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError):  # no access, or somebody's text
             continue
-        if found is not None:
-            return found
     return None
-
-
-def find_card(source, values):
-    """Returns the path of a checkpoint's card, fetched if it is on the Hub; `None` if there is none."""
-    if Path(source).exists():
-        path = Path(source) / CARD_FILE
-        return path if path.is_file() else None
-    hub = {"cache_dir": values.get("cache_dir"), "revision": values.get("model_revision", "main")}
-    try:
-        return find_file(source, CARD_FILE, hub)
-    except InputError:  # no such name, no access
-        return None
 
 
 def hub_type(name):

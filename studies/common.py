@@ -101,18 +101,16 @@ def write_report(path, values, jobs=None, unit="logD7.4"):
     write_text(json.dumps(report | values, indent=2) + "\n", path)
 
 
-def place_of(path, values, runs_of, folder):
+def place_of(path, values, cells_of, folder):
     """Returns where a report goes: to `path`, or into `folder` if the one at `path` holds runs that this one lacks.
 
     So a part of a study never replaces the table of all of it, nor of another part.
 
     Args:
-        runs_of (`Callable`): the runs in a report (`dict`) as a `set`, or their number.
+        cells_of (`Callable`): what the runs of a report (`dict`) are of, as a `set`.
     """
-    before = runs_of(json.loads(path.read_text())) if path.exists() else None
-    now = runs_of(values)
-    if before is not None and not before <= now:
-        print(f"{path} holds runs beside these and stays as it is; theirs are in {folder / path.name}.")
+    if path.exists() and not cells_of(json.loads(path.read_text())) <= cells_of(values):
+        print(f"{path} holds runs that are not among these, and stays; these are in {folder / path.name}.")
         return folder / path.name
     return path
 

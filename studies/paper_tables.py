@@ -135,8 +135,14 @@ def row(run, table, title, metrics, paper, share=0.2):
     }
 
 
-def number_of_values(report):
-    return sum(len(numbers) for row in report["rows"] for numbers in row["values"].values())
+def cells_of(report):
+    """Returns what the numbers of a report are of: table, row, metric and seed (`set[tuple]`)."""
+    return {
+        (row["table"], row["name"], metric, str(seed))
+        for row in report["rows"]
+        for metric, numbers in row["values"].items()
+        for seed in numbers
+    }
 
 
 def to_markdown(rows):
@@ -179,7 +185,7 @@ def main():
     rows = rows_of(collect(args.folder))
     if not rows:
         raise SystemExit(f"There is no finished run in {args.folder}. Run ./reproduce_paper.sh first.")
-    output = place_of(args.output, {"rows": rows}, number_of_values, args.folder)
+    output = place_of(args.output, {"rows": rows}, cells_of, args.folder)
     write_report(output, {"rows": rows})
     output.with_suffix(".md").write_text(to_markdown(rows))
     print(to_markdown(rows))

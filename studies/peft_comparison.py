@@ -163,7 +163,7 @@ def tune(args):
     def write(is_whole=False):
         values = {"tuned": before["tuned"] | tuned, "runs": before["runs"] + runs}
         # a whole one is what the comparison is to read, with however few runs: the grids grow as the errors fall
-        place = path if is_whole else place_of(path, values, number_of_runs, args.folder)
+        place = path if is_whole else place_of(path, values, tried_in, args.folder)
         write_report(place, values, args.jobs)
         place.with_suffix(".md").write_text(tuning_to_markdown(values["tuned"]))
         return values
@@ -216,7 +216,7 @@ def tune_more(args):
             rows.setdefault(name, row)["validation_mse"].append(run["eval_mse"])
         rows = sorted(rows.values(), key=lambda row: row["validation_mse"][0])
         values = {"seeds": TUNING_SEEDS, "rows": rows, "runs": runs}
-        place = place_of(args.output.with_name("peft_more.json"), values, number_of_runs, args.folder)
+        place = place_of(args.output.with_name("peft_more.json"), values, tried_in, args.folder)
         write_report(place, values, args.jobs)
         place.with_suffix(".md").write_text(more_to_markdown(rows))
         return rows
@@ -259,8 +259,14 @@ def best_rate(method, tried, runs, seeds):
     return {"learning_rate": best, "validation_mse": known[best], "seeds": list(seeds), "tried": tried}
 
 
-def number_of_runs(report):
-    return len(report["runs"])
+def cells_of(report):
+    """Returns what the runs of a comparison are of, whatever their rates (`set[tuple]`)."""
+    return {(run["name"], run["split"], run["seed"]) for run in report["runs"]}
+
+
+def tried_in(report):
+    """Returns what the runs of a tuning are of (`set[tuple]`)."""
+    return {(run["name"], run["learning_rate"], run["seed"]) for run in report["runs"]}
 
 
 def finalists(found):
@@ -471,7 +477,7 @@ def report(winner, runs, args):
     """Writes the results as JSON, CSV, Markdown and a plot."""
     rows = summarize(runs, winner)
     values = {"winner": winner, "paper": PAPER, "rows": rows, "runs": runs}
-    output = place_of(args.output, values, number_of_runs, args.folder)
+    output = place_of(args.output, values, cells_of, args.folder)
     write_report(output, values, args.jobs)
     output.with_suffix(".md").write_text(to_markdown(rows))
     with output.with_suffix(".csv").open("w", newline="") as file:

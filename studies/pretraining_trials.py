@@ -21,7 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from common import FAILED, ROOT, interval, place_of, run_all, run_script, study_parser, with_interval, write_report
-from recipes import number_of_runs
+from recipes import cells_of
 
 
 HELD_OUT = 0.3  # of the training side, in fine-tuning
@@ -138,7 +138,7 @@ def main():
     rows = run_all(lambda name, threads: run(name, args, threads), args.trials, args.jobs)
     if not rows:
         raise SystemExit("No trial finished. The logs stand beside the folders.")
-    output = place_of(args.output, {"rows": rows}, number_of_runs, args.folder)
+    output = place_of(args.output, {"rows": rows}, cells_of, args.folder)
     # the second masks every molecule, as `mlm` and `mlm+mtr` do (those without `mlm` mask none)
     differences = {f"minus_{name}": minus(rows, name) for name in ("reference", "mlm+mtr+atoms")}
     write_report(output, {"rows": rows, **differences}, args.jobs)

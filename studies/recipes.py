@@ -151,8 +151,9 @@ def summarize(runs):
     return sorted(rows, key=lambda row: row.get("minus_reference", [0.0])[0])
 
 
-def number_of_runs(report):
-    return sum(len(row["validation_mse"]) for row in report["rows"])
+def cells_of(report):
+    """Returns what the runs of a report are of: row and seed (`set[tuple]`)."""
+    return {(row["name"], str(seed)) for row in report["rows"] for seed in row["validation_mse"]}
 
 
 def to_markdown(rows):
@@ -182,7 +183,7 @@ def main():
     rows = summarize(run_all(lambda cell, threads: run(cell, args, threads), filter(is_wanted, cells), args.jobs))
     if not rows:
         raise SystemExit(f"There is no finished run in {args.folder}.")
-    output = place_of(args.output, {"rows": rows}, number_of_runs, args.folder)
+    output = place_of(args.output, {"rows": rows}, cells_of, args.folder)
     write_report(output, {"rows": rows}, args.jobs)
     output.with_suffix(".md").write_text(to_markdown(rows))
     print(to_markdown(rows))

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -700,9 +699,11 @@ def test_an_adapter_without_a_head_of_its_own_has_that_of_its_base(tiny_checkpoi
         model = load_model(MolformerForRegression, model_args, build_tokenizer(), merge=merge).eval()
         assert not model.head_is_new
         torch.testing.assert_close(model(**batch).logits, expected)
-    with pytest.raises(InputError, match="Neither the adapter .*none nor its base .* has a regression head"):
-        load_model(MolformerForRegression, replace(model_args, model_name_or_path=str(tmp_path / "none")),
-                   build_tokenizer())  # fmt: skip
+    start = ("--model_name_or_path", tmp_path / "none", "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match="Neither the adapter .*none nor its base has a regression head to go into"):
+        call_main(*start, "--merge_adapter")
+    with pytest.raises(InputError, match="has no trained regression head to evaluate"):
+        call_main(*start, "--train_file", small_table, "--do_eval")
 
 
 def test_the_revision_of_a_base_on_the_hub_is_kept(base, tmp_path):

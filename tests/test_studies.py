@@ -606,15 +606,13 @@ def test_a_run_from_a_restored_one_without_weights_says_so(tmp_path):
 def test_a_part_of_a_study_replaces_no_whole_table(tmp_path):
     whole = tmp_path / "results" / "recipes.json"
     whole.parent.mkdir()
-    rows = [{"validation_mse": {"0": 0.4, "1": 0.5}}, {"validation_mse": {"0": 0.3}}]
-    assert common.place_of(whole, {"rows": rows}, recipes.number_of_runs, tmp_path) == whole  # there is none yet
+    rows = [{"name": "one", "validation_mse": {0: 0.4, 1: 0.5}}, {"name": "other", "validation_mse": {0: 0.3}}]
+    assert common.place_of(whole, {"rows": rows}, recipes.cells_of, tmp_path) == whole  # there is none yet
     whole.write_text(json.dumps({"rows": rows}))
-    assert common.place_of(whole, {"rows": rows}, recipes.number_of_runs, tmp_path) == whole
-    assert common.place_of(whole, {"rows": rows[:1]}, recipes.number_of_runs, tmp_path) == tmp_path / "recipes.json"
-    cells = [{"name": "regression", "split": split, "seeds": [0]} for split in ("random", "scaffold")]
-    whole.write_text(json.dumps({"rows": cells[:1]}))
-    for now, place in ((cells, whole), (cells[:1], whole), (cells[1:], tmp_path / "recipes.json")):
-        assert common.place_of(whole, {"rows": now}, table1.cells_of, tmp_path) == place  # as many, but others
+    assert common.place_of(whole, {"rows": rows}, recipes.cells_of, tmp_path) == whole
+    assert common.place_of(whole, {"rows": rows[:1]}, recipes.cells_of, tmp_path) == tmp_path / "recipes.json"
+    more = [rows[0], {"name": "a third", "validation_mse": {0: 0.3, 1: 0.3}}]  # more runs, but not these
+    assert common.place_of(whole, {"rows": more}, recipes.cells_of, tmp_path) == tmp_path / "recipes.json"
 
 
 def test_a_folder_that_no_study_made_is_left_alone(tmp_path):
@@ -1030,6 +1028,7 @@ def test_a_part_of_the_comparison_keeps_the_rest_of_it(monkeypatch, tmp_path):
     assert report["winner"] is None and "lora-0.006-random-0" in trained
 
     # all methods with one seed: none has won, and nothing is trained on scaffolds
+    output.unlink()  # what stands in for the script leaves no finished runs, which would be in this one too
     flags = ["--seeds", "0", "--folder", str(folder), "--output", str(output), "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", ["peft_comparison.py", *flags])
     peft_comparison.main()
@@ -1109,7 +1108,8 @@ def test_tuning_ends_where_a_rate_diverges_and_keeps_what_was_tuned_before(monke
     monkeypatch.setattr(peft_comparison, "run_cells", run_cells)
     report = tmp_path / "peft_tuning.json"
     tuned_before = {"learning_rate": 1.0, "validation_mse": 0.1, "seeds": [0], "tried": {"1.0": [0.1]}}
-    report.write_text(json.dumps({"tuned": {"ia3": tuned_before, "lora": {}}, "runs": [{"method": "ia3"}]}))
+    ran_before = {"method": "ia3", "name": "tune-ia3", "learning_rate": 1.0, "seed": 0}
+    report.write_text(json.dumps({"tuned": {"ia3": tuned_before, "lora": {}}, "runs": [ran_before]}))
     args = argparse.Namespace(
         methods=["lora", "bitfit"], output=tmp_path / "peft_comparison.json", jobs=1, folder=tmp_path
     )
@@ -1117,7 +1117,7 @@ def test_tuning_ends_where_a_rate_diverges_and_keeps_what_was_tuned_before(monke
     peft_comparison.tune(args)
     values = json.loads(report.read_text())
     assert values["tuned"]["lora"]["learning_rate"] == 2e-3 and list(values["tuned"]["lora"]["tried"])[-1] == "0.02"
-    assert values["tuned"].keys() == {"ia3", "lora"} and values["runs"][0] == {"method": "ia3"}
+    assert values["tuned"].keys() == {"ia3", "lora"} and values["runs"][0] == ran_before
     lines = report.with_suffix(".md").read_text().splitlines()
     assert lines[2].startswith("| ia3 |") and "0.02: 2000.000" in lines[3]
 
@@ -1130,7 +1130,7 @@ def test_a_whole_tuning_counts_with_fewer_runs_than_the_one_before(monkeypatch, 
 
     monkeypatch.setattr(peft_comparison, "run_cells", run_cells)
     report, folder = tmp_path / "peft_tuning.json", tmp_path / "runs"
-    runs = [{"method": "bitfit"}] * 99
+    runs = [{"method": "bitfit", "name": "tune-bitfit", "learning_rate": rate, "seed": 0} for rate in range(99)]
     report.write_text(json.dumps({"tuned": {"lora": {"learning_rate": 1.0}}, "runs": runs}))
     args = argparse.Namespace(
         methods=["lora", "bitfit"], output=tmp_path / "peft_comparison.json", jobs=1, folder=folder, finished=False
