@@ -235,13 +235,19 @@ def to_markdown(rows, detected, runs, exact=None):
 
 
 def plot(rows, path):
-    """Draws for each pool and split the paired differences with their intervals."""
+    """Draws for each pool (a column) and split (a row) the paired differences with their intervals."""
     from matplotlib.figure import Figure
 
     found = groups(rows)
     names = [name for name in NAMES if any(r["name"] == name and "selected_minus_this" in r for r in rows)][::-1]
-    figure, handles = Figure(figsize=(4.5 * len(found), 3.4), layout="constrained"), {}
-    for axes, group in zip(np.atleast_1d(figure.subplots(1, len(found), sharey=True)), found, strict=True):
+    pools, splits = (list(dict.fromkeys(group[place] for group in found)) for place in (0, 1))
+    size = (1.5 + 3.5 * len(pools), 0.6 + 2.9 * len(splits))
+    figure, handles = Figure(figsize=size, layout="constrained"), {}
+    panels = figure.subplots(len(splits), len(pools), sharey=True, squeeze=False)
+    for axes, group in zip(panels.flat, ((pool, split) for split in splits for pool in pools), strict=True):
+        if group not in found:
+            axes.set_axis_off()
+            continue
         here = [row for row in rows if (row["pool"], row["split"]) == group and row["name"] in names]
         for first, color, shift in (("selected", "tab:blue", 0.12), ("group_influence", "tab:orange", -0.12)):
             key = f"{first}_minus_this"

@@ -320,7 +320,10 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     }
     spans = [f"{min(weights):.{digits}f} to {max(weights):.2f}"
              for weights, digits in ((by_pool["1400"], 2), (by_pool["300"], 0))]  # fmt: skip
-    assert f"of {spans[0]} in these runs and of {spans[1]} with the pool of 300, where it is 0 in two of five" in text
+    assert (
+        f"of {spans[0]} with the pool of 1,400 and of {spans[1]} with that of 300, where it is 0 in two of five"
+        in text
+    )
     assert by_pool["300"].count(0.0) == 2
     compared = {name: row["group_influence_minus_this"] for name, row in rows.items() if name != "group_influence"}
     stands = stands_by_holm([(*pair, len(rows[name]["test_mse"])) for name, pair in compared.items()])
@@ -331,7 +334,7 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     assert f"both ({min(memory):.1f} to {max(memory):.1f} GB in the runs of the study below" in text
     paired = [rows[name]["group_influence_minus_this"] for name in ("random", "all")]
     assert all(difference + half < 0 for difference, half in [*paired, rows["bottom"]["group_influence_minus_this"]])
-    less = "test error is {}, which is {} less than with half at random and {} less than with all (95 % intervals)"
+    less = "test error is {}, which is {} less than with half at random and {} less than with all, and not"
     differences = [f"{-difference:.3f} ± {half:.3f}" for difference, half in paired]
     assert less.format(mean["group_influence"], *differences) in text
     assert f"not far from {mean['right_label']}, that with half at random of the right labels alone" in text
