@@ -42,7 +42,7 @@ RUN_FILES = """
     influence_scores.csv influence.json merged_train.csv validation.csv test.csv
     influence_scores.png influence_convergence.png influence_selection.png
 """.split()
-MERGED_FILES = ("merged_train.csv", "validation.csv", "test.csv")  # of run_influence.py
+MERGED_FILES = {"train": "merged_train.csv", "validation": "validation.csv", "test": "test.csv"}  # of run_influence.py
 CARD_FILE, OWN_CARD_FILE = "README.md", "MODEL_CARD.md"  # the second beside a README.md of the user's
 CARD_MARK = "- Command: `python run_"  # a line of every card
 STAGED = "to_push"  # a folder with what a push that failed was to send
@@ -68,6 +68,8 @@ NEEDED_SETTINGS = {
     "remove_unused_columns": True, "length_column_name": "length", "restore_callback_states_from_checkpoint": False,
     # a training that was cut short would pass for a whole one; numbers are those of float32; no kernels for the model
     "enable_jit_checkpoint": False, "bf16_full_eval": False, "fp16_full_eval": False, "use_liger_kernel": False,
+    # the run is sent once, at its end
+    "hub_strategy": "every_save", "hub_always_push": False,
 }  # fmt: skip
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "swanlab", "clearml", "dvclive")  # called as their packages
 # what the result of a training depends on
@@ -363,6 +365,8 @@ class TrainingArguments(transformers.TrainingArguments):
 
     _argument_group_name = "training, evaluation and the Hub (arguments of Hugging Face's trainer)"
     given = frozenset()  # names of the flags that the user gave
+    run_values = None  # what would repeat the run, of the parser
+    expects_no_run = False  # whether the output folder was empty at the start
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Where everything is written. Default: outputs/ and the script's name."}
@@ -385,12 +389,10 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Send the finished run to the Hub, once, at the end."})
-    hub_strategy: str = field(default="every_save", metadata={"help": "No effect: the run is sent at its end."})
     hub_private_repo: bool | None = field(
         default=None,
         metadata={"help": "Whether the repository is private. One that is there already and public is then refused."},
     )
-    hub_always_push: bool = field(default=False, metadata={"help": "No effect: the run is sent at its end."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the encoder. Default: the script's, see the README."}
     )
@@ -756,6 +758,7 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
         if path.is_file():
             raise InputError(f"The output folder {output_dir} cannot be: {path} is a file. Give another --output_dir.")
     if not output_dir.is_dir() or all(path.name == LOCK_FILE for path in output_dir.iterdir()):
+        training_args.expects_no_run = True
         return None
     if output_dir.resolve() == Path(EMBEDDED_CHECKPOINT):
         raise InputError(f"--output_dir {output_dir} is the embedded checkpoint. Give another --output_dir.")
@@ -793,7 +796,7 @@ def holds_run(output_dir):
 def users_files(output_dir, replaces, in_pieces):
     """Returns the names of the files in a folder without a run that one which `replaces` an earlier run would."""
     names = RUN_FILES if replaces else EVALUATION_FILES
-    spared = {CARD_FILE, OWN_CARD_FILE} | (set() if in_pieces else set(MERGED_FILES))
+    spared = {CARD_FILE, OWN_CARD_FILE} | (set() if in_pieces else set(MERGED_FILES.values()))
     return [name for name in names if name not in spared and (output_dir / name).exists()]
 
 
@@ -870,7 +873,8 @@ def paths_of_run(output_dir):
     found = [path for path in output_dir.glob("*") if is_piece(path) or is_checkpoint(path)]
     found += [output_dir / "merged"] if is_merged(output_dir / "merged") else []
     found += [output_dir / STAGED] if is_card(output_dir / STAGED / CARD_FILE) else []
-    names = RUN_FILES if (output_dir / "influence.json").exists() else set(RUN_FILES) - set(MERGED_FILES)
+    scored = (output_dir / "influence.json").exists()
+    names = RUN_FILES if scored else set(RUN_FILES) - set(MERGED_FILES.values())
     files = [output_dir / name for name in names if (output_dir / name).exists()]
     return found + [path for path in files if path.name not in (CARD_FILE, OWN_CARD_FILE) or is_card(path)]
 
@@ -923,7 +927,9 @@ def begin_writing(training_args, checkpoint, source=None, replace=None, check=No
         replace (`bool`, *optional*): whether an old run goes; by default if the new one trains and does not resume.
         check (`Callable`, *optional*): refuses what else cannot be resumed, when the settings are known to be right.
     Raises:
-        InputError: if the old run's checkpoints would go, and the model comes from one of them (`source`).
+        InputError: if the old run's checkpoints would go, and the model comes from one of them (`source`); if an input
+            file would; if an interrupted run began with other settings; if another process writes the folder, or has
+            written it since this one found it empty.
     """
     if replace is None:
         replace = checkpoint is None and training_args.do_train
@@ -932,7 +938,7 @@ def begin_writing(training_args, checkpoint, source=None, replace=None, check=No
         raise InputError(f"--output_dir {training_args.output_dir} would replace {source}. Give another --output_dir.")
     named = [
         (name, path)
-        for name, value in (getattr(training_args, "run_values", None) or {}).items() if name in INPUT_FILES
+        for name, value in (training_args.run_values or {}).items() if name in INPUT_FILES
         for path in (value if isinstance(value, list) else [value])
     ]  # fmt: skip
     for name, value in named:
@@ -949,7 +955,13 @@ def begin_writing(training_args, checkpoint, source=None, replace=None, check=No
         torch.distributed.barrier()  # no process may find the folder that another one has begun to write
     if training_args.should_save:
         make_folder(training_args.output_dir)
+        if replace and training_args.expects_no_run and holds_run(folder):
+            raise InputError(
+                f"Another run has written to {training_args.output_dir} since this one began. Give another "
+                "--output_dir."
+            )
         lock_folder(training_args.output_dir)
+        training_args.expects_no_run = False
         if replace:
             clear_run(training_args.output_dir)
         write_arguments(training_args)
@@ -967,8 +979,8 @@ def make_folder(output_dir):
 
 def write_arguments(training_args):
     """Writes the arguments of a run into its folder; those of an evaluation beside those of the training."""
-    values, folder = getattr(training_args, "run_values", None), Path(training_args.output_dir)
-    if values is None:  # of a member of an ensemble, or of a call without a command line
+    folder = Path(training_args.output_dir)
+    if training_args.run_values is None:  # of a member of an ensemble, or of a call without a command line
         return
     path = folder / ARGUMENTS_FILE
     if not training_args.do_train and path.exists() and of_training(path):
@@ -989,10 +1001,16 @@ def of_training(path):
 
 
 def settled_values(training_args):
-    """Returns the values to repeat a run, with those that were found here and may be found otherwise elsewhere."""
+    """Returns the values to repeat a run, with those that were found here and may be found otherwise elsewhere.
+
+    The steps of evaluations and checkpoints follow the log by default, whose own are free in a run that is resumed.
+    """
     values = {**training_args.run_values, "output_dir": training_args.output_dir}
     if training_args.do_train:
         values |= {"bf16": training_args.bf16, "learning_rate": training_args.learning_rate}
+        for kind in ("eval", "save"):
+            if getattr(training_args, f"{kind}_strategy") == "steps":
+                values[f"{kind}_steps"] = getattr(training_args, f"{kind}_steps")
     return values
 
 
@@ -1002,7 +1020,7 @@ def check_resumed(training_args):
     Files and models are compared by name.
     """
     path = Path(training_args.output_dir) / ARGUMENTS_FILE
-    if getattr(training_args, "run_values", None) is None or not path.exists():
+    if training_args.run_values is None or not path.exists():
         return
     begun = json.loads(path.read_text(encoding="utf-8"))
     values = json.loads(json.dumps(settled_values(training_args)))
@@ -1012,7 +1030,7 @@ def check_resumed(training_args):
         return Path(value).name if isinstance(value, str) else value
 
     # what the run did not know of then had the value that is now the default
-    known = {**begun, **{name: None for name in getattr(training_args, "given", ())}}
+    known = {**begun, **{name: None for name in training_args.given}}
     names = [name for name in known if name not in library and name not in FREE_SETTINGS]
     other = [name for name in names if compared(begun.get(name)) != compared(values.get(name))]
     if other:

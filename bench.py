@@ -638,14 +638,13 @@ def read_corpus(count):
         path = Path(folder) / "corpus.txt"
         path.write_text("\n".join(smiles[i % len(smiles)] for i in range(count)) + "\n")
         code = (
-            "import resource, time\n"
+            "import time\n"
             "from utils_mlm import *; from arguments import *; from run_mlm import MlmArguments\n"
             "from trainer_regression import peak_memory; from utils_checkpoints import build_tokenizer\n"
             f"data = DataTrainingArguments(train_file={str(path)!r}, smiles_form='canonical')\n"
             f"start = time.time(); corpus = read_corpus(data.train_file, cache_dir={folder!r})\n"
             "encode_corpus(corpus, build_tokenizer(), data, MlmArguments(), data.train_file)\n"
-            "workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024\n"
-            "print(time.time() - start, max(peak_memory(), workers))"
+            "print(time.time() - start, max(peak_memory(), peak_memory(of_children=True)))"
         )
         seconds, peak = child(["-c", code], HF_HOME=folder, HF_HUB_OFFLINE="1").split()[-2:]
     return {"molecules": count, "seconds": float(seconds), "peak_memory_bytes": int(peak)}

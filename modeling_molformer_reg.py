@@ -8,7 +8,8 @@ of the Hub's remote-code MoLFormer (`ibm/MoLFormer-XL-both-10pct`) by key name a
 
 Ross et al., Large-scale chemical language representations capture molecular structure and properties, Nature Machine
 Intelligence 4 (2022), https://arxiv.org/abs/2106.09553. Shape letters: B batch, T tokens, H heads, D head size, C
-hidden size, F random features, L layers, K labels, M descriptors, A descriptors of an atom, R radii, V vocabulary.
+hidden size, F random features, L layers, Q tokens that attend (the first ones), K labels, M descriptors, A descriptors
+of an atom, R radii, V vocabulary.
 """
 
 import math
@@ -65,6 +66,11 @@ class MolformerConfig(PreTrainedConfig):
         atom_descriptor_names (`list[str]`, *optional*): A names of numbers that it predicts for each atom.
         environment_buckets (`list[int]`, *optional*): R numbers of classes into which the surroundings of an atom are
             hashed, within one bond, two bonds and so on; they go with `atom_descriptor_names`.
+        smiles_form (`str`, *optional*): `"canonical"`, `"isomeric"` or `"raw"`: how the SMILES were written that the
+            model learned; `smiles_max_length` (`int`, *optional*) tokens they might have.
+        split_hash (`str`, *optional*): of the split whose training molecules the model learned.
+        rdkit_version (`str`, *optional*): which computed the head's descriptors.
+        base_weights (`str`, *optional*): of an adapter, hash of the weights that it adapts.
 
     Raises:
         ValueError: if a number or name cannot describe a model.
@@ -106,6 +112,11 @@ class MolformerConfig(PreTrainedConfig):
         descriptor_names=None,
         atom_descriptor_names=None,
         environment_buckets=None,
+        smiles_form=None,
+        smiles_max_length=None,
+        split_hash=None,
+        rdkit_version=None,
+        base_weights=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -137,6 +148,11 @@ class MolformerConfig(PreTrainedConfig):
         self.descriptor_names = descriptor_names
         self.atom_descriptor_names = atom_descriptor_names
         self.environment_buckets = environment_buckets
+        self.smiles_form = smiles_form
+        self.smiles_max_length = smiles_max_length
+        self.split_hash = split_hash
+        self.rdkit_version = rdkit_version
+        self.base_weights = base_weights
         kwargs["problem_type"] = kwargs.get("problem_type") or "regression"  # or a pipeline would answer sigmoids
         if "id2label" not in kwargs:
             kwargs.setdefault("num_labels", 1)  # a regression on one label, not the library's two classes
@@ -191,12 +207,10 @@ class MolformerConfig(PreTrainedConfig):
                 raise ValueError(f"{field} has {len(value)} entries, but the model has {self.num_labels} labels.")
             if kind is not str and not all(map(math.isfinite, value)):
                 raise ValueError(f"{field}={value!r} must be finite.")
-        longest = getattr(self, "smiles_max_length", None)
-        if longest is not None and not isinstance(longest, int):
-            raise ValueError(f"smiles_max_length={longest!r} must be a whole number.")
-        form = getattr(self, "smiles_form", None)
-        if form not in (None, "canonical", "isomeric", "raw"):
-            raise ValueError(f"smiles_form={form!r} is unknown. Choose canonical, isomeric or raw.")
+        if not isinstance(self.smiles_max_length, (int, type(None))):
+            raise ValueError(f"smiles_max_length={self.smiles_max_length!r} must be a whole number.")
+        if self.smiles_form not in (None, "canonical", "isomeric", "raw"):
+            raise ValueError(f"smiles_form={self.smiles_form!r} is unknown. Choose canonical, isomeric or raw.")
         if bool(self.atom_descriptor_names) != bool(self.environment_buckets):
             raise ValueError("atom_descriptor_names and environment_buckets go together: one head predicts both.")
         if self.label_std is not None and not all(std > 0 for std in self.label_std):
@@ -248,11 +262,11 @@ def linear_attention(query, key, value, attention_mask, eps):
     out = q (kᵀ v) / clamp(q · Σ k, eps), where the mask multiplies the mapped keys.
 
     Args:
-        query, key (`torch.Tensor`): mapped by the feature map, shape (B, T, H, F).
+        query, key (`torch.Tensor`): mapped by the feature map, shapes (B, Q, H, F) and (B, T, H, F).
         value (`torch.Tensor`): shape (B, T, H, D).
         attention_mask (`torch.Tensor`, *optional*): shape (B, T), 1 for a token and 0 for padding.
     Returns:
-        `torch.Tensor` of shape (B, T, H, D), and the masked keys (B, T, H, F).
+        `torch.Tensor` of shape (B, Q, H, D), and the masked keys (B, T, H, F).
     """
     kind = query.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -267,7 +281,7 @@ def linear_attention(query, key, value, attention_mask, eps):
     query = query.transpose(1, 2).contiguous()  # once, for the two products that take it
     key_value = masked_key.transpose(-1, -2) @ value  # (B, H, F, D)
     key_sum = masked_key.sum(dim=-2).unsqueeze(-1)  # (B, H, F, 1)
-    normalizer = (query @ key_sum).clamp(min=eps)  # (B, H, T, 1)
+    normalizer = (query @ key_sum).clamp(min=eps)  # (B, H, Q, 1)
     return ((query @ key_value) / normalizer).transpose(1, 2), key
 
 
@@ -309,21 +323,21 @@ class MolformerSelfAttention(nn.Module):
         self.feature_map = MolformerFeatureMap(config)
 
     def forward(self, hidden_states, asked, attention_mask, cos, sin, feature_weight=None, output_attentions=False):
-        """Returns what the states `asked` (B, A, C), those of the first A tokens, attend to; attentions or `None`."""
+        """Returns what the states `asked` (B, Q, C), those of the first Q tokens, attend to; attentions or `None`."""
         per_head = (self.num_heads, hidden_states.shape[-1] // self.num_heads)  # no -1: a batch may be empty
         shape, count = (*hidden_states.shape[:2], *per_head), asked.shape[1]
-        query = self.query(asked).view(len(asked), count, *per_head)  # (B, A, H, D)
+        query = self.query(asked).view(len(asked), count, *per_head)  # (B, Q, H, D)
         query = apply_rotary(query, cos[:, :count], sin[:, :count])
         key = apply_rotary(self.key(hidden_states).view(shape), cos, sin)
         value = self.value(hidden_states).view(shape)
-        query = self.feature_map(query, feature_weight)  # (B, T, H, F)
+        query = self.feature_map(query, feature_weight)  # (B, Q, H, F)
         key = self.feature_map(key, feature_weight)
         context, key = linear_attention(query, key, value, attention_mask, self.eps)
         attentions = None
         if output_attentions:  # the quadratic form of the same thing: rows that sum to one
             wide = torch.promote_types(query.dtype, torch.float32)  # the sums are too large for float16
             with torch.autocast(query.device.type, enabled=False):
-                scores = query.transpose(1, 2).to(wide) @ key.permute(0, 2, 3, 1).to(wide)  # (B, H, T, T)
+                scores = query.transpose(1, 2).to(wide) @ key.permute(0, 2, 3, 1).to(wide)  # (B, H, Q, T)
                 attentions = (scores / scores.sum(dim=-1, keepdim=True).clamp(min=self.eps)).to(query.dtype)
         return context.reshape(asked.shape), attentions
 

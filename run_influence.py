@@ -33,6 +33,7 @@ import pandas as pd
 from arguments import (
     EMBEDDED_CHECKPOINT,
     EMBEDDED_DATA,
+    MERGED_FILES,
     TRAINING_SETTINGS,
     DataTrainingArguments,
     InputError,
@@ -474,9 +475,8 @@ def merge(parts, added):
 
 def write_merged(output_dir, parts, selected):
     """Writes the training molecules with the selected ones, and the other parts, as files for run_regression.py."""
-    files = {"train": "merged_train.csv", "validation": "validation.csv", "test": "test.csv"}
     for name, rows in add_molecules(parts, selected).items():
-        write_csv(rows.rename(columns={"smiles": "SMILES"})[["SMILES", "label"]], output_dir / files[name])
+        write_csv(rows.rename(columns={"smiles": "SMILES"})[["SMILES", "label"]], output_dir / MERGED_FILES[name])
 
 
 def plot_scores(table, path, by="score"):
@@ -862,28 +862,27 @@ def merged_command(parts, start_args, data_args, training_args, leakage):
     from utils_checkpoints import load_config
 
     output_dir = Path(training_args.output_dir)
-    files = {"train": "merged_train.csv", "validation": "validation.csv", "test": "test.csv"}
     command = ["python", "run_regression.py"]
     for name in ("model_name_or_path", "config_name", "tokenizer_name", "model_revision"):
         value = getattr(start_args, name)
         command += [f"--{name}", shown_path(value)] if value not in (None, getattr(ModelArguments, name, None)) else []
     start_config = load_config(start_args)
-    if getattr(start_config, "split_hash", None) is not None:  # of the molecules without the selected ones
+    if start_config.split_hash is not None:  # of the molecules without the selected ones
         command += ["--ignore_split_mismatch"]
     for name, value in start_args.config_overrides().items():
         if name == "head_descriptors":
             value = ["all"] if value == default_descriptors() else value
         command += [f"--{name}", *(value if isinstance(value, list) else [str(value).lower()])]
-    for part, name in files.items():
+    for part, name in MERGED_FILES.items():
         command += [f"--{part}_file", str(output_dir / name)] if part in parts else []
-    usual = getattr(start_config, "smiles_form", None) or "canonical"
+    usual = start_config.smiles_form or "canonical"
     command += [] if data_args.smiles_form == usual else ["--smiles_form", data_args.smiles_form]
     command += ["--protocol", "paper"] if data_args.protocol == "paper" else []
     longer = data_args.max_length != DataTrainingArguments.max_length
     command += ["--max_length", str(data_args.max_length)] if longer else []
     if data_args.label_name not in (None, "the label"):  # the merged file calls its column label
         command += ["--label_name", data_args.label_name]
-    values = getattr(training_args, "run_values", None) or {}
+    values = training_args.run_values or {}
     settings = (*TRAINING_SETTINGS, "augment_smiles")
     names = [name for name in settings if name in training_args.given]
     command += as_flags({name: values.get(name) for name in names})
@@ -900,7 +899,7 @@ def check_pool(model, whole, model_args, data_args):
     Raises:
         InputError: if it has learned the pool, unless `--ignore_split_mismatch`.
     """
-    known = getattr(model.config, "split_hash", None)
+    known = model.config.split_hash
     if known is None and not model.head_is_new:
         logger.warning(
             "%s does not say which molecules it learned. If those to score are among them, or validation or test "

@@ -153,6 +153,8 @@ def main(model_args, data_args, mlm_args, training_args):
     from utils_report import finish_run, plot_losses
 
     # Data, tokenizer and model
+    if training_args.learning_rate is None:  # of a call without the parser
+        training_args.learning_rate = DEFAULTS["learning_rate"]
     tokenizer = load_tokenizer(model_args)
     config = load_config(model_args)
     settle_smiles_form(config, data_args)

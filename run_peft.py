@@ -473,7 +473,7 @@ def begin_peft(model_args, data_args, peft_args, training_args):
     from utils_checkpoints import find_members, hub_options, weights_digest
 
     settled = {"peft_rank": peft_args.peft_rank, "peft_alpha": peft_args.peft_alpha}
-    if getattr(training_args, "run_values", None) and training_args.do_train:  # the defaults of a method may change
+    if training_args.run_values and training_args.do_train:  # the defaults of a method may change
         training_args.run_values |= {name: value for name, value in settled.items() if value is not None}
     checkpoint = setup_run(training_args, data_args)
     if members := find_members(model_args):
@@ -500,7 +500,7 @@ def is_merge_alone(model_args, peft_args, training_args):
     """Returns whether an adapter is only to be merged: `--merge_adapter` with one, and no `--do_train` by the user."""
     from utils_checkpoints import find_base
 
-    named = getattr(training_args, "run_values", None) or {}  # --do_train said so: then an adapter is refused as base
+    named = training_args.run_values or {}  # --do_train said so: then an adapter is refused as base
     if not (peft_args.merge_adapter and training_args.do_train) or named.get("do_train"):
         return False
     return find_base(model_args.model_name_or_path, model_args) is not None
@@ -588,7 +588,9 @@ def main(model_args, data_args, peft_args, training_args):
     if training_args.do_predict:
         predictions = {name: [trainer.predict_molecules(part)] for name, part in parts.items()}
         if trainer.is_world_process_zero():
-            metrics, table = write_reports(training_args.output_dir, parts, predictions, digest, data_args)
+            metrics, table = write_reports(
+                training_args.output_dir, parts, predictions, digest, data_args, training_args.do_train
+            )
             trainer.save_metrics("predict", metrics)
             print(table)
     elif training_args.do_train and trainer.is_world_process_zero():

@@ -144,7 +144,7 @@ def _from_folder(model_args, folder):
 def predict_new(model_args, data_args, regression_args, training_args):
     """Predicts the molecules of `--test_file`, labels or not, and writes predictions.csv or standard output."""
     to_output = data_args.test_file == "-"
-    if "output_dir" not in training_args.given:  # the default is where the model is
+    if "output_dir" not in training_args.given and training_args.output_dir == DEFAULTS["output_dir"]:  # the model's
         training_args.output_dir = "outputs/predictions"
     if data_args.max_predict_samples is not None:
         raise InputError("--max_predict_samples shortens the parts of a split. All rows of --test_file are predicted.")
@@ -258,7 +258,9 @@ def main(model_args, data_args, regression_args, training_args):
                 metrics |= {f"eval_{key}": value for key, value in values.items()}
                 metrics["eval_samples"] = len(parts[held_out])
         if training_args.do_predict:
-            test_metrics, table = write_reports(output_dir, parts, predictions, digest, data_args)
+            test_metrics, table = write_reports(
+                output_dir, parts, predictions, digest, data_args, training_args.do_train
+            )
             metrics |= test_metrics
             print(table)
         elif training_args.do_train:

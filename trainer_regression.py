@@ -366,10 +366,7 @@ class MolformerTrainer(Trainer):
     def create_optimizer(self, model=None):
         """Creates the optimizer, with `--head_learning_rate` for the head and `--layer_rate_decay` for the encoder."""
         optimizer = super().create_optimizer(model)
-        if (
-            getattr(self.args, "head_learning_rate", None) is None
-            and getattr(self.args, "layer_rate_decay", None) is None
-        ):
+        if self.args.head_learning_rate is None and self.args.layer_rate_decay is None:
             return optimizer
         model = self.model if model is None else model
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -385,8 +382,7 @@ class MolformerTrainer(Trainer):
 
     def _learning_rate(self, name):
         """Returns the peak learning rate of the parameter of this name."""
-        head_rate = getattr(self.args, "head_learning_rate", None)
-        decay = getattr(self.args, "layer_rate_decay", None)
+        head_rate, decay = self.args.head_learning_rate, self.args.layer_rate_decay
         if "classifier." in name:
             return head_rate or self.args.learning_rate
         if decay is None:
@@ -782,17 +778,24 @@ def evaluate_nothing(training_args):
     training_args.load_best_model_at_end = False
 
 
-def peak_memory():
-    """Returns the most memory that this process has held so far, in bytes: of the GPU if it has used one."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+def peak_memory(of_children=False):
+    """Returns the most memory that this process has held so far, in bytes: of the GPU if it has used one.
+
+    Args:
+        of_children (`bool`): what the largest of the processes has held that it started and that have ended.
+    """
+    if not of_children and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage counts on Linux what the parent held when it started this process
+    if (
+        not of_children and status.exists()
+    ):  # getrusage counts on Linux what the parent held when it started this process
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    whose = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
+    return resource.getrusage(whose).ru_maxrss * unit
 
 
 def training_set(molecules, tokenizer, data_args, training_args, descriptors=None):
@@ -1032,13 +1035,14 @@ def measure_predictions(molecules, predictions, model_name):
     return metrics, lines, tests
 
 
-def write_reports(output_dir, parts, members, digest, data_args):
+def write_reports(output_dir, parts, members, digest, data_args, trained=True):
     """Writes predictions.csv, splits.json and the plots of a run into its output folder.
 
     Args:
         parts (`dict[str, pandas.DataFrame]`): molecules of each split.
         members (`dict[str, list[numpy.ndarray]]`): for each of them the predictions of every model, (N, forms, K)
             each, in label units.
+        trained (`bool`): whether this run trained the models, and did not find them.
     Returns:
         the metrics of `measure_predictions`, and the same as a text table.
     """
@@ -1065,5 +1069,6 @@ def write_reports(output_dir, parts, members, digest, data_args):
             if metrics.get(f"test_mse_{baseline}{end}", math.inf) < metrics.get(f"test_mse{end}", -math.inf):
                 text += "\n" + advice.format(of_which)
     if data_args.protocol == "paper":
-        text += "\nProtocol of the paper: the epoch was chosen by the test loss, so the test numbers are optimistic."
+        chosen = "the epoch was" if trained else "of a model that was trained by it, the epoch was"
+        text += f"\nProtocol of the paper: {chosen} chosen by the test loss, so the test numbers are optimistic."
     return metrics, text

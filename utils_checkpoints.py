@@ -158,12 +158,12 @@ def check_auto_map(source, auto_map):
 def settle_smiles_form(config, data_args):
     """Fills in form and length of the SMILES where the user named none: the fine-tuned checkpoint's, or the usual."""
     if data_args.smiles_form is None:
-        data_args.smiles_form = getattr(config, "smiles_form", None) or "canonical"
+        data_args.smiles_form = config.smiles_form or "canonical"
         if data_args.smiles_form != "canonical":
             logger.info("SMILES are read in %s form, as in the training of the model", data_args.smiles_form)
     usual = DataTrainingArguments.max_length
     if data_args.max_length == usual:  # a model that has learned longer ones is asked for them too
-        data_args.max_length = max(usual, getattr(config, "smiles_max_length", None) or usual)
+        data_args.max_length = max(usual, config.smiles_max_length or usual)
         if data_args.max_length > usual:
             logger.info(
                 "Molecules of up to %d tokens are taken, as in the training of the model", data_args.max_length
@@ -336,7 +336,7 @@ def check_base_fits(source, base, base_hub, config):
                 f"The adapter {source} does not fit its base {base}: {name} is {getattr(config, name)} there and "
                 f"{getattr(other, name)} in the base. Correct the base's name in the adapter's configuration."
             )
-    digest = getattr(config, "base_weights", None)
+    digest = config.base_weights
     now = digest and weights_digest(base, {name: base_hub[name] for name in ("cache_dir", "revision")})
     if digest and now and digest != now:
         raise InputError(
@@ -361,11 +361,11 @@ def _load_adapted(model_class, source, found, hub, values, merge):
         model = model_class.from_pretrained(base, **base_hub, **values)
         model.molformer.load_state_dict(adapted.molformer.state_dict())
         for name in ("split_hash", "smiles_form", "smiles_max_length"):
-            setattr(model.config, name, getattr(adapted.config, name, None))
+            setattr(model.config, name, getattr(adapted.config, name))
         return model
     config = MolformerConfig.from_pretrained(source, **hub, **values)
     check_base_fits(source, base, {name: base_hub[name] for name in ("cache_dir", "revision")}, config)
-    vars(config).pop("base_weights", None)  # of the adapter alone
+    config.base_weights = None  # of the adapter alone
     try:
         with without_warnings():  # of a head that the base lacks, and the adapter has
             model = model_class.from_pretrained(base, config=config, **base_hub)
@@ -476,7 +476,7 @@ def check_descriptors(config, source, named):
             "checkpoint without a regression head."
         )
     compute_descriptors(parse_smiles("C"), own)
-    version = getattr(config, "rdkit_version", rdBase.rdkitVersion)
+    version = config.rdkit_version or rdBase.rdkitVersion
     if own and version != rdBase.rdkitVersion:
         logger.warning(
             "%s was trained on descriptors of RDKit %s; here is %s, some of which may differ",
@@ -488,7 +488,7 @@ def forget_head(config):
     """Takes from a configuration what it knows of a regression head that the model no longer has."""
     config.label_mean = config.label_std = config.label_names = config.label_column = config.head_descriptors = None
     config.id2label, config.label2id = {0: "LABEL_0"}, {"LABEL_0": 0}
-    vars(config).pop("rdkit_version", None)
+    config.rdkit_version = None
 
 
 def check_labels(config, source, count):
@@ -584,7 +584,7 @@ def check_split(config, digest, data_args, checkpoint=None):
                 f"{getattr(config, other[0])}. Resume with the model that the run began with."
             )
         config = saved
-    known = getattr(config, "split_hash", None)
+    known = config.split_hash
     if known is None or digest is None or known == digest:
         return
     message = (

@@ -375,7 +375,7 @@ def describe_atoms(batch, tokenizer, names, buckets):
     """Returns descriptors and environments of each molecule's atoms, flat, for `datasets.Dataset.map`.
 
     Atoms come in the order of their tokens. A molecule that RDKit cannot read, or of which it removed atoms that have
-    a token, such as [H], has none.
+    a token, such as [H], has none; nor has one with a wildcard (*), whose token is no atom's.
     """
     is_atom = atom_tokens(tokenizer)
     columns = {"atom_descriptors": [], "environments": []}
@@ -436,8 +436,9 @@ def add_atoms(dataset, tokenizer, mlm_args, heads):
 class PretrainingCollator:
     """Pads a batch, masks its tokens if `mlm_probability` is given, and adds what other heads are to predict.
 
-    Of the chosen tokens 80 % become `<mask>`, 10 % another token, 10 % stay. What is masked is a function of the batch
-    and the seed, not of a random state: a resumed run masks as the uninterrupted one, whatever was prefetched.
+    Of the chosen tokens 80 % become `<mask>`, 10 % any token of the vocabulary, 10 % stay. What is masked is a
+    function of the batch and the seed, not of a random state: a resumed run masks as the uninterrupted one, whatever
+    was prefetched.
     """
 
     def __init__(self, tokenizer, mlm_probability, seed, masked_share=1.0, atom_names=(), buckets=()):

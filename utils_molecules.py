@@ -66,14 +66,14 @@ UNREADABLE = (pd.errors.ParserError, EOFError, OSError, ValueError, csv.Error, l
 UNREADABLE += (zipfile.BadZipFile, tarfile.TarError, ImportError)  # of archives, which pandas knows by their names
 
 
-def read_table(path, smiles_column=None, label_column=None, require_label=True, prefix=""):
+def read_table(path, smiles_column=None, label_column=None, prefix=""):
     """Reads a CSV or TSV of SMILES and labels; .gz, .xz, CRLF line ends and a byte-order mark are fine.
 
     Args:
         prefix (`str`): stands before smiles_column and label_column in the flags that messages name.
     Returns:
-        `pandas.DataFrame` with columns `row` (int), `smiles` (str, as given) and, if there is one, `label` (float); of
-        several labels each has a column `label:` and its name, NaN where it is missing.
+        `pandas.DataFrame` with columns `row` (int), `smiles` (str, as given) and `label` (float); of several labels
+        each has a column `label:` and its name, NaN where it is missing.
     Raises:
         InputError: for a file that is absent, empty, not UTF-8 or no table, a column that it lacks, and labels that
             are missing, infinite or text; the message names the value and its row.
@@ -89,7 +89,7 @@ def read_table(path, smiles_column=None, label_column=None, require_label=True, 
         raise InputError(f"{path} cannot be read as a table: {error}") from error
     refuse_shifted(path, columns, separator)
     refuse_joined(table, separator, path)
-    molecules = _to_molecules(table, path, smiles_column, label_column, require_label, prefix)
+    molecules = _to_molecules(table, path, smiles_column, label_column, prefix)
     refuse_repeated([molecules.attrs["smiles_column"], *molecules.attrs["label_columns"]], columns, path)
     return molecules
 
@@ -253,9 +253,7 @@ def load_hub_dataset(name, config_name=None, cache_dir=None):
         ) from error
 
 
-def read_hub_dataset(
-    name, config_name=None, cache_dir=None, smiles_column=None, label_column=None, require_label=True
-):
+def read_hub_dataset(name, config_name=None, cache_dir=None, smiles_column=None, label_column=None):
     """Reads the `train` split of a Hub data set in the form of `read_table`."""
     dataset = load_hub_dataset(name, config_name, cache_dir)
     others = [split for split in dataset.info.splits or () if split != "train"]
@@ -263,7 +261,7 @@ def read_hub_dataset(
         logger.warning("Of %s the split train alone is read, and split here; not read: %s.", name, ", ".join(others))
     table = dataset.to_pandas()
     table = table.map(lambda value: "" if value is None else str(value))
-    return _to_molecules(table, name, smiles_column, label_column, require_label)
+    return _to_molecules(table, name, smiles_column, label_column)
 
 
 def find_column(columns, wanted, candidates, flag, source):
@@ -307,12 +305,12 @@ def find_labels(columns, wanted, flag, source):
     return [name for name in names if name is not None]
 
 
-def _to_molecules(table, source, smiles_column, label_column, require_label, prefix=""):
+def _to_molecules(table, source, smiles_column, label_column, prefix=""):
     columns = [str(column) for column in table.columns]
     table.columns = columns
     smiles = find_smiles(columns, smiles_column, source, prefix)
     labels = find_labels(columns, label_column, f"--{prefix}label_column", source)
-    if not labels and require_label:
+    if not labels:
         predict = "" if prefix else " To predict molecules, pass --do_predict --test_file, without --train_file."
         raise InputError(
             f"{source} has no label column; it has: {', '.join(columns)}. Pass --{prefix}label_column.{predict}"
@@ -324,23 +322,23 @@ def _to_molecules(table, source, smiles_column, label_column, require_label, pre
     )
     for label in labels:
         name = "label" if len(labels) == 1 else f"{LABEL_PREFIX}{label}"
-        molecules[name] = _to_numbers(table[label], label, source, require_label, may_lack=len(labels) > 1)
+        molecules[name] = _to_numbers(table[label], label, source, may_lack=len(labels) > 1)
     molecules.attrs |= {"smiles_column": smiles, "smiles_flag": f"--{prefix}smiles_column", "label_columns": labels}
     return molecules
 
 
-def _to_numbers(texts, column, source, required, may_lack=False):
-    """Labels as floats. Missing, infinite and text values are an error where a label is required, else NaN.
+def _to_numbers(texts, column, source, may_lack=False):
+    """Labels as floats. Infinite and text values are an error, and missing ones.
 
     Args:
-        may_lack (`bool`): whether a label may be missing all the same.
+        may_lack (`bool`): whether a label may be missing; it is NaN then.
     """
     numbers = pd.to_numeric(texts, errors="coerce").astype(float)
     wrong = ~np.isfinite(numbers)
     if may_lack:
         wrong &= ~texts.fillna("").astype(str).str.strip().str.lower().isin(MISSING)
     bad = np.flatnonzero(wrong)
-    if len(bad) and required:
+    if len(bad):
         given = next((text for text in texts.iloc[bad].astype(str) if text.strip()), "")
         comma = re.fullmatch(r"\s*[-+]?\d+,\d+\s*", given)
         advice = "Decimals are to be written with a point." if comma else "Correct or remove these rows."

@@ -241,7 +241,8 @@ def end_with_parent():
 def prepared_pieces(pieces, smiles_column, arguments, workers, share=slice(None)):
     """Yields every piece with what `prepare` makes of a `share` of it; workers prepare the next one meanwhile."""
     pool, seen = None, 0
-    inline = INLINE // 10 if arguments[-1] else INLINE  # descriptors take ten times as long as all else
+    *_, descriptors = arguments
+    inline = INLINE // 10 if descriptors else INLINE  # descriptors take ten times as long as all else
 
     def start(piece):
         nonlocal pool, seen

@@ -414,7 +414,7 @@ def caption(run, name):
 
 
 def license_of_base(run):
-    """Returns the licence that the card of the checkpoint names from which a run started; `None` if none is known."""
+    """Returns the license that the card of the checkpoint names from which a run started; `None` if none is known."""
     hub = {"cache_dir": run.values.get("cache_dir"), "revision": run.values.get("model_revision", "main")}
     for source in dict.fromkeys(filter(None, (run.read_from, run.start))):
         if source in LICENSES:
@@ -434,7 +434,7 @@ def hub_type(name):
 
 
 def card_data(run):
-    """Returns the metadata of a card: licence, base, tags, and results as `model-index`."""
+    """Returns the metadata of a card: license, base, tags, and results as `model-index`."""
     evaluations = [
         EvalResult(
             task_type="regression",

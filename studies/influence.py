@@ -33,12 +33,9 @@ from common import (
     with_interval,
     write_report,
 )
-from run_once import ROOT, checksums, is_done
+from run_once import checksums, is_done
 
-
-sys.path.insert(0, str(ROOT))
-
-from run_influence import ONLY_LISSA  # noqa: E402
+from run_influence import ONLY_LISSA
 
 
 START = "models/molformer-mini"

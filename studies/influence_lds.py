@@ -20,7 +20,6 @@ import argparse
 import copy
 import hashlib
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,15 +30,12 @@ from filelock import FileLock
 from run_once import checksums
 from scipy import stats
 
-
-sys.path.insert(0, str(ROOT))
-
-from arguments import EMBEDDED_DATA, DataTrainingArguments, ModelArguments, TrainingArguments  # noqa: E402
-from modeling_molformer_reg import MolformerForRegression  # noqa: E402
-from run_influence import InfluenceArguments  # noqa: E402
-from trainer_regression import select_parts  # noqa: E402
-from utils_checkpoints import load_tokenizer  # noqa: E402
-from utils_influence import (  # noqa: E402
+from arguments import EMBEDDED_DATA, DataTrainingArguments, ModelArguments, TrainingArguments
+from modeling_molformer_reg import MolformerForRegression
+from run_influence import InfluenceArguments
+from trainer_regression import select_parts
+from utils_checkpoints import load_tokenizer
+from utils_influence import (
     GROUP_DAMPING,
     PROJECTION_SIZE,
     MoleculeProblem,
@@ -49,7 +45,7 @@ from utils_influence import (  # noqa: E402
     molecule_losses,
     scores_by_jvp,
 )
-from utils_molecules import load_molecules, read_json, write_text  # noqa: E402
+from utils_molecules import load_molecules, read_json, write_text
 
 
 BATCH, EPOCHS, RATE = 32, 7, 6e-4

@@ -18,6 +18,8 @@ from pathlib import Path
 from common import machine
 from run_once import ROOT, is_finished
 
+from utils_molecules import write_text
+
 
 RUNS = ROOT / "results" / "runs.jsonl"
 FOLDERS = ("outputs", "work")
@@ -53,7 +55,7 @@ def keep(root=ROOT, path=RUNS):
             time = int((root / f"{record['folder']}.command").stat().st_mtime)
             records[record["folder"]] = record | {"machine": machine(), "time": time}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(records[folder]) + "\n" for folder in sorted(records)))
+    write_text("".join(json.dumps(records[folder]) + "\n" for folder in sorted(records)), path)
     return len(records)
 
 

@@ -12,7 +12,6 @@ in logD units, and the command of every row.
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import peft_comparison
@@ -20,10 +19,7 @@ import table1
 from common import ROOT, interval, place_of, share_of_test, with_interval, write_report
 from run_once import is_finished
 
-
-sys.path.insert(0, str(ROOT))
-
-from run_influence import PAPER_LOSSES  # noqa: E402
+from run_influence import PAPER_LOSSES
 
 
 TABLE_1 = {  # test MSE, MAE, R² of the paper

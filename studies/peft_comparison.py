@@ -43,10 +43,7 @@ from common import (
 from kept_runs import RUNS, read_records
 from run_once import is_done
 
-
-sys.path.insert(0, str(ROOT))
-
-from run_peft import METHODS  # noqa: E402
+from run_peft import METHODS
 
 
 PAPER = {  # test MSE and final training loss of its appendix, of full fine-tuning the test MSE of its Table 1

@@ -76,13 +76,6 @@ RECIPES = {
 }
 
 
-def flags_of(name):
-    """Returns the flags of a row of the table; one that is no recipe is of a recipe without the mean."""
-    if name in RECIPES:
-        return RECIPES[name]
-    return next(without_mean(flags) for recipe, flags in RECIPES.items() if recipe.replace(MEAN, "") == name)
-
-
 def without_mean(flags):
     """Returns flags without --predict_augment and its value."""
     place = flags.index("--predict_augment")

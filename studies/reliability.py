@@ -35,8 +35,6 @@ from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
 
-sys.path.insert(0, str(ROOT))
-
 SCRIPTS = {
     "run_regression.py": [],
     "run_mlm.py": [],

@@ -49,7 +49,10 @@ def read_log(runs, until, before=None, processes=()):
         last = until[number] if number < len(until) else state["global_step"]
         if last > state["global_step"]:
             raise SystemExit(f"The log of {run} ends at step {state['global_step']}, before {last}.")
-        batch = state["train_batch_size"] * (processes[number] if number < len(processes) else 1)
+        arguments = run / "arguments.json"
+        settings = json.loads(arguments.read_text()) if arguments.exists() else {}
+        batch = state["train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
+        batch *= processes[number] if number < len(processes) else 1
         logged = [{key: entry[key] for key in KEPT if key in entry} for entry in state["log_history"]]
         first = next((values for values in logged if values), None)
         if any(first.items() <= entry.items() for entry in entries if first):

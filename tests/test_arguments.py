@@ -34,6 +34,7 @@ from arguments import (
     clear_run,
     end_writing,
     find_checkpoint,
+    is_finished,
     is_out_of_space,
     last_complete_checkpoint,
     member_arguments,
@@ -962,6 +963,35 @@ def test_a_run_is_marked_unfinished_until_it_ends(tmp_path):
     assert not (tmp_path / "run" / UNFINISHED).exists()
     begin_writing(training_args, None)
     assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
+def test_a_run_that_was_written_meanwhile_is_not_replaced(tmp_path):
+    """Two runs that found the folder empty: the second to begin writing is refused, also when the first has ended."""
+    first, second = (arguments_for(tmp_path / "run", do_train=True) for _ in range(2))
+    assert find_checkpoint(*first) is None and find_checkpoint(*second) is None
+    begin_writing(first[0], None)
+    (tmp_path / "run" / "all_results.json").write_text("{}")
+    end_writing(first[0])
+    with pytest.raises(InputError, match="Another run has written to .*run since this one began"):
+        begin_writing(second[0], None)
+    assert is_finished(tmp_path / "run") and not (tmp_path / "run" / UNFINISHED).exists()
+
+
+BY_STEPS = ["--eval_strategy", "steps", "--save_strategy", "steps"]
+
+
+@pytest.mark.parametrize(("flags", "other", "same"), [
+    ([*BY_STEPS, "--logging_steps", "5"], ["--logging_steps", "7"], ["--logging_steps", "5"]),
+    (["--logging_steps", "5"], None, ["--logging_steps", "7"]),
+])  # fmt: skip
+def test_a_resumed_run_evaluates_and_saves_at_the_same_steps(tmp_path, flags, other, same):
+    """They follow the log by default, whose steps are free where it is the log alone."""
+    flags = [*flags, "--output_dir", tmp_path, "--do_train"]
+    begin_writing(parse(*flags)[2], None)
+    begin_writing(parse(*flags, *same)[2], "checkpoint-5")
+    if other is not None:
+        with pytest.raises(InputError, match="--eval_steps 5, not 7; --save_steps 5, not 7"):
+            begin_writing(parse(*flags, *other)[2], "checkpoint-5")
 
 
 HOLDER = "import sys; from arguments import lock_folder; lock_folder(sys.argv[1]); print('held', flush=True); input()"

@@ -19,7 +19,15 @@ from conftest import ROOT, TWO_PROCESSES
 import run_mlm
 import trainer_regression
 import utils_mlm
-from arguments import InputError, is_finished, last_complete_checkpoint, parse_arguments
+from arguments import (
+    DataTrainingArguments,
+    InputError,
+    ModelArguments,
+    TrainingArguments,
+    is_finished,
+    last_complete_checkpoint,
+    parse_arguments,
+)
 from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
 from utils_checkpoints import build_tokenizer
 from utils_molecules import compute_descriptors, default_descriptors, parse_smiles
@@ -79,6 +87,19 @@ def test_unknown_metric_for_the_best_model_is_refused_before_an_older_run_is_rep
         run_mlm.main(*parse(*flags, "--metric_for_best_model", "accuracy", "--overwrite_output_dir"))
     assert {*re.search("one of (.*)[.]", str(error.value))[1].split(", ")} == measured - {"samples"}
     assert (tmp_path / "x" / "model.safetensors").exists()
+
+
+def test_main_takes_arguments_that_no_parser_made(tiny_checkpoint, small_table, tmp_path):
+    """As in a notebook: the rate is the script's own."""
+    training_args = TrainingArguments(output_dir=str(tmp_path / "x"), max_steps=1, disable_tqdm=True, use_cpu=True)
+    run_mlm.main(
+        ModelArguments(tiny_checkpoint),
+        DataTrainingArguments(train_file=small_table),
+        run_mlm.MlmArguments(),
+        training_args,
+    )
+    assert training_args.learning_rate == run_mlm.DEFAULTS["learning_rate"]
+    assert results(tmp_path / "x")["train_steps"] == 1
 
 
 def test_an_evaluation_leaves_the_curves_of_the_training(tiny_checkpoint, small_table, tmp_path):

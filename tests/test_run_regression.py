@@ -22,7 +22,14 @@ from transformers import DataCollatorWithPadding, pipeline
 import run_regression
 import trainer_regression
 import utils_predict
-from arguments import InputError, last_complete_checkpoint, parse_arguments
+from arguments import (
+    DataTrainingArguments,
+    InputError,
+    ModelArguments,
+    TrainingArguments,
+    last_complete_checkpoint,
+    parse_arguments,
+)
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import training_set
 from utils_checkpoints import build_tokenizer
@@ -283,6 +290,16 @@ def test_predictions_and_metrics_agree_with_the_saved_model(finished_run, small_
     for row in (0, 7, 159):
         encoded = tokenizer(canonicalize(table["SMILES"][row], "canonical"), return_tensors="pt")
         assert float(model(**encoded).logits) == pytest.approx(table["prediction"][row], abs=1e-4)
+
+
+def test_main_predicts_into_the_folder_of_arguments_that_no_parser_made(finished_run, small_table, tmp_path):
+    """As in a notebook: which flags were given is not known there."""
+    run_regression.main(
+        ModelArguments(str(finished_run)), DataTrainingArguments(test_file=small_table),
+        run_regression.RegressionArguments(),
+        TrainingArguments(output_dir=str(tmp_path / "mine"), do_predict=True, use_cpu=True),
+    )  # fmt: skip
+    assert len(pd.read_csv(tmp_path / "mine" / "predictions.csv")) == 160
 
 
 def test_splits_file_repeats_the_split(finished_run, tiny_checkpoint, small_table, tmp_path):

@@ -1299,10 +1299,8 @@ def test_a_recipe_is_trained_as_it_says(tiny_checkpoint, small_table, tmp_path, 
     assert row["validation_mse"] == values["validation_mse"] != values["eval_mse"]
     mean, own = recipes.summarize([row])
     assert [r["name"] for r in (mean, own)] == ["1 random SMILES, mean of 11", "1 random SMILES"]
-    assert own["validation_mse"] == {3: values["eval_mse"]} and recipes.flags_of(own["name"]) == [
-        "--augment_smiles",
-        "1",
-    ]
+    assert own["validation_mse"] == {3: values["eval_mse"]}
+    assert recipes.without_mean(recipes.RECIPES[mean["name"]]) == ["--augment_smiles", "1"]
     assert own["command"] == mean["command"].replace(" --predict_augment 10", "") != mean["command"]
 
 
@@ -1362,6 +1360,8 @@ def test_what_several_runs_logged_is_told_by_the_molecules_seen(tmp_path):
     assert again[:3] == entries and total == seen + 20 * 4
     assert [(entry["run"], entry["molecules"]) for entry in again[3:]] == [(3, seen + 40), (3, seen + 80)]
     assert ship_checkpoint.read_log([tmp_path / "c"], [], processes=[2])[1] == 2 * 20 * 4
+    (tmp_path / "c" / "arguments.json").write_text('{"gradient_accumulation_steps": 3}')
+    assert ship_checkpoint.read_log([tmp_path / "c"], [])[1] == 3 * 20 * 4
     (tmp_path / "training_log.json").write_text(json.dumps(again))
     with pytest.raises(SystemExit, match="have the log of .*c already"):
         ship_checkpoint.read_log([tmp_path / "c"], [], tmp_path)

@@ -537,6 +537,18 @@ def test_batches_of_few_molecules_change_from_epoch_to_epoch(count, most):
     assert len(first & second) / len(first) < most
 
 
+@pytest.mark.parametrize(("trained", "told"), [
+    (True, "Protocol of the paper: the epoch was chosen by the test loss"),
+    (False, "of a model that was trained by it, the epoch was chosen by the test loss"),
+])  # fmt: skip
+def test_an_evaluation_by_the_papers_protocol_claims_no_choice_of_its_own(molecules, tmp_path, trained, told):
+    rows = molecules.assign(row=range(48), group=molecules["smiles"], text=molecules["smiles"])
+    parts = {"train": rows[:30].assign(split="train"), "test": rows[30:].assign(split="test")}
+    members = {name: [part["label"].to_numpy()[:, None, None]] for name, part in parts.items()}
+    arguments = DataTrainingArguments(protocol="paper")
+    assert told in trainer_regression.write_reports(tmp_path, parts, members, "hash", arguments, trained)[1]
+
+
 @pytest.mark.parametrize(("error", "told"), [(0.0, False), (9.0, True)])
 def test_a_model_that_is_worse_than_the_baseline_is_told(molecules, tmp_path, error, told):
     rows = molecules.assign(row=range(48), group=molecules["smiles"], text=molecules["smiles"])

@@ -219,12 +219,6 @@ def test_a_table_without_a_needed_column_is_refused_with_those_that_are_there(tm
     assert header.replace(",", ", ") in str(error.value) and flag in str(error.value)
 
 
-def test_labels_may_be_absent_where_none_is_required(tmp_path):
-    assert list(read_table(write(tmp_path, "smiles\nCCO\n"), require_label=False)) == ["row", "smiles"]
-    molecules = read_table(write(tmp_path, "smiles,label\nCCO,1\nCC,?\n"), require_label=False)
-    assert molecules["label"][0] == 1 and np.isnan(molecules["label"][1])
-
-
 @pytest.mark.parametrize("content", [b"", b"\n", b"\r\n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused(tmp_path, content):
     with pytest.raises(InputError, match="is empty.*header and at least one row"):

@@ -790,7 +790,7 @@ def test_a_folder_that_is_called_like_a_member_is_no_ensemble(tmp_path):
     assert "ensemble" not in card and f'from_pretrained("{tmp_path / "member-test"}"' in card
 
 
-def test_a_card_has_the_licence_of_the_card_beside_its_base(tmp_path):
+def test_a_card_has_the_license_of_the_card_beside_its_base(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-sa-3.0\n---\n\n# base\n")
     arguments = {"model_name_or_path": str(tmp_path / "base")}
