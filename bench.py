@@ -639,7 +639,7 @@ def read_corpus(count):
         path.write_text("\n".join(smiles[i % len(smiles)] for i in range(count)) + "\n")
         code = (
             "import time\n"
-            "from utils_mlm import *; from arguments import *; from run_mlm import MlmArguments\n"
+            "from utils_mlm import *; from arguments import DataTrainingArguments; from run_mlm import MlmArguments\n"
             "from trainer_regression import peak_memory; from utils_checkpoints import build_tokenizer\n"
             f"data = DataTrainingArguments(train_file={str(path)!r}, smiles_form='canonical')\n"
             f"start = time.time(); corpus = read_corpus(data.train_file, cache_dir={folder!r})\n"

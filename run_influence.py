@@ -33,18 +33,11 @@ import pandas as pd
 from arguments import (
     EMBEDDED_CHECKPOINT,
     EMBEDDED_DATA,
-    MERGED_FILES,
-    TRAINING_SETTINGS,
     DataTrainingArguments,
     InputError,
     ModelArguments,
     TrainingArguments,
     as_flags,
-    belongs_to_run,
-    paths_of_run,
-    run_script,
-    says_true,
-    setup_run,
 )
 from utils_influence import (
     MOST_IN_GROUP,
@@ -65,14 +58,23 @@ from utils_molecules import (
     load_molecules,
     prepare_molecules,
     read_header,
-    read_json,
     read_table,
     split_groups,
     split_hash,
     write_csv,
-    write_json,
 )
 from utils_report import finish_run, name_in_plot, save_figure, shown_path
+from utils_runs import (
+    MERGED_FILES,
+    TRAINING_SETTINGS,
+    belongs_to_run,
+    paths_of_run,
+    read_json,
+    run_script,
+    says_true,
+    setup_run,
+    write_json,
+)
 
 
 # chunks of 16 molecules of like length: in larger ones a batch of 32 is a third padding

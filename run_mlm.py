@@ -20,15 +20,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from arguments import (
-    DataTrainingArguments,
-    InputError,
-    ModelArguments,
-    TrainingArguments,
-    run_script,
-    setup_run,
-    usable_cores,
-)
+from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, usable_cores
+from utils_runs import run_script, setup_run
 
 
 DEFAULTS = {"output_dir": "outputs/mlm", "learning_rate": 6e-4, "per_device_eval_batch_size": 128}

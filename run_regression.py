@@ -24,11 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import (
-    DataTrainingArguments,
-    InputError,
-    ModelArguments,
-    TrainingArguments,
+from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, usable_cores
+from utils_runs import (
     begin_writing,
     end_writing,
     is_finished,
@@ -37,7 +34,6 @@ from arguments import (
     member_folders,
     run_script,
     setup_run,
-    usable_cores,
 )
 
 
@@ -155,8 +151,8 @@ def predict_new(model_args, data_args, regression_args, training_args):
     from modeling_molformer_reg import MolformerForRegression
     from trainer_regression import prepare_head
     from utils_checkpoints import load_model, load_tokenizer, settle_smiles_form
-    from utils_molecules import update_results
     from utils_predict import predict_file, summary_line
+    from utils_runs import update_results
 
     plan = plan_members(model_args, training_args, 1, None)
     tokenizer = load_tokenizer(plan[0][0])
@@ -196,8 +192,9 @@ def main(model_args, data_args, regression_args, training_args):
         write_splits,
     )
     from utils_checkpoints import check_split, load_config, load_tokenizer, settle_smiles_form
-    from utils_molecules import label_metrics, label_names, labels_of, load_molecules, read_json, write_json
+    from utils_molecules import label_metrics, label_names, labels_of, load_molecules
     from utils_report import finish_run
+    from utils_runs import read_json, write_json
 
     # Data
     set_learning_rate(training_args, data_args)

@@ -35,22 +35,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
-from arguments import (
-    ARGUMENTS_FILE,
-    SETTINGS_KEY,
-    TRAINING_SETTINGS,
-    InputError,
-    ModelArguments,
-    begin_writing,
-    end_writing,
-    is_checkpoint,
-    is_finished,
-    is_out_of_space,
-    last_complete_checkpoint,
-    make_folder,
-    of_training,
-    remove_checkpoints,
-)
+from arguments import InputError, ModelArguments
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_checkpoints import (
     PARTIAL_FILE,
@@ -73,16 +58,30 @@ from utils_molecules import (
     label_names,
     labels_of,
     morgan_counts,
-    read_json,
     regression_metrics,
     scale_of,
     to_text,
-    update_results,
     write_csv,
+)
+from utils_report import draw_worst_molecules, metrics_table, no_test, plot_losses, plot_parity, plot_residuals
+from utils_runs import (
+    ARGUMENTS_FILE,
+    SETTINGS_KEY,
+    TRAINING_SETTINGS,
+    begin_writing,
+    end_writing,
+    is_checkpoint,
+    is_finished,
+    is_out_of_space,
+    last_complete_checkpoint,
+    make_folder,
+    of_training,
+    read_json,
+    remove_checkpoints,
+    update_results,
     write_json,
     write_text,
 )
-from utils_report import draw_worst_molecules, metrics_table, no_test, plot_losses, plot_parity, plot_residuals
 
 
 LEARNING_RATES = {"default": 6e-4, "paper": 1e-4}  # the default was found on validation, see the README

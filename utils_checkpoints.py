@@ -25,20 +25,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from arguments import (
-    EMBEDDED_DATA,
-    EMBEDDED_VOCABULARY,
-    ROOT,
-    UNFINISHED,
-    DataTrainingArguments,
-    InputError,
-    hide_tokens,
-    last_complete_checkpoint,
-    member_folders,
-    project_path,
-)
+from arguments import EMBEDDED_DATA, EMBEDDED_VOCABULARY, ROOT, DataTrainingArguments, InputError, hide_tokens
 from modeling_molformer_reg import MolformerConfig, MolformerForRegression
 from utils_molecules import compute_descriptors, parse_smiles, use_cache_alone_without_network
+from utils_runs import UNFINISHED, last_complete_checkpoint, member_folders, project_path
 
 
 PARTIAL_FILE = "trained_parameters.json"  # of a checkpoint that holds some parameters: method, base, their names

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from transformers import EvalPrediction
 
-from arguments import InputError, is_out_of_space
+from arguments import InputError
 from trainer_regression import NO_ROOM, augment, cached_map
 from utils_molecules import (
     ATOM_DESCRIPTORS,
@@ -50,6 +50,7 @@ from utils_molecules import (
     scale_of,
     to_text,
 )
+from utils_runs import is_out_of_space
 
 
 MOST_HELD_OUT = 10_000  # molecules of a corpus; more would cost time and tell nothing new

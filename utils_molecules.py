@@ -12,7 +12,6 @@ import json
 import logging
 import lzma
 import math
-import os
 import re
 import tarfile
 import tempfile
@@ -33,6 +32,7 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 from tqdm.auto import tqdm
 
 from arguments import InputError
+from utils_runs import read_json, write_text
 
 
 OTHER_COLUMN = " If another column has the SMILES, name it ({})."
@@ -1044,38 +1044,6 @@ def baseline_predictions(features, labels, split):
 
 
 # ---------------------------------------------------------------------------------------------------- files
-
-
-def write_bytes(content, path):
-    """Writes a file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def write_text(text, path):
-    """Writes a text as UTF-8, whole or not at all."""
-    write_bytes(text.encode("utf-8"), path)
-
-
-def write_json(values, path):
-    """Writes JSON whole or not at all; NaN is refused, because it is no JSON."""
-    write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", path)
-
-
-def read_json(path):
-    """Returns what a JSON file holds; nothing, if it is not there."""
-    path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def update_results(folder, split, metrics):
-    """Writes metrics to `{split}_results.json`, and to all_results.json in place of older ones of this split."""
-    folder = Path(folder)
-    kept = {k: v for k, v in read_json(folder / "all_results.json").items() if not k.startswith(f"{split}_")}
-    write_json(metrics, folder / f"{split}_results.json")
-    write_json(kept | metrics, folder / "all_results.json")
 
 
 def write_csv(frame, path):

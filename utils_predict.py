@@ -25,7 +25,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from arguments import InputError, begin_writing
+from arguments import InputError
 from trainer_regression import summarize_predictions
 from utils_molecules import (
     LINE,
@@ -47,6 +47,7 @@ from utils_molecules import (
     split_header,
     unix_lines,
 )
+from utils_runs import begin_writing
 
 
 REPORTED = ("rmse", "mae", "r2")

@@ -32,24 +32,23 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from rdkit import rdBase
 
-from arguments import (
+from arguments import EMBEDDED_CHECKPOINT, EMBEDDED_DATA, ROOT, InputError, as_flags
+from utils_checkpoints import PARTIAL_FILE, find_file
+from utils_molecules import parse_smiles, regression_metrics, shorten
+from utils_runs import (
     ARGUMENTS_FILE,
     CARD_FILE,
     CARD_MARK,
-    EMBEDDED_CHECKPOINT,
-    EMBEDDED_DATA,
     OWN_CARD_FILE,
-    ROOT,
     STAGED,
-    InputError,
-    as_flags,
     end_writing,
     is_card,
     member_folders,
     project_path,
+    read_json,
+    write_bytes,
+    write_text,
 )
-from utils_checkpoints import PARTIAL_FILE, find_file
-from utils_molecules import parse_smiles, read_json, regression_metrics, shorten, write_bytes, write_text
 
 
 MODELING_FILE = "modeling_molformer_reg.py"

@@ -19,7 +19,7 @@ from run_once import ROOT, as_text, run_once
 from scipy import stats
 
 from arguments import gains_by_bfloat16
-from utils_molecules import write_text
+from utils_runs import write_text
 
 
 def machine():

@@ -45,7 +45,8 @@ from utils_influence import (
     molecule_losses,
     scores_by_jvp,
 )
-from utils_molecules import load_molecules, read_json, write_text
+from utils_molecules import load_molecules
+from utils_runs import read_json, write_text
 
 
 BATCH, EPOCHS, RATE = 32, 7, 6e-4

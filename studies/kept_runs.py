@@ -18,7 +18,7 @@ from pathlib import Path
 from common import machine
 from run_once import ROOT, is_finished
 
-from utils_molecules import write_text
+from utils_runs import write_text
 
 
 RUNS = ROOT / "results" / "runs.jsonl"

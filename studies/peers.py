@@ -26,16 +26,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import (  # noqa: E402
-    DataTrainingArguments,
-    InputError,
-    ModelArguments,
-    TrainingArguments,
-    begin_writing,
-    end_writing,
-    run_script,
-    setup_run,
-)
+from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments  # noqa: E402
+from utils_runs import begin_writing, end_writing, run_script, setup_run  # noqa: E402
 
 
 DEFAULTS = {"output_dir": "outputs/peers"}
@@ -121,8 +113,9 @@ def main(model_args, data_args, peer_args, training_args):
     setup_run(training_args, data_args)
 
     from utils_checkpoints import load_tokenizer
-    from utils_molecules import load_molecules, regression_metrics, write_csv, write_json
+    from utils_molecules import load_molecules, regression_metrics, write_csv
     from utils_report import metrics_table
+    from utils_runs import write_json
 
     training_args.do_train = True
     molecules, digest, _ = load_molecules(load_tokenizer(model_args), model_args, data_args, training_args)

@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from arguments import UNFINISHED, InputError, is_finished, last_complete_checkpoint, lock, run_pieces  # noqa: E402
+from arguments import InputError  # noqa: E402
+from utils_runs import UNFINISHED, is_finished, last_complete_checkpoint, lock, run_pieces  # noqa: E402
 
 
 def as_text(command):

@@ -21,10 +21,10 @@ from conftest import ROOT, TWO_PROCESSES
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import arguments
 import run_influence
 import run_regression
 import trainer_regression
+import utils_runs
 from arguments import DataTrainingArguments, InputError, ModelArguments, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from run_influence import (
@@ -890,14 +890,14 @@ def test_a_run_that_began_before_there_was_a_flag_goes_on(tmp_path):
         flags = ["--output_dir", str(tmp_path), "--seed", "3", *more]
         return parse_arguments(*run_influence.ARGUMENTS, defaults=run_influence.DEFAULTS, args=flags)[-1]
 
-    arguments.write_arguments(parsed())
+    utils_runs.write_arguments(parsed())
     values = json.loads((tmp_path / "arguments.json").read_text())
     assert values.pop("rank_by") == "score"
     (tmp_path / "arguments.json").write_text(json.dumps(values))
-    arguments.check_resumed(parsed())
+    utils_runs.check_resumed(parsed())
     for more in (("--rank_by", "group_influence"), ("--pool_size", "200")):
         with pytest.raises(InputError, match=f"began with {more[0]} .*, not {more[1]}"):
-            arguments.check_resumed(parsed(*more))
+            utils_runs.check_resumed(parsed(*more))
 
 
 def test_a_named_start_is_looked_for_where_the_user_is(finished_run, tiny_checkpoint, tmp_path, monkeypatch):

@@ -19,18 +19,11 @@ from conftest import ROOT, TWO_PROCESSES
 import run_mlm
 import trainer_regression
 import utils_mlm
-from arguments import (
-    DataTrainingArguments,
-    InputError,
-    ModelArguments,
-    TrainingArguments,
-    is_finished,
-    last_complete_checkpoint,
-    parse_arguments,
-)
+from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
 from utils_checkpoints import build_tokenizer
 from utils_molecules import compute_descriptors, default_descriptors, parse_smiles
+from utils_runs import is_finished, last_complete_checkpoint
 
 
 QUICK = ("--num_train_epochs", "2", "--disable_tqdm", "true")

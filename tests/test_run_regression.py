@@ -22,18 +22,12 @@ from transformers import DataCollatorWithPadding, pipeline
 import run_regression
 import trainer_regression
 import utils_predict
-from arguments import (
-    DataTrainingArguments,
-    InputError,
-    ModelArguments,
-    TrainingArguments,
-    last_complete_checkpoint,
-    parse_arguments,
-)
+from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import training_set
 from utils_checkpoints import build_tokenizer
 from utils_molecules import regression_metrics
+from utils_runs import last_complete_checkpoint
 
 
 FILES = (

@@ -26,7 +26,7 @@ from arguments import InputError, parse_arguments
 from modeling_molformer_reg import MolformerForRegression
 from trainer_regression import LEARNING_RATES
 from utils_checkpoints import build_tokenizer
-from utils_molecules import write_json
+from utils_runs import write_json
 
 
 sys.path.insert(0, str(ROOT / "studies"))
@@ -539,7 +539,7 @@ def test_a_run_that_another_process_writes_is_not_replaced(tmp_path):
     (tmp_path / "a-0").mkdir()
     (tmp_path / "a-0.command").write_text("python other.py\n")
     hold = (
-        f"from arguments import *; held = lock(Path({str(tmp_path / 'a-0')!r})); print('ready', flush=True); input()"
+        f"from utils_runs import *; held = lock(Path({str(tmp_path / 'a-0')!r})); print('ready', flush=True); input()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     other = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, **pipes)

@@ -13,19 +13,13 @@ import torch
 from transformers import TrainerState
 
 import trainer_regression
-from arguments import (
-    EMBEDDED_DATA,
-    DataTrainingArguments,
-    InputError,
-    ModelArguments,
-    TrainingArguments,
-    last_complete_checkpoint,
-)
+from arguments import EMBEDDED_DATA, DataTrainingArguments, InputError, ModelArguments, TrainingArguments
 from modeling_molformer_reg import MolformerForRegression
 from run_peft import PeftArguments, adapt
 from trainer_regression import LengthGroupedBatchSampler, RegressionTrainer, augment, summarize_predictions, to_dataset
 from utils_checkpoints import build_tokenizer
 from utils_molecules import canonicalize
+from utils_runs import last_complete_checkpoint
 
 
 def arguments(folder, **values):

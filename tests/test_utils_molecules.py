@@ -68,11 +68,10 @@ from utils_molecules import (
     to_text,
     warn_of_few,
     write_csv,
-    write_json,
-    write_text,
 )
 from utils_predict import open_table
 from utils_report import draw_worst_molecules, plot_residuals
+from utils_runs import write_json, write_text
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ import run_peft
 import run_regression
 import trainer_regression
 import utils_report
-from arguments import EMBEDDED_DATA, InputError, is_card, parse_arguments
+from arguments import EMBEDDED_DATA, InputError, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
 from utils_checkpoints import build_tokenizer
 from utils_report import (
@@ -36,6 +36,7 @@ from utils_report import (
     plot_parity,
     plot_residuals,
 )
+from utils_runs import is_card
 
 
 @pytest.mark.parametrize("scale", [1, 10_000], ids=["logD", "labels in the hundreds"])
