@@ -748,8 +748,9 @@ def main(model_args, data_args, influence_args, training_args):
     checkpoint = setup_run(training_args, data_args, in_pieces=True)
 
     from modeling_molformer_reg import MolformerForRegression
-    from trainer_regression import begin_run, prepare_head, select_parts, set_learning_rate, write_splits
+    from trainer_regression import begin_run, prepare_head, select_parts, set_learning_rate
     from utils_checkpoints import check_split, load_config, load_model, load_tokenizer, settle_smiles_form
+    from utils_report import write_splits
 
     # Data
     tokenizer = load_tokenizer(model_args)

@@ -126,7 +126,7 @@ def main(model_args, data_args, mlm_args, training_args):
     check_arguments(model_args, data_args, mlm_args, training_args)
 
     from modeling_molformer_reg import MolformerForMaskedLM
-    from trainer_regression import MolformerTrainer, begin_run, check_evaluated, write_splits
+    from trainer_regression import MolformerTrainer, begin_run, check_evaluated
     from utils_checkpoints import (
         check_split,
         forget_head,
@@ -143,7 +143,7 @@ def main(model_args, data_args, mlm_args, training_args):
         load_data,
         measure_scale,
     )
-    from utils_report import finish_run, plot_losses
+    from utils_report import finish_run, plot_losses, write_splits
 
     # Data, tokenizer and model
     if training_args.learning_rate is None:  # of a call without the parser

@@ -513,8 +513,6 @@ def main(model_args, data_args, peft_args, training_args):
         order_labels,
         select_parts,
         train_regression,
-        write_reports,
-        write_splits,
     )
     from utils_checkpoints import (
         check_split,
@@ -526,7 +524,7 @@ def main(model_args, data_args, peft_args, training_args):
         settle_smiles_form,
     )
     from utils_molecules import load_molecules
-    from utils_report import finish_run, write_card
+    from utils_report import finish_run, write_card, write_reports, write_splits
 
     # Data
     tokenizer, config = load_tokenizer(model_args), load_config(model_args)

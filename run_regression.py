@@ -188,12 +188,10 @@ def main(model_args, data_args, regression_args, training_args):
         select_parts,
         set_learning_rate,
         train_regression,
-        write_reports,
-        write_splits,
     )
     from utils_checkpoints import check_split, load_config, load_tokenizer, settle_smiles_form
     from utils_molecules import label_metrics, label_names, labels_of, load_molecules
-    from utils_report import finish_run
+    from utils_report import finish_run, write_reports, write_splits
     from utils_runs import read_json, write_json
 
     # Data

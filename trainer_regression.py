@@ -21,7 +21,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pandas as pd
 import torch
 from rdkit import rdBase
 from torch.utils.data import Sampler, SequentialSampler
@@ -48,22 +47,19 @@ from utils_checkpoints import (
 )
 from utils_molecules import (
     LABEL_PREFIX,
-    MOST_FOR_RIDGE,
     SPLITS,
-    baseline_predictions,
     descriptors_of,
     encode_random_smiles,
     label_columns,
     label_metrics,
     label_names,
     labels_of,
-    morgan_counts,
     regression_metrics,
     scale_of,
     to_text,
     write_csv,
 )
-from utils_report import draw_worst_molecules, metrics_table, no_test, plot_losses, plot_parity, plot_residuals
+from utils_report import plot_losses
 from utils_runs import (
     ARGUMENTS_FILE,
     SETTINGS_KEY,
@@ -85,11 +81,6 @@ from utils_runs import (
 
 
 LEARNING_RATES = {"default": 6e-4, "paper": 1e-4}  # the default was found on validation, see the README
-BASELINE_ADVICE = {  # where a baseline has the lower test error
-    "mean": "The mean of the training labels has the lower error{}: the model has learned nothing of use. Train "
-    "longer, or with more molecules.",
-    "fingerprint_ridge": "Ridge regression on fingerprints has the lower error{}: use that, or train longer.",
-}
 
 
 # Raise the number when what a cached function computes changes; RDKit's answers differ between versions.
@@ -876,7 +867,7 @@ def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, di
     kept = key_file.read_text(encoding="utf-8").split() if key_file.exists() else None
     if kept == [key, processes]:
         if is_finished(folder):
-            return json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
+            return read_json(Path(folder) / "all_results.json")
         start = last_complete_checkpoint(folder)
     elif kept and kept[0] == key:
         raise InputError(
@@ -902,25 +893,7 @@ def fine_tune(folder, model_args, data_args, training_args, tokenizer, parts, di
     end_writing(stage_args)
     if stage_args.should_save:  # a finished stage is not resumed, and they are several times as large as the model
         remove_checkpoints(folder)
-    return json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
-
-
-def summarize_predictions(members):
-    """Returns the mean prediction of each molecule and how far its parts lie apart, from those of all members.
-
-    Args:
-        members (`list[numpy.ndarray]`): predictions of each member, shape (N, forms, K).
-    Returns:
-        predictions (N, K); and sample standard deviations (N, K) by name: `prediction_sd` over two members or more,
-        `augment_sd` over two SMILES forms or more.
-    """
-    predictions = np.stack(members)  # (members, N, forms, K)
-    spreads = {}
-    if predictions.shape[0] > 1:
-        spreads["prediction_sd"] = predictions.mean(axis=2).std(axis=0, ddof=1)
-    if predictions.shape[2] > 1:
-        spreads["augment_sd"] = predictions.mean(axis=0).std(axis=1, ddof=1)
-    return predictions.mean(axis=(0, 2)), spreads
+    return read_json(Path(folder) / "all_results.json")
 
 
 def begin_run(training_args, checkpoint, source, dropped, **options):
@@ -958,116 +931,3 @@ def check_evaluated(training_args, digest):
             f"The output folder {folder} holds a training of another split, whose splits.json and predictions this "
             "evaluation would replace. Give another --output_dir."
         )
-
-
-def write_splits(output_dir, parts, digest, data_args):
-    """Writes splits.json: the rows of each part (`dict[str, pandas.DataFrame]`) and the hash of the split."""
-    rows = {name: [int(row) for row in part["row"]] for name, part in parts.items()}
-    write_json({"split": data_args.split, "hash": digest, **rows}, Path(output_dir) / "splits.json")
-
-
-def label_ends(molecules):
-    """Returns of each label its column, its name, and what stands after the names of its numbers.
-
-    A single label has neither name nor end.
-    """
-    names = {
-        column: "" if column == "label" else column.removeprefix(LABEL_PREFIX) for column in label_columns(molecules)
-    }
-    return [(column, name, f"_{name}" if name else "") for column, name in names.items()]
-
-
-def write_predictions(output_dir, molecules, numbers, data_args):
-    """Writes predictions.csv: of every label the measured and the predicted value, spreads and error.
-
-    Args:
-        molecules (`pandas.DataFrame`): of all parts.
-        numbers (`dict[str, numpy.ndarray]`): predictions and spreads by their names, (N, K) each.
-    """
-    table = molecules[["row", "smiles"]].rename(columns={"smiles": "SMILES"})
-    for number, (column, _, end) in enumerate(label_ends(molecules)):
-        table[f"label{end}"] = molecules[column]
-        for name, values in numbers.items():
-            table[f"{name}{end}"] = values[:, number]
-        table[f"error{end}"] = table[f"prediction{end}"] - table[f"label{end}"]
-    table["split"] = molecules["split"]
-    # as one file, in its order; separate files follow one another
-    in_one_file = data_args.validation_file is None and data_args.test_file is None
-    write_csv(table.sort_values("row", kind="stable") if in_one_file else table, Path(output_dir) / "predictions.csv")
-
-
-def measure_predictions(molecules, predictions, model_name):
-    """Returns what the predictions (N, K) of all molecules come to.
-
-    Returns:
-        metrics of every split and of the baselines on the test set (`dict[str, float]`), of several labels each with
-        the label's name at its end; the same as lines of `metrics_table`; and by label the test molecules with
-        `label` and `prediction`, where there are training molecules beside them.
-    """
-    metrics = {f"{name}_samples": int(count) for name, count in molecules["split"].value_counts(sort=False).items()}
-    lines, tests, features = [], {}, None
-    if len(molecules) > MOST_FOR_RIDGE:
-        logger.info("No ridge regression beside the model: that is for up to %d molecules", MOST_FOR_RIDGE)
-    elif {"train", "test"} <= set(molecules["split"]):
-        logger.info(
-            "For comparison: ridge regression on fingerprints, %d training molecules", metrics["train_samples"]
-        )
-        features = morgan_counts(molecules["group"])
-    for number, (column, label, end) in enumerate(label_ends(molecules)):
-        one = molecules.assign(label=molecules[column], prediction=predictions[:, number])
-        one = one[one["label"].notna()]
-        for name, part in one.groupby("split", sort=False):
-            values = regression_metrics(part["prediction"], part["label"])
-            lines.append((f"{model_name} {label}".strip(), name, len(part), values))
-            metrics |= {f"{name}_{key}{end}": value for key, value in values.items()}
-            metrics[f"{name}_samples{end}"] = len(part)
-        is_test = (one["split"] == "test").to_numpy()
-        if not is_test.any() or not (one["split"] == "train").any():
-            continue
-        tests[label] = one[is_test]
-        known = None if features is None else features[one.index]
-        baselines = baseline_predictions(known, one["label"].to_numpy(), one["split"].to_numpy())
-        for baseline, predicted in baselines.items():
-            values = regression_metrics(predicted[is_test], tests[label]["label"])
-            lines.append((f"{baseline} {label}".strip(), "test", len(tests[label]), values))
-            metrics |= {f"test_{key}_{baseline}{end}": value for key, value in values.items()}
-    return metrics, lines, tests
-
-
-def write_reports(output_dir, parts, members, digest, data_args, trained=True):
-    """Writes predictions.csv, splits.json and the plots of a run into its output folder.
-
-    Args:
-        parts (`dict[str, pandas.DataFrame]`): molecules of each split.
-        members (`dict[str, list[numpy.ndarray]]`): for each of them the predictions of every model, (N, forms, K)
-            each, in label units.
-        trained (`bool`): whether this run trained the models, and did not find them.
-    Returns:
-        the metrics of `measure_predictions`, and the same as a text table.
-    """
-    output_dir = Path(output_dir)
-    molecules = pd.concat(parts.values(), ignore_index=True)
-    summaries = [summarize_predictions(members[name]) for name in parts]
-    numbers = {"prediction": np.concatenate([mean for mean, _ in summaries])}
-    numbers |= {name: np.concatenate([spreads[name] for _, spreads in summaries]) for name in summaries[0][1]}
-    write_predictions(output_dir, molecules, numbers, data_args)  # before anything that takes time or memory
-    write_splits(output_dir, parts, digest, data_args)
-    count = len(next(iter(members.values())))
-    model_name = "MoLFormer" if count == 1 else f"{count} MoLFormers"
-    metrics, lines, tests = measure_predictions(molecules, numbers["prediction"], model_name)
-    if tests:
-        panels = {label or data_args.label_name: test for label, test in tests.items()}
-        plot_parity(panels, output_dir / "parity.png")
-        plot_residuals(panels, output_dir / "residuals.png")
-        draw_worst_molecules(panels, output_dir / "worst_molecules.png")
-    text = metrics_table(lines) + ("" if "test" in parts else f"\n{no_test(parts)}")
-    for label in tests:
-        end = f"_{label}" if label else ""
-        of_which = f" of {label}" if label else ""
-        for baseline, advice in BASELINE_ADVICE.items():
-            if metrics.get(f"test_mse_{baseline}{end}", math.inf) < metrics.get(f"test_mse{end}", -math.inf):
-                text += "\n" + advice.format(of_which)
-    if data_args.protocol == "paper":
-        chosen = "the epoch was" if trained else "of a model that was trained by it, the epoch was"
-        text += f"\nProtocol of the paper: {chosen} chosen by the test loss, so the test numbers are optimistic."
-    return metrics, text

@@ -123,7 +123,6 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
     the targets of `heads`; the training part has its random SMILES, with descriptors that are those of the molecule
     and atoms in the order of each SMILES.
     """
-    held_out, digest, split = None, None, {}
     options = (tokenizer, mlm_args, heads)
 
     def encode(corpus, source, least=2, **form):
@@ -136,7 +135,7 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         corpus = load_hub_dataset(source, data_args.dataset_config_name, model_args.cache_dir)
         columns = corpus.column_names
     else:
-        source = data_args.train_file
+        source, corpus = data_args.train_file, None
         columns = [] if has_lines(source, data_args.smiles_column) else read_header(source)[0]
     if find_labels(columns, data_args.label_column, "--label_column", source):
         if mlm_args.exclude_file:
@@ -146,55 +145,14 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
             )
         molecules, digest, dropped = load_molecules(tokenizer, model_args, data_args, training_args)
         split = dict(list(molecules.groupby("split", sort=False)))
-        parts = {}
-        for name, least in (("train", 2), ("validation", 1)):
-            if name in split:
-                part = datasets.Dataset.from_dict({"smiles": split[name]["text"].tolist()})
-                parts[name], _ = encode(part, source, least, checked=True)
-        train, held_out = parts["train"], parts.get("validation")
+        train, held_out = encode_split(split, source, encode)
         logger.info("%s has labels: learning the training molecules of its split alone", source)
     else:
-        parts = [f"--{name}" for name in ("split_file", "test_file") if getattr(data_args, name) is not None]
-        parts += ["--split scaffold"] if data_args.split == "scaffold" else []
-        if parts:
-            raise InputError(
-                f"{source} has no column that is called like a label, so all its molecules would be learned whatever "
-                f"{' and '.join(parts)} says. Name its labels with --label_column, or leave {' and '.join(parts)} out."
-            )
-        if (
-            len(columns) > 1 and training_args.do_train and not mlm_args.exclude_file
-        ):  # of one column there can be no labels
-            logger.warning(
-                "%s has no column that is called like a label, and is read as a corpus: later test molecules of it "
-                "are learned too. If it has labels, name them (--label_column), or such molecules (--exclude_file)",
-                source,
-            )  # fmt: skip
-        if data_args.dataset_name is None:
-            corpus = read_corpus(source, data_args.smiles_column, model_args.cache_dir, mlm_args.overwrite_cache)
-        else:
-            corpus = take_smiles(corpus, data_args.smiles_column, source)
-        excluded = read_excluded(data_args, mlm_args, model_args.cache_dir)  # first: it may be at fault, and is short
-        train, dropped = encode(corpus, source, excluded=excluded)
-        if data_args.validation_file is not None:
-            corpus = read_corpus(
-                data_args.validation_file, data_args.smiles_column, model_args.cache_dir, mlm_args.overwrite_cache
-            )
-            held_out, more = encode(corpus, data_args.validation_file, least=1)
-            dropped = pd.concat([dropped, more], ignore_index=True)
+        check_corpus(source, columns, data_args, mlm_args, training_args)
+        digest, split = None, {}
+        train, held_out, dropped = load_corpus(source, corpus, model_args, data_args, mlm_args, encode)
     if held_out is None:
-        if not data_args.validation_fraction:
-            raise InputError(
-                f"{data_args.split_file} has no validation rows, and --validation_fraction 0 holds nothing out. Leave "
-                "--validation_fraction 0 out, or name such rows."
-            )
-        size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
-        seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
-        train, held_out = hold_out(train, size, seed, source)
-        if not len(train):
-            raise InputError(
-                f"--validation_fraction {data_args.validation_fraction} of the {len(held_out)} molecules in {source} "
-                "leaves none to learn. Give a smaller one, or more molecules."
-            )
+        train, held_out = hold_out_share(train, source, data_args, training_args)
     whole = held_out  # which a warning is about
     if data_args.max_eval_samples is not None:
         held_out = held_out.select(range(min(len(held_out), data_args.max_eval_samples)))
@@ -213,6 +171,74 @@ def load_data(tokenizer, model_args, data_args, mlm_args, training_args, heads):
         train = augment(train, tokenizer, data_args.augment_smiles, training_args.seed, data_args.max_length, **cache)
     train, held_out = (add_atoms(part, *options) for part in (train, held_out))
     return train, held_out.sort("length", reverse=True), digest, split, dropped
+
+
+def encode_split(split, source, encode):
+    """Returns training and validation molecules of a split, encoded; `None` for a part that it lacks."""
+    parts = {}
+    for name, least in (("train", 2), ("validation", 1)):
+        if name in split:
+            part = datasets.Dataset.from_dict({"smiles": split[name]["text"].tolist()})
+            parts[name], _ = encode(part, source, least, checked=True)
+    return parts["train"], parts.get("validation")
+
+
+def check_corpus(source, columns, data_args, mlm_args, training_args):
+    """Raises `InputError` for flags of a split, which a corpus has not; warns of a table whose labels may be unseen."""
+    flags = [f"--{name}" for name in ("split_file", "test_file") if getattr(data_args, name) is not None]
+    flags += ["--split scaffold"] if data_args.split == "scaffold" else []
+    if flags:
+        raise InputError(
+            f"{source} has no column that is called like a label, so all its molecules would be learned whatever "
+            f"{' and '.join(flags)} says. Name its labels with --label_column, or leave {' and '.join(flags)} out."
+        )
+    if len(columns) > 1 and training_args.do_train and not mlm_args.exclude_file:  # one column can be no label
+        logger.warning(
+            "%s has no column that is called like a label, and is read as a corpus: later test molecules of it "
+            "are learned too. If it has labels, name them (--label_column), or such molecules (--exclude_file)",
+            source,
+        )  # fmt: skip
+
+
+def load_corpus(source, corpus, model_args, data_args, mlm_args, encode):
+    """Returns a corpus, encoded, the molecules of `--validation_file`, and the dropped rows of both.
+
+    Args:
+        corpus (`datasets.Dataset`, *optional*): from the Hub; else the file `source` is read.
+    """
+
+    def read(path):
+        return read_corpus(path, data_args.smiles_column, model_args.cache_dir, mlm_args.overwrite_cache)
+
+    corpus = read(source) if corpus is None else take_smiles(corpus, data_args.smiles_column, source)
+    excluded = read_excluded(data_args, mlm_args, model_args.cache_dir)  # first: it may be at fault, and is short
+    train, dropped = encode(corpus, source, excluded=excluded)
+    if data_args.validation_file is None:
+        return train, None, dropped
+    held_out, more = encode(read(data_args.validation_file), data_args.validation_file, least=1)
+    return train, held_out, pd.concat([dropped, more], ignore_index=True)
+
+
+def hold_out_share(train, source, data_args, training_args):
+    """Returns training data without the share that is held out, and that.
+
+    Raises:
+        InputError: if the share is 0, or leaves nothing to learn.
+    """
+    if not data_args.validation_fraction:
+        raise InputError(
+            f"{data_args.split_file} has no validation rows, and --validation_fraction 0 holds nothing out. Leave "
+            "--validation_fraction 0 out, or name such rows."
+        )
+    size = max(1, min(MOST_HELD_OUT, round(len(train) * data_args.validation_fraction)))
+    seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
+    train, held_out = hold_out(train, size, seed, source)
+    if not len(train):
+        raise InputError(
+            f"--validation_fraction {data_args.validation_fraction} of the {len(held_out)} molecules in {source} "
+            "leaves none to learn. Give a smaller one, or more molecules."
+        )
+    return train, held_out
 
 
 def keys_of(corpus):

@@ -26,7 +26,6 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from arguments import InputError
-from trainer_regression import summarize_predictions
 from utils_molecules import (
     LINE,
     MISSING,
@@ -47,6 +46,7 @@ from utils_molecules import (
     split_header,
     unix_lines,
 )
+from utils_report import summarize_predictions
 from utils_runs import begin_writing
 
 

@@ -16,7 +16,7 @@ import trainer_regression
 from arguments import EMBEDDED_DATA, DataTrainingArguments, InputError, ModelArguments, TrainingArguments
 from modeling_molformer_reg import MolformerForRegression
 from run_peft import PeftArguments, adapt
-from trainer_regression import LengthGroupedBatchSampler, RegressionTrainer, augment, summarize_predictions, to_dataset
+from trainer_regression import LengthGroupedBatchSampler, RegressionTrainer, augment, to_dataset
 from utils_checkpoints import build_tokenizer
 from utils_molecules import canonicalize
 from utils_runs import last_complete_checkpoint
@@ -284,17 +284,6 @@ def test_predictions_of_random_smiles_stand_beside_those_of_the_molecules(tiny_c
     assert predictions.ravel() == pytest.approx(expected, abs=1e-5)
 
 
-def test_predictions_are_summarized_over_members_and_forms():
-    """Reference: worked by hand. Two members, one molecule, two forms."""
-    members = [np.array([[[1.0], [3.0]]]), np.array([[[2.0], [6.0]]])]
-    mean, spreads = summarize_predictions(members)
-    assert mean.tolist() == [[3.0]]
-    assert spreads["prediction_sd"] == pytest.approx(np.array([[2**0.5]]))  # of 2 and 4
-    assert spreads["augment_sd"] == pytest.approx(np.array([[3 / 2**0.5]]))  # of 1.5 and 4.5
-    mean, spreads = summarize_predictions([np.array([[[1.0, 5.0]], [[2.0, 6.0]]])])
-    assert mean.tolist() == [[1.0, 5.0], [2.0, 6.0]] and spreads == {}
-
-
 def test_unknown_metric_for_the_best_model_is_refused_before_training(tiny_checkpoint, molecules, tmp_path):
     for name in ("mae", "eval_spearman", "loss"):
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, metric_for_best_model=name))
@@ -491,32 +480,6 @@ def test_settings_that_do_not_go_together_are_refused_before_training(tiny_check
         make_trainer(tiny_checkpoint, molecules, arguments(tmp_path, do_train=True, **settings))
 
 
-def test_many_molecules_have_no_ridge_regression_beside_them(molecules, monkeypatch):
-    """It takes 60 kB a molecule, at the end of a long training."""
-    rows = molecules.assign(group=molecules["smiles"], split=["train"] * 30 + ["test"] * 18)
-    predictions = rows[["label"]].to_numpy() + 0.5
-    metrics, lines, tests = trainer_regression.measure_predictions(rows, predictions, "MoLFormer")
-    assert [line[0] for line in lines] == ["MoLFormer", "MoLFormer", "mean", "fingerprint_ridge"]
-    assert metrics["test_mse"] == pytest.approx(0.25) and len(tests[""]) == metrics["test_samples"] == 18
-    monkeypatch.setattr(trainer_regression, "MOST_FOR_RIDGE", 47)
-    fewer, lines, _ = trainer_regression.measure_predictions(rows, predictions, "MoLFormer")
-    assert [line[0] for line in lines] == ["MoLFormer", "MoLFormer", "mean"]
-    assert fewer == {name: value for name, value in metrics.items() if "fingerprint_ridge" not in name}
-
-
-def test_predictions_are_written_before_the_baselines_are_computed(molecules, tmp_path, monkeypatch):
-    def fail(texts):
-        raise MemoryError
-
-    monkeypatch.setattr(trainer_regression, "morgan_counts", fail)
-    rows = molecules.assign(row=range(48), group=molecules["smiles"], split=["train"] * 30 + ["test"] * 18)
-    parts = dict(iter(rows.groupby("split")))
-    members = {name: [np.zeros((len(part), 1, 1))] for name, part in parts.items()}
-    with pytest.raises(MemoryError):
-        trainer_regression.write_reports(tmp_path, parts, members, "hash", DataTrainingArguments())
-    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 48 and (tmp_path / "splits.json").exists()
-
-
 @pytest.mark.parametrize(("count", "most"), [(100, 0.4), (300, 0.4), (3024, 0.15)])
 def test_batches_of_few_molecules_change_from_epoch_to_epoch(count, most):
     """Of pairs that meet in a batch, few meet in the next epoch too; all sorted at once, up to 88 % would."""
@@ -529,25 +492,3 @@ def test_batches_of_few_molecules_change_from_epoch_to_epoch(count, most):
 
     first, second = pairs(0), pairs(1)
     assert len(first & second) / len(first) < most
-
-
-@pytest.mark.parametrize(("trained", "told"), [
-    (True, "Protocol of the paper: the epoch was chosen by the test loss"),
-    (False, "of a model that was trained by it, the epoch was chosen by the test loss"),
-])  # fmt: skip
-def test_an_evaluation_by_the_papers_protocol_claims_no_choice_of_its_own(molecules, tmp_path, trained, told):
-    rows = molecules.assign(row=range(48), group=molecules["smiles"], text=molecules["smiles"])
-    parts = {"train": rows[:30].assign(split="train"), "test": rows[30:].assign(split="test")}
-    members = {name: [part["label"].to_numpy()[:, None, None]] for name, part in parts.items()}
-    arguments = DataTrainingArguments(protocol="paper")
-    assert told in trainer_regression.write_reports(tmp_path, parts, members, "hash", arguments, trained)[1]
-
-
-@pytest.mark.parametrize(("error", "told"), [(0.0, False), (9.0, True)])
-def test_a_model_that_is_worse_than_the_baseline_is_told(molecules, tmp_path, error, told):
-    rows = molecules.assign(row=range(48), group=molecules["smiles"], text=molecules["smiles"])
-    parts = {"train": rows[:30].assign(split="train"), "test": rows[30:].assign(split="test")}
-    members = {name: [part["label"].to_numpy()[:, None, None] + error] for name, part in parts.items()}
-    _, text = trainer_regression.write_reports(tmp_path, parts, members, "hash", DataTrainingArguments())
-    assert ("Ridge regression on fingerprints has the lower error" in text) == told
-    assert ("The mean of the training labels has the lower error: the model has learned nothing" in text) == told

@@ -22,7 +22,7 @@ import run_peft
 import run_regression
 import trainer_regression
 import utils_report
-from arguments import EMBEDDED_DATA, InputError, parse_arguments
+from arguments import EMBEDDED_DATA, DataTrainingArguments, InputError, parse_arguments
 from modeling_molformer_reg import MolformerForMaskedLM, MolformerForRegression
 from utils_checkpoints import build_tokenizer
 from utils_report import (
@@ -35,8 +35,73 @@ from utils_report import (
     plot_losses,
     plot_parity,
     plot_residuals,
+    summarize_predictions,
 )
 from utils_runs import is_card
+
+
+@pytest.fixture
+def molecules(small_table):
+    """48 molecules with their labels; without RDKit's canonical form, which nothing here needs."""
+    table = pd.read_csv(small_table, nrows=48).rename(columns={"SMILES": "smiles"})
+    return table.assign(row=range(48), group=table["smiles"], text=table["smiles"])
+
+
+def test_predictions_are_summarized_over_members_and_forms():
+    """Reference: worked by hand. Two members, one molecule, two forms."""
+    members = [np.array([[[1.0], [3.0]]]), np.array([[[2.0], [6.0]]])]
+    mean, spreads = summarize_predictions(members)
+    assert mean.tolist() == [[3.0]]
+    assert spreads["prediction_sd"] == pytest.approx(np.array([[2**0.5]]))  # of 2 and 4
+    assert spreads["augment_sd"] == pytest.approx(np.array([[3 / 2**0.5]]))  # of 1.5 and 4.5
+    mean, spreads = summarize_predictions([np.array([[[1.0, 5.0]], [[2.0, 6.0]]])])
+    assert mean.tolist() == [[1.0, 5.0], [2.0, 6.0]] and spreads == {}
+
+
+def test_many_molecules_have_no_ridge_regression_beside_them(molecules, monkeypatch):
+    """It takes 60 kB a molecule, at the end of a long training."""
+    rows = molecules.assign(split=["train"] * 30 + ["test"] * 18)
+    predictions = rows[["label"]].to_numpy() + 0.5
+    metrics, lines, tests = utils_report.measure_predictions(rows, predictions, "MoLFormer")
+    assert [line[0] for line in lines] == ["MoLFormer", "MoLFormer", "mean", "fingerprint_ridge"]
+    assert metrics["test_mse"] == pytest.approx(0.25) and len(tests[""]) == metrics["test_samples"] == 18
+    monkeypatch.setattr(utils_report, "MOST_FOR_RIDGE", 47)
+    fewer, lines, _ = utils_report.measure_predictions(rows, predictions, "MoLFormer")
+    assert [line[0] for line in lines] == ["MoLFormer", "MoLFormer", "mean"]
+    assert fewer == {name: value for name, value in metrics.items() if "fingerprint_ridge" not in name}
+
+
+def test_predictions_are_written_before_the_baselines_are_computed(molecules, tmp_path, monkeypatch):
+    def fail(texts):
+        raise MemoryError
+
+    monkeypatch.setattr(utils_report, "morgan_counts", fail)
+    rows = molecules.assign(split=["train"] * 30 + ["test"] * 18)
+    parts = dict(iter(rows.groupby("split")))
+    members = {name: [np.zeros((len(part), 1, 1))] for name, part in parts.items()}
+    with pytest.raises(MemoryError):
+        utils_report.write_reports(tmp_path, parts, members, "hash", DataTrainingArguments())
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 48 and (tmp_path / "splits.json").exists()
+
+
+@pytest.mark.parametrize(("trained", "told"), [
+    (True, "Protocol of the paper: the epoch was chosen by the test loss"),
+    (False, "of a model that was trained by it, the epoch was chosen by the test loss"),
+])  # fmt: skip
+def test_an_evaluation_by_the_papers_protocol_claims_no_choice_of_its_own(molecules, tmp_path, trained, told):
+    parts = {"train": molecules[:30].assign(split="train"), "test": molecules[30:].assign(split="test")}
+    members = {name: [part["label"].to_numpy()[:, None, None]] for name, part in parts.items()}
+    arguments = DataTrainingArguments(protocol="paper")
+    assert told in utils_report.write_reports(tmp_path, parts, members, "hash", arguments, trained)[1]
+
+
+@pytest.mark.parametrize(("error", "told"), [(0.0, False), (9.0, True)])
+def test_a_model_that_is_worse_than_the_baseline_is_told(molecules, tmp_path, error, told):
+    parts = {"train": molecules[:30].assign(split="train"), "test": molecules[30:].assign(split="test")}
+    members = {name: [part["label"].to_numpy()[:, None, None] + error] for name, part in parts.items()}
+    _, text = utils_report.write_reports(tmp_path, parts, members, "hash", DataTrainingArguments())
+    assert ("Ridge regression on fingerprints has the lower error" in text) == told
+    assert ("The mean of the training labels has the lower error: the model has learned nothing" in text) == told
 
 
 @pytest.mark.parametrize("scale", [1, 10_000], ids=["logD", "labels in the hundreds"])
