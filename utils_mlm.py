@@ -184,7 +184,7 @@ def encode_split(split, source, encode):
 
 
 def check_corpus(source, columns, data_args, mlm_args, training_args):
-    """Raises `InputError` for flags of a split, which a corpus has not; warns of a table whose labels may be unseen."""
+    """Raises `InputError` for flags of a split, which no corpus has; warns of a table that may have labels."""
     flags = [f"--{name}" for name in ("split_file", "test_file") if getattr(data_args, name) is not None]
     flags += ["--split scaffold"] if data_args.split == "scaffold" else []
     if flags:
