@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments
-from utils_runs import ARGUMENTS_FILE, is_merged, run_script, says_true, setup_run
+from utils_runs import ARGUMENTS_FILE, is_merged, read_json, run_script, says_true, setup_run, write_json
 
 
 DEFAULTS = {"output_dir": "outputs/peft"}
@@ -342,7 +342,6 @@ def check_resumed(training_args, checkpoint, base_weights):
     Args:
         base_weights (`str`, *optional*): hash of the weights of this run's base.
     """
-    from utils_runs import read_json
 
     known = read_json(Path(checkpoint) / "config.json").get("base_weights")
     if known and base_weights and known != base_weights:
@@ -360,7 +359,6 @@ def write_merged(model, tokenizer, folder, find, base=None):
         base (`str`, *optional*): what the adapter's base is called here, if the run may have called it otherwise.
     """
     from utils_report import FIGURES
-    from utils_runs import read_json, write_json
 
     arguments, folder = find(ARGUMENTS_FILE), Path(folder)
     if arguments is not None:  # those of the run that made, or evaluated, the adapter: repeated, it merges it too
@@ -417,7 +415,6 @@ def merge_alone(model_args, data_args, training_args):
 def name_base(output_dir, peft_args):
     """Returns what an adapter that is pushed says in place of its configuration, by file: the Hub name of its base."""
     from utils_checkpoints import PARTIAL_FILE
-    from utils_runs import read_json
 
     if not peft_args.base_hub_name or peft_args.merge_adapter:
         return {}

@@ -32,8 +32,11 @@ from utils_runs import (
     last_complete_checkpoint,
     member_arguments,
     member_folders,
+    read_json,
     run_script,
     setup_run,
+    update_results,
+    write_json,
 )
 
 
@@ -140,7 +143,8 @@ def _from_folder(model_args, folder):
 def predict_new(model_args, data_args, regression_args, training_args):
     """Predicts the molecules of `--test_file`, labels or not, and writes predictions.csv or standard output."""
     to_output = data_args.test_file == "-"
-    if "output_dir" not in training_args.given and training_args.output_dir == DEFAULTS["output_dir"]:  # the model's
+    # the default is where the model is
+    if "output_dir" not in training_args.given and training_args.output_dir == DEFAULTS["output_dir"]:
         training_args.output_dir = "outputs/predictions"
     if data_args.max_predict_samples is not None:
         raise InputError("--max_predict_samples shortens the parts of a split. All rows of --test_file are predicted.")
@@ -152,7 +156,6 @@ def predict_new(model_args, data_args, regression_args, training_args):
     from trainer_regression import prepare_head
     from utils_checkpoints import load_model, load_tokenizer, settle_smiles_form
     from utils_predict import predict_file, summary_line
-    from utils_runs import update_results
 
     plan = plan_members(model_args, training_args, 1, None)
     tokenizer = load_tokenizer(plan[0][0])
@@ -192,7 +195,6 @@ def main(model_args, data_args, regression_args, training_args):
     from utils_checkpoints import check_split, load_config, load_tokenizer, settle_smiles_form
     from utils_molecules import label_metrics, label_names, labels_of, load_molecules
     from utils_report import finish_run, write_reports, write_splits
-    from utils_runs import read_json, write_json
 
     # Data
     set_learning_rate(training_args, data_args)

@@ -777,9 +777,8 @@ def peak_memory(of_children=False):
     if not of_children and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if (
-        not of_children and status.exists()
-    ):  # getrusage counts on Linux what the parent held when it started this process
+    # getrusage counts on Linux what the parent held when it started this process
+    if not of_children and status.exists():
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
     import resource  # not on Windows
 
