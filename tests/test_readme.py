@@ -377,7 +377,8 @@ def test_what_the_readme_says_of_the_datamodeling_scores_is_what_came():
     )
     minus = [whole[target, "lissa"]["minus_identity"] for target in ("validation", "test")]
     spans = [f"{x['mean']:+.2f}, {x['low']:+.2f} to {x['high']:+.2f}".replace("-", "−") for x in minus]
-    assert minus[0]["low"] > 0 and "LiSSA minus identity {}; test loss {})".format(*spans) in text
+    assert all(pair["low"] > 0 for pair in minus)
+    assert "pays, for both losses (LiSSA minus identity: validation loss {}; test loss {})".format(*spans) in text
     assert "is about, foretells {} and {}. Command".format(*told("refit of the linear model")) in text
 
 
