@@ -555,7 +555,7 @@ def test_an_adapter_whose_base_was_trained_on_since_is_refused(method, tiny_chec
     model_args, tokenizer = ModelArguments(model_name_or_path=str(folder)), build_tokenizer()
     model = load_model(MolformerForRegression, model_args, tokenizer, merge=True)
     model.save_pretrained(tmp_path / "plain")
-    assert "base_weights" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["base_weights"] is None
     changed = MolformerForRegression.from_pretrained(base)
     changed.molformer.embeddings.word_embeddings.weight.data += 1
     changed.save_pretrained(base)
