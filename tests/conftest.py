@@ -1,5 +1,6 @@
 """Fixtures that the test files share: a tiny checkpoint, a small table of molecules, a call of a script."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -32,6 +33,12 @@ TINY = {
     "num_random_features": 8,
     "tie_word_embeddings": True,
 }
+
+
+def pytest_collection_finish(session):
+    """Spares the modules that are imported by now to the garbage collector, which every training calls many times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
