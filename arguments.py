@@ -40,6 +40,14 @@ class InputError(ValueError):
     """Something that the user gave cannot be used; the message says what, the value, and what to do."""
 
 
+def check_positive(arguments, *names):
+    """Raises `ValueError` for a named argument that is not positive, or not finite; `None` stands for its default."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}; give a positive number.")
+
+
 @dataclass
 class ModelArguments:
     """Which model, from where, with which pooling and head."""
@@ -251,10 +259,7 @@ class DataTrainingArguments:
         given = self.test_file is not None or self.split_file is not None
         if self.protocol == "paper" and not self.test_fraction and not given:
             raise ValueError("--protocol paper chooses the epoch by the test set, and --test_fraction 0 leaves none.")
-        for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}; give a positive number.")
+        check_positive(self, "max_length", "max_train_samples", "max_eval_samples", "max_predict_samples")
         if self.augment_smiles < 0:
             raise ValueError(f"--augment_smiles is {self.augment_smiles}; give a number from 0 up.")
         if self.dataset_name is not None and self.train_file is not None:
@@ -422,9 +427,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.save_steps is None:
             # as the library has it, which has evaluations follow the log by default
             self.save_steps = (self.eval_steps or self.logging_steps) if self.eval_strategy == "steps" else 500
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; give a positive number.")
+        check_positive(
+            self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        )
         if self.max_steps == 0:
             raise ValueError("--max_steps is 0; give a positive number, or leave it out.")
         do_eval = self.do_eval
@@ -436,16 +441,13 @@ class TrainingArguments(transformers.TrainingArguments):
         self.do_eval = do_eval  # the library sets it wherever there is an evaluation during training
         # one push at the end, of what `finish_run` names; the library would push at every save
         self.push_when_done, self.push_to_hub = self.push_to_hub, False
-        for name in ("learning_rate", "head_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"--{name} is {value}; give a positive number.")
+        check_positive(self, "learning_rate", "head_learning_rate")
         if self.layer_rate_decay is not None and not 0 < self.layer_rate_decay <= 1:
             raise ValueError(f"--layer_rate_decay is {self.layer_rate_decay}; give a number above 0, at most 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed is {self.seed}; give a number from 0 up, below 2**32.")
-        if not 0 < self.num_train_epochs < math.inf and self.max_steps <= 0:
-            raise ValueError(f"--num_train_epochs is {self.num_train_epochs}; give a positive number.")
+        if self.max_steps <= 0:
+            check_positive(self, "num_train_epochs")
         if not math.isfinite(self.warmup_steps):
             raise ValueError(f"--warmup_steps is {self.warmup_steps}; give a number.")
 

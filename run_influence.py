@@ -38,6 +38,7 @@ from arguments import (
     ModelArguments,
     TrainingArguments,
     as_flags,
+    check_positive,
 )
 from utils_influence import (
     MOST_IN_GROUP,
@@ -259,14 +260,8 @@ class InfluenceArguments:
             raise ValueError(f"--threshold is {self.threshold}; give a number.")
         if self.fraction == 0:
             raise ValueError("--fraction is 0: nothing would be selected. Give more.")
-        for name in ("pool_size", "num_repeats", "hessian_batch_size", "num_selected"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}; give a positive number.")
-        for name in ("damping", "relative_damping", "tolerance"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"--{name} is {value}; give a positive number.")
+        check_positive(self, "pool_size", "num_repeats", "hessian_batch_size", "num_selected")
+        check_positive(self, "damping", "relative_damping", "tolerance")
         if self.tolerance is not None and self.tolerance >= 1:
             raise ValueError(f"--tolerance is {self.tolerance}; give a number below 1, the residual of no solution.")
         for name in ("pool_noise", "tail_fraction", "fraction"):
@@ -675,6 +670,7 @@ def release_memory():
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+@dataclass
 class Comparison:
     """Fine-tunes with external molecules added to the training part, each choice in a folder of its own.
 
@@ -683,14 +679,13 @@ class Comparison:
             known, and the metrics of validation and test.
     """
 
-    def __init__(self, model_args, data_args, training_args, tokenizer, parts, digest):
-        self.model_args = model_args
-        self.data_args = data_args
-        self.training_args = training_args
-        self.tokenizer = tokenizer
-        self.parts = parts
-        self.digest = digest
-        self.results = {}
+    model_args: ModelArguments
+    data_args: DataTrainingArguments
+    training_args: TrainingArguments
+    tokenizer: object
+    parts: dict
+    digest: str
+    results: dict = field(default_factory=dict)
 
     def fine_tune(self, name, added):
         """Fine-tunes with the molecules of a table added, unless it is done, and returns the folder of the model."""
@@ -708,7 +703,6 @@ class Comparison:
 
     def fine_tune_with_controls(self, table, controls, seed):
         """Fine-tunes with the molecules that are `selected` and with those of each control."""
-
         first = ["none"] if "none" in controls else []
         for name in [*first, "selected", *(name for name in controls if name != "none")]:
             self.fine_tune(name, table[select_control(name, table, seed)])

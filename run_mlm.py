@@ -20,7 +20,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, usable_cores
+from arguments import (
+    DataTrainingArguments,
+    InputError,
+    ModelArguments,
+    TrainingArguments,
+    check_positive,
+    usable_cores,
+)
 from utils_runs import run_script, setup_run
 
 
@@ -76,10 +83,7 @@ class MlmArguments:
             raise ValueError(f"--mlm_probability is {self.mlm_probability}; give a number between 0 and 1.")
         if not 0 < self.masked_share <= 1:
             raise ValueError(f"--masked_share is {self.masked_share}; give a number above 0, up to 1.")
-        if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
-            raise ValueError(
-                f"--preprocessing_num_workers is {self.preprocessing_num_workers}; give a positive number."
-            )
+        check_positive(self, "preprocessing_num_workers")
         self.preprocessing_num_workers = self.preprocessing_num_workers or usable_cores()
         self.parts = self.objective.split("+")
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments
+from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, check_positive
 from utils_runs import ARGUMENTS_FILE, is_merged, read_json, run_script, says_true, setup_run, write_json
 
 
@@ -137,8 +137,7 @@ class PeftArguments:
         smallest = 2 if self.peft_method == "oft" else 1  # a rotation needs two
         if self.peft_rank is not None and self.peft_rank < smallest:
             raise ValueError(f"--peft_rank is {self.peft_rank}; give a number from {smallest} up.")
-        if self.peft_alpha is not None and not 0 < self.peft_alpha < math.inf:
-            raise ValueError(f"--peft_alpha is {self.peft_alpha}; give a positive number.")
+        check_positive(self, "peft_alpha")
         if self.peft_alpha is not None and method.alpha is None:
             raise ValueError(f"--peft_method {self.peft_method} has no alpha. Leave --peft_alpha out.")
         if self.peft_dropout and not method.dropout:

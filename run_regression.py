@@ -24,7 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import DataTrainingArguments, InputError, ModelArguments, TrainingArguments, usable_cores
+from arguments import (
+    DataTrainingArguments,
+    InputError,
+    ModelArguments,
+    TrainingArguments,
+    check_positive,
+    usable_cores,
+)
 from utils_runs import (
     begin_writing,
     end_writing,
@@ -79,15 +86,10 @@ class RegressionArguments:
     )
 
     def __post_init__(self):
-        if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
-            raise ValueError(
-                f"--preprocessing_num_workers is {self.preprocessing_num_workers}; give a positive number."
-            )
+        check_positive(self, "preprocessing_num_workers", "num_seeds")
         self.preprocessing_num_workers = self.preprocessing_num_workers or min(usable_cores(), 8)
         if self.export_embeddings is not None and not self.export_embeddings.endswith((".parquet", ".safetensors")):
             raise ValueError(f"--export_embeddings {self.export_embeddings} must end in .parquet or .safetensors.")
-        if self.num_seeds < 1:
-            raise ValueError(f"--num_seeds is {self.num_seeds}; give a positive number.")
         if self.predict_augment < 0:
             raise ValueError(f"--predict_augment is {self.predict_augment}; give a number from 0 up.")
 
