@@ -493,7 +493,7 @@ def test_external_molecules_of_validation_and_test_are_left_out_and_listed(
     external = tmp_path / "external.csv"
     lines = [f"{text},1.5" for text in [*rows, "CCOC(=O)c1ccccc1Br", "CCCCCCN"]]
     external.write_bytes(("\ufeffSMILES,Label\r\n" + "\r\n".join(lines) + "\r\n").encode())
-    split = ("--split_file", finished_run / "splits.json", "--external_file", external)
+    split = ("--split_file", finished_run / "splits.json", "--external_file", external, "--influence_params", "head")
     call_main(*scoring, *split, "--output_dir", tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "influence_scores.csv").sort_values("row")
     assert table["excluded"].fillna("").tolist() == ["is a test molecule", "is a validation molecule", "", "", ""]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import transformers.utils.hub
 from conftest import ROOT
 from hub_double import HubDouble
 from huggingface_hub import ModelCard, constants
@@ -218,6 +219,7 @@ def connected(hub, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made once, with the endpoint of that time
     monkeypatch.setenv("HF_TOKEN", SECRET)
 
     def run(script, *flags):
@@ -475,9 +477,11 @@ def test_pretraining_and_influence_go_to_the_hub_and_come_back(connected, online
     card = hub.repositories["someone/mlm"]["README.md"].decode()
     assert "perplexity" in card and "held-out molecules" in card and "per second" not in card
     run_card(card, online, tmp_path)
-    start = ["--model_name_or_path", "someone/mlm", *training[2:4], "--max_steps", "1"]  # the base of a regression
+    cache = tmp_path / "cache"
+    start = ["--model_name_or_path", "someone/mlm", *training[2:4], "--max_steps", "1", "--cache_dir", cache]
     connected(run_regression, *start, "--output_dir", tmp_path / "tuned", "--disable_tqdm", "true")
     assert "fine-tuned from `someone/mlm`" in (tmp_path / "tuned" / "README.md").read_text()
+    assert list(cache.rglob("model.safetensors"))  # not from an earlier one in the user's cache
     flags = ["--influence_params", "head", "--pool_size", "20", "--num_selected", "5", "--recursion_depth", "10"]
     flags += ["--controls", "none", "--push_to_hub", "--hub_model_id", "someone/influence", "--overwrite_output_dir"]
     connected(run_influence, *training, *flags)
