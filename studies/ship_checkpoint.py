@@ -19,6 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from utils_runs import read_json  # noqa: E402
+
+
 COLUMNS = {
     "eval_masked_accuracy": "masked accuracy",
     "eval_perplexity": "perplexity",
@@ -49,9 +52,7 @@ def read_log(runs, until, before=None, processes=()):
         last = until[number] if number < len(until) else state["global_step"]
         if last > state["global_step"]:
             raise SystemExit(f"The log of {run} ends at step {state['global_step']}, before {last}.")
-        arguments = run / "arguments.json"
-        settings = json.loads(arguments.read_text()) if arguments.exists() else {}
-        batch = state["train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
+        batch = state["train_batch_size"] * read_json(run / "arguments.json").get("gradient_accumulation_steps", 1)
         batch *= processes[number] if number < len(processes) else 1
         logged = [{key: entry[key] for key in KEPT if key in entry} for entry in state["log_history"]]
         first = next((values for values in logged if values), None)

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
+from arguments import DataTrainingArguments, ModelArguments, TrainingArguments, parse_arguments
 from modeling_molformer_reg import MolformerConfig, MolformerForMaskedLM
 from utils_checkpoints import build_tokenizer
 
@@ -33,6 +34,25 @@ TINY = {
     "num_random_features": 8,
     "tie_word_embeddings": True,
 }
+
+
+# what the tests of arguments and runs give to a script that has no arguments of its own
+DATACLASSES = (ModelArguments, DataTrainingArguments, TrainingArguments)
+DEFAULTS = {"output_dir": "outputs/script", "learning_rate": 6e-4, "per_device_eval_batch_size": 128}
+# in this order, so that no worker is left alone with a long one at the end
+LONGEST = """test_run_influence.py test_utils_report.py test_run_peft.py test_run_regression.py test_run_mlm.py
+    test_studies.py test_utils_influence.py test_utils_predict.py""".split()
+
+
+def parse(*args, defaults=DEFAULTS):
+    """Returns the arguments of such a script."""
+    return parse_arguments(*DATACLASSES, defaults=defaults, args=[str(arg) for arg in args])
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest go first."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_collection_finish(session):

@@ -11,26 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATACLASSES, DEFAULTS, ROOT, parse
 
 import arguments
 import run_regression
 from arguments import (
     EMBEDDED_CHECKPOINT,
     EMBEDDED_DATA,
-    DataTrainingArguments,
-    ModelArguments,
-    TrainingArguments,
     parse_arguments,
 )
-
-
-ROOT = Path(__file__).resolve().parents[1]
-DATACLASSES = (ModelArguments, DataTrainingArguments, TrainingArguments)
-DEFAULTS = {"output_dir": "outputs/script", "learning_rate": 6e-4, "per_device_eval_batch_size": 128}
-
-
-def parse(*args, defaults=DEFAULTS):
-    return parse_arguments(*DATACLASSES, defaults=defaults, args=[str(arg) for arg in args])
 
 
 def refusal(capsys, *args):

@@ -9,11 +9,11 @@ import logging
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from conftest import DATACLASSES, DEFAULTS, ROOT, parse
 from safetensors.torch import save_file
 
 import run_regression
@@ -21,7 +21,6 @@ from arguments import (
     EMBEDDED_CHECKPOINT,
     DataTrainingArguments,
     InputError,
-    ModelArguments,
     TrainingArguments,
     parse_arguments,
 )
@@ -42,15 +41,6 @@ from utils_runs import (
     run_script,
     setup_run,
 )
-
-
-ROOT = Path(__file__).resolve().parents[1]
-DATACLASSES = (ModelArguments, DataTrainingArguments, TrainingArguments)
-DEFAULTS = {"output_dir": "outputs/script", "learning_rate": 6e-4, "per_device_eval_batch_size": 128}
-
-
-def parse(*args, defaults=DEFAULTS):
-    return parse_arguments(*DATACLASSES, defaults=defaults, args=[str(arg) for arg in args])
 
 
 def test_a_run_writes_the_arguments_that_repeat_it(tmp_path):
