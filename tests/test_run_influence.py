@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, TWO_PROCESSES
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import run_influence
@@ -760,7 +761,7 @@ def test_a_diverging_run_ends_with_a_message_and_no_table(scoring, tmp_path, run
 
 
 def test_a_run_killed_in_its_recursion_goes_on_to_the_same_scores(scoring, tmp_path, run_script):
-    """Reference: the uninterrupted run. SIGKILL as soon as the state file is there, long before the last step."""
+    """Reference: the uninterrupted run. SIGKILL as soon as an iterate is kept, long before the last step."""
     depth = ("--recursion_depth", "60")
     call_main(*scoring, *depth, "--output_dir", tmp_path / "whole")
     folder = tmp_path / "killed"
@@ -768,12 +769,20 @@ def test_a_run_killed_in_its_recursion_goes_on_to_the_same_scores(scoring, tmp_p
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.time() + 120
-    while not (folder / "influence_state.safetensors").exists() and time.time() < deadline:
+    state = folder / "influence_state.safetensors"
+
+    def holds_iterate():
+        if not state.exists():
+            return False
+        with safe_open(state, "pt") as file:
+            return "iterate" in file.keys()
+
+    while not holds_iterate() and time.time() < deadline:
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (folder / "influence_scores.csv").exists()
+    assert holds_iterate() and not (folder / "influence_scores.csv").exists()
     done = run_script("run_influence.py", *scoring, *depth, "--output_dir", folder, "--resume_from_checkpoint", "true")
     assert done.returncode == 0 and "Going on from" in done.stderr, done.stderr
     scores = [pd.read_csv(path / "influence_scores.csv")["score"] for path in (folder, tmp_path / "whole")]

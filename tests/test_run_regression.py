@@ -882,6 +882,10 @@ def test_an_ensemble_that_was_trained_in_bfloat16_is_reported_in_float32(
         assert {n: new[n] for n in old if "mse" in n} == pytest.approx(
             {n: old[n] for n in old if "mse" in n}, rel=1e-6
         )
+    flags = ("--do_predict", "--model_name_or_path", tmp_path / "x", "--test_file", small_table)
+    call_main(*flags, "--output_dir", tmp_path / "p")
+    table, new = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("x", "p"))
+    np.testing.assert_allclose(new["prediction"][table["row"]], table["prediction"], atol=1e-5)
 
 
 def test_ensemble_that_is_not_there_cannot_be_resumed(tiny_checkpoint, tmp_path):
@@ -934,8 +938,13 @@ def test_evaluation_of_an_ensemble_alone_is_of_its_mean(finished_run, small_tabl
     for number in (0, 1):
         shutil.copytree(finished_run, folder / f"member-{number}", ignore=shutil.ignore_patterns("checkpoint-*"))
     flags = ("--train_file", small_table, "--do_eval", "--disable_tqdm", "true", "--output_dir", tmp_path / "x")
+    other = MolformerForRegression.from_pretrained(folder / "member-1")
+    other.classifier.out_proj.bias.data += 1  # a standard deviation of the labels more
+    other.save_pretrained(folder / "member-1")
     call_main("--model_name_or_path", folder, *flags)
-    assert results(tmp_path / "x")["eval_mse"] == pytest.approx(results(finished_run)["eval_mse"], rel=1e-5)
+    table = pd.read_csv(finished_run / "predictions.csv")
+    errors = table["error"][table["split"] == "validation"] + other.config.label_std[0] / 2
+    assert results(tmp_path / "x")["eval_mse"] == pytest.approx(np.mean(errors**2), rel=1e-4)
     assert not (tmp_path / "x" / "predictions.csv").exists()
 
 
