@@ -355,6 +355,15 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     leads = {(first, name): small[name][f"{first}_minus_this"] for first in ("selected", "group_influence")
              for name in five if name != first and (first, name) != ("group_influence", "all")}  # fmt: skip
     assert all(abs(mean) < half for mean, half in leads.values())
+    external = {r["name"]: r for r in report["selection"] if (r["pool"], r["split"]) == ("external", "random")}
+    mean = {name: f"{row['mean']:.3f}" for name, row in external.items()}
+    told = "helps: the test error is {none} with none, {selected} with the better half by the score, {group_influence}"
+    told += " with the half that group influence chooses, {random} with half at random and {all} with all."
+    assert told.format(**mean) in text and all(len(external[name]["test_mse"]) == 5 for name in five[:-1])
+    keys = [f"{first}_minus_this" for first in ("selected", "group_influence")]
+    leads = [row[key] for row in external.values() for key in keys if key in row]
+    assert len(leads) == 14 and all(abs(mean) < half for mean, half in leads)
+    assert {run["influence"]["training_molecules"] for run in report["runs"] if run["pool"] == "external"} == {3024}
 
 
 def test_what_the_readme_says_of_the_datamodeling_scores_is_what_came():
