@@ -314,7 +314,9 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     assert f"of them at random, {mean['all']} with all." in text and mean["selected"] > mean["random"]
     by_pool = {
         pool: [
-            run["influence"]["group_weight"] for run in report["runs"] if run["pool"] == pool and not run["leakage"]
+            run["influence"]["group_weight"]
+            for run in report["runs"]
+            if (run["pool"], run["split"], run["leakage"]) == (pool, "random", False)
         ]
         for pool in ("1400", "300")
     }
@@ -361,9 +363,24 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     told += " with the half that group influence chooses, {random} with half at random and {all} with all."
     assert told.format(**mean) in text and all(len(external[name]["test_mse"]) == 5 for name in five[:-1])
     keys = [f"{first}_minus_this" for first in ("selected", "group_influence")]
-    leads = [row[key] for row in external.values() for key in keys if key in row]
+    leads = [row[key] for name, row in external.items() for key in keys if key in row and name != "leakage"]
     assert len(leads) == 14 and all(abs(mean) < half for mean, half in leads)
     assert {run["influence"]["training_molecules"] for run in report["runs"] if run["pool"] == "external"} == {3024}
+    scaffold = {r["name"]: r for r in report["selection"] if (r["pool"], r["split"]) == ("300", "scaffold")}
+    assert not [row for row in report["selection"] if (row["pool"], row["split"]) == ("external", "scaffold")]
+    number = ("no", "one", "two", "three", "four", "five")
+    seeds = {len(row["test_mse"]) for row in scaffold.values()}
+    assert len(seeds) == 1 and f"the table has {number[seeds.pop()]} seeds with the pool of 300, and none with" in text
+    told = told.removeprefix("helps: ").replace("the test", "The test", 1)
+    assert told.format(**{name: f"{row['mean']:.3f}" for name, row in scaffold.items()}) in text
+    leads = [row[key] for row in scaffold.values() for key in keys if key in row]
+    assert len(leads) == 16 and all(abs(mean) < half for mean, half in leads)
+    leaks = {r["pool"]: r for r in report["selection"] if r["name"] == "leakage"}
+    mean, half = leaks["300"]["selected_minus_this"]
+    assert abs(mean) < half
+    seeds = {pool: number[len(row["test_mse"])] for pool, row in leaks.items()}
+    assert f"leak: {leaks['300']['mean']:.3f} with the pool of 300 ({seeds['300']} seeds)" in text
+    assert f"external molecules have {seeds['external']} seed of it" in text
 
 
 def test_what_the_readme_says_of_the_datamodeling_scores_is_what_came():
