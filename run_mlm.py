@@ -111,6 +111,12 @@ def check_arguments(model_args, data_args, mlm_args, training_args):
             raise InputError(f"--{name} is for a regression head, which run_regression.py trains. Leave it out.")
     if training_args.label_smoothing_factor and mlm_args.objective != "mlm":
         raise InputError("--label_smoothing_factor goes with --objective mlm alone. Leave it out.")
+    if "mlm" not in mlm_args.parts:
+        for name, default in (("mlm_probability", 0.15), ("masked_share", 1.0)):
+            if getattr(mlm_args, name) != default:
+                raise InputError(
+                    f"--{name} goes with mlm in --objective; {mlm_args.objective} masks nothing. Leave it out."
+                )
     if training_args.train_sampling_strategy == "sequential" and "mlm" in mlm_args.parts:
         raise InputError(
             "--train_sampling_strategy sequential makes the same batches in every epoch, with the same masks. Leave "

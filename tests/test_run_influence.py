@@ -375,11 +375,13 @@ def test_two_runs_with_one_seed_give_equal_bits(scoring, tmp_path):
 
 
 def test_two_processes_give_the_scores_of_one(scoring, tmp_path, run_script):
-    """Tolerance: 1e-5 of the largest score. 31 molecules in chunks of 8, so the shares are uneven."""
+    """By README's command. Tolerance: 1e-5 of the largest score. 31 molecules, chunks of 8: the shares are uneven."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml"), "--num_processes", "2"]
     second = ("--controls", "group_influence")
     call_main(*scoring, *second, "--output_dir", tmp_path / "one")
     both = ("--use_cpu", *second, "--output_dir", tmp_path / "two")
-    result = run_script("run_influence.py", *scoring, *both, launcher=TWO_PROCESSES)
+    result = run_script("run_influence.py", *scoring, *both, launcher=launcher)
     assert result.returncode == 0, result.stderr
     one, two = (pd.read_csv(tmp_path / name / "influence_scores.csv") for name in ("one", "two"))
     for column in ("score", "gradient_dot", "group_influence", "loss", "prediction"):
@@ -399,6 +401,18 @@ def test_two_processes_fine_tune_score_and_fine_tune_again(flags, finished_run, 
         assert values["added"] == one["results"][name]["added"]
         assert values["test_mse"] == pytest.approx(one["results"][name]["test_mse"], rel=0.1)
     assert len(pd.read_csv(tmp_path / "two" / "influence_scores.csv")) == 31
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_where_no_molecule_is_good_enough_nothing_is_learned_again(flags, scoring, train, tmp_path, caplog):
+    choice = ("--select", "threshold", "--threshold", "1e9", "--ihvp", "identity", "--output_dir", tmp_path / "out")
+    call_main(*(flags if train else scoring), *choice)
+    assert "No molecule is selected" in caplog.text
+    assert not pd.read_csv(tmp_path / "out" / "influence_scores.csv")["selected"].any()
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())["results"] if train else {}
+    assert set(results) == ({"none"} if train else set()) and not (tmp_path / "out" / "finetune-selected").exists()
+    merged, splits = pd.read_csv(tmp_path / "out" / "merged_train.csv"), tmp_path / "out" / "splits.json"
+    assert len(merged) == len(json.loads(splits.read_text())["train"])
 
 
 def test_group_influence_selects_where_it_is_asked_to(scoring, finished_run, tmp_path):

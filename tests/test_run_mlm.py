@@ -356,6 +356,8 @@ def test_batches_of_a_step_count_by_their_masked_tokens_alone_or_alike(
     [
         (("--objective", "mtr", "--label_smoothing_factor", "0.1"), "--label_smoothing_factor"),
         (("--train_sampling_strategy", "sequential"), "--train_sampling_strategy"),
+        (("--objective", "mtr", "--masked_share", "0.5"), "--masked_share goes with mlm"),
+        (("--objective", "mtr+atoms", "--mlm_probability", "0.3"), "--mlm_probability goes with mlm"),
     ],
 )
 def test_what_the_script_does_not_do_is_refused(flags, message, tiny_checkpoint, small_table, tmp_path):

@@ -5,12 +5,16 @@ References: matrices by `torch.autograd.functional`, `torch.linalg.solve`, Neuma
 
 import argparse
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
@@ -366,6 +370,38 @@ def test_no_more_molecules_than_a_chunk_are_computed_at_once(embedded, monkeypat
         problem.curvature(rows, gradient)
         problem.each(SCORES["jvp"], rows, gradient)
     assert max(sizes) == 8 and sum(sizes) == 3 * (16 + 48)
+
+
+@pytest.mark.slow
+def test_memory_at_the_size_of_molformer_xl_does_not_grow_with_the_molecules():
+    """Reference: the peak of as many molecules as a chunk has; each count in a process of its own, random weights."""
+    code = """
+import sys
+from modeling_molformer_reg import MolformerConfig, MolformerForRegression
+from trainer_regression import peak_memory
+from utils_checkpoints import build_tokenizer
+from arguments import EMBEDDED_DATA, DataTrainingArguments
+from utils_influence import SCORES, MoleculeProblem
+from utils_molecules import prepare_molecules, read_table
+
+tokenizer = build_tokenizer()
+table = prepare_molecules(read_table(EMBEDDED_DATA), tokenizer, DataTrainingArguments(), EMBEDDED_DATA)[0]
+molecules = table[table["text"].str.len() < 40].iloc[: int(sys.argv[1])]
+model = MolformerForRegression(MolformerConfig(num_labels=1)).eval()
+names = [name for name, _ in model.named_parameters()]
+problem = MoleculeProblem(model, tokenizer, names, 16, "ggn")
+gradient = problem.gradient(molecules)
+problem.each(SCORES["jvp"], molecules, problem.curvature(molecules, gradient))
+print(peak_memory())
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    peaks = []
+    for count in ("16", "128"):
+        done = subprocess.run([sys.executable, "-c", code, count], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    few, many = peaks
+    assert many < 1.2 * few
 
 
 @pytest.mark.parametrize("curvature", PRODUCTS)
