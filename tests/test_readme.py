@@ -383,6 +383,51 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     assert f"external molecules have {seeds['external']} seed of it" in text
 
 
+def test_what_the_readme_says_of_wrong_labels_is_what_came():
+    report, text = json.loads((ROOT / "results" / "influence_study.json").read_text()), readme_text()
+    rows = {(r["pool"], r["score"]): r for r in report["detection"] if r["split"] == "random"}
+    areas = {
+        score: " and ".join(f"{rows[pool, score]['mean']:.2f}" for pool in ("300", "1400"))
+        for score in ("influence", "influence_size", "loss", "group_influence")
+    }
+    chance = [
+        abs(rows[pool, "influence"]["mean"] - 0.5) < rows[pool, "influence"]["half_width"] for pool in ("300", "1400")
+    ]
+    assert all(chance) and f"is that of chance, {areas['influence']} with pools of 300 and 1,400" in text
+    assert f"finds them best, {areas['loss']}; the size of the score, to either side, comes to" in text
+    assert f"comes to {areas['influence_size']}, a late place in the order of group influence" in text
+    assert (
+        f"influence to {areas['group_influence']} (that the loss finds more than this order is shown with 1,400 alone)"
+        in text
+    )
+    for pool in ("300", "1400"):
+        ours = rows[pool, "loss"]["auc"]
+        for score in ("influence", "influence_size", "group_influence"):
+            mean, half = interval([ours[seed] - area for seed, area in rows[pool, score]["auc"].items()])
+            assert (mean > half) != ((pool, score) == ("300", "group_influence")), (pool, score)
+    minutes = [run["influence"]["seconds"] / 60 for run in report["runs"]]
+    assert f"in the study below {min(minutes):.0f} to {max(minutes):.0f} minutes)" in text
+
+
+def test_the_readme_says_which_runs_were_in_float32():
+    records, text = read_records(ROOT / "results" / "runs.jsonl"), readme_text()
+    bfloat16 = {name: record["machine"].get("bfloat16") for name, record in records.items() if record.get("machine")}
+    table = {n.removeprefix("outputs/table1/") for n, known in bfloat16.items() if known is False and "/table1/" in n}
+    cells = {f"ensemble-scaffold-{seed}" for seed in range(1, 5)}
+    table.remove("mlm_regression-scaffold-1-mlm")  # the first half of a chain
+    assert table == cells | {"regression-scaffold-1", "mlm_regression-scaffold-1"}
+    assert "six trained in float32, all on the scaffold split" in text and len(table) == 6
+    cells = {
+        name.removeprefix("work/influence/"): known for name, known in bfloat16.items() if "work/influence/" in name
+    }
+    leak = "300-random-2-leakage"
+    for name, known in cells.items():
+        if name not in ("exact", "again"):
+            pool, split, *_ = name.split("-")
+            assert known == (pool != "external" and split == "random" and name != leak), name
+    assert "the others, and the leaking one of the pool of 300 with seed 2, in float32;" in text
+
+
 def test_what_the_readme_says_of_the_datamodeling_scores_is_what_came():
     report = json.loads((ROOT / "results" / "influence_lds.json").read_text())
     text = readme_text()
