@@ -374,6 +374,16 @@ def test_two_runs_with_one_seed_give_equal_bits(scoring, tmp_path):
     assert first == second
 
 
+def test_a_run_with_the_same_seed_fine_tunes_scores_and_selects_the_same(flags, finished_run, tmp_path):
+    """To the last bit, whatever the controls."""
+    call_main(*flags, "--controls", "none", "--output_dir", tmp_path / "again")
+    for model in ("finetune-none", "finetune-selected"):
+        one, two = (load_file(folder / model / "model.safetensors") for folder in (finished_run, tmp_path / "again"))
+        assert all(torch.equal(value, two[name]) for name, value in one.items()), model
+    one, two = (pd.read_csv(folder / "influence_scores.csv") for folder in (finished_run, tmp_path / "again"))
+    pd.testing.assert_frame_equal(one[two.columns], two, check_exact=True)
+
+
 def test_two_processes_give_the_scores_of_one(scoring, tmp_path, run_script):
     """By README's command. Tolerance: 1e-5 of the largest score. 31 molecules, chunks of 8: the shares are uneven."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
