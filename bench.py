@@ -1,7 +1,8 @@
 """Times and memory of what the scripts do, side by side in one run, on the lengths of the real molecules.
 
     python bench.py --corpus               # everything; tables on the screen, results/bench.json, .md and .png
-    python bench.py --sizes mini --rounds 3 --no-memory      # a quick look, to work/bench
+    # a quick look, to work/bench
+    python bench.py --sizes mini --rounds 3 --no-memory --no-compile --no-processes
 
 All cases of a size are built first and then timed in turn, round after round in a new order; a number is the median of
 the rounds. A step is timed alone, its batches ready on the device (predictions are padded in it); learning rates are 0

@@ -27,7 +27,7 @@ QUICK=
 for argument in "$@"; do
     case $argument in
     --quick) QUICK=1 ;;
-    -*) echo "unknown: $argument; there is --quick" && exit 2 ;;
+    -*) echo "unknown: $argument; there is --quick" >&2 && exit 2 ;;
     *) MODEL=$argument ;;
     esac
 done

@@ -20,6 +20,7 @@ if [ "${EXTRA:-}" ] && [ -z "${OUT:-}" ]; then
     echo "EXTRA makes other runs than those of the table: give them an OUT of their own." >&2
     exit 2
 fi
+case ${1:-} in -*) echo "unknown: $1; the top of this file has what can be set" >&2 && exit 2 ;; esac
 EMBEDDED=models/molformer-mini
 MODEL=${1:-$EMBEDDED}
 if [ "$MODEL" != $EMBEDDED ] && [ -d "$HERE/$MODEL" ]; then MODEL=$(realpath "$HERE/$MODEL"); fi # as seen by the caller

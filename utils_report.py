@@ -390,7 +390,7 @@ def save_figure(figure, path):
 
 def shown_path(folder):
     """Returns a folder as a command in this project's folder takes it: relative if inside it, else as it was given."""
-    return (Path(folder).is_absolute() and project_path(folder)) or str(folder)
+    return (Path(folder).is_absolute() and project_path(folder)) or str(Path(folder))
 
 
 class Run:
@@ -621,6 +621,8 @@ def card_data(run):
 def introduction(run):
     """Returns what the model is, in a few lines."""
     start = f"fine-tuned from `{run.base}`" if run.base else "trained from random weights"
+    if run.kind == "mlm" and run.model_folder is None:
+        return f"An evaluation of `{run.base}`, a MoLFormer that learned SMILES, on {run.data}."
     if run.kind == "mlm":
         return f"A MoLFormer that learned SMILES ({run.values.get('objective', 'mlm')}), {start}, on {run.data}."
     if run.model_folder is None and run.kind in ("regression", "peft"):
@@ -645,8 +647,8 @@ def results_section(run):
     """Returns the table of results."""
     results, lines = run.results, ["## Results", ""]
     if run.kind == "mlm":
-        keys = [key for key in results if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))]
-        keys = [key for key in keys if key != "eval_samples"]
+        times = ("runtime", "per_second", "preparation_time", "samples")
+        keys = [key for key in results if key.startswith("eval_") and not key.endswith(times)]
         count = results.get("eval_samples", 0)
         lines += [f"| {count} held-out molecules | |", "| --- | ---: |"]
         lines += [f"| {key.removeprefix('eval_').replace('_', ' ')} | {results[key]:.4g} |" for key in keys]
@@ -704,7 +706,7 @@ def usage_section(run):
     """Returns how the model is loaded, with and without this project's scripts; nothing if there is no model."""
     if run.model_folder is None:
         return ""
-    model, revision = f"--model_name_or_path {run.address}", ""
+    model, revision = f"--model_name_or_path {shlex.quote(run.address)}", ""
     if run.revision is not None:
         model, revision = f"{model} --model_revision {run.revision}", f', revision="{run.revision}"'
     command = f"python run_regression.py --do_predict {model} --test_file molecules.csv"
@@ -753,10 +755,12 @@ def smiles_to_give(run):
 
 def limits_section(run):
     """Returns what the model is for, and what not; nothing if there is no model."""
+    if run.model_folder is None:
+        return ""
     if run.kind == "mlm":
         return LIMITS_OF_PRETRAINING
     stereo = "; molecules that differ in stereo alone get one prediction" if run.smiles_form == "canonical" else ""
-    return LIMITS.format(stereo=stereo) if run.model_folder is not None else ""
+    return LIMITS.format(stereo=stereo)
 
 
 def protocol_section(run):
@@ -779,9 +783,9 @@ def protocol_section(run):
         chosen = run.kind == "mlm" or run.values.get("protocol") == "paper"
         if trained and "validation" not in sizes and not chosen:
             lines.append("- No molecules were held out to choose the epoch: the model is that of the last one.")
-        if run.kind == "mlm":
+        if run.kind == "mlm" and run.model_folder is not None:
             lines.append("- Nothing of the other parts was learned.")
-        elif "test" not in sizes:
+        elif run.kind != "mlm" and "test" not in sizes:
             lines.append(f"- {no_test(sizes)}")
     flags = as_flags({name: value for name, value in without_folders(run.values).items() if name != "output_dir"})
     lines.append(
@@ -1023,9 +1027,10 @@ def stage(contents, folder):
 
 def write_card(folder, kind, model_folder=None):
     """Writes the card of a run into its folder, beside a README.md of the user's."""
-    path = Path(folder) / CARD_FILE
-    path = path if not path.exists() or is_card(path) else path.with_name(OWN_CARD_FILE)
-    write_text(str(model_card(Run(folder, kind, model_folder=model_folder))), path)
+    for path in (Path(folder) / CARD_FILE, Path(folder) / OWN_CARD_FILE):
+        if not path.exists() or is_card(path):
+            return write_text(str(model_card(Run(folder, kind, model_folder=model_folder))), path)
+    logger.warning("No card is written: %s and %s in %s are of another's, and stay", CARD_FILE, OWN_CARD_FILE, folder)
 
 
 def finish_run(training_args, kind, folders=None, replaced=None):

@@ -89,7 +89,10 @@ def run_script(main, dataclasses, defaults, description):
             raise
         begun = last_complete_checkpoint(folder) is not None or run_pieces(folder)
         advice = "go on with --resume_from_checkpoint true" if begun else "start again"
-        if is_forbidden(error):
+        if is_forbidden(error) and is_elsewhere(error, folder):
+            logger.error("%s must not be read or written (%s). Allow it, or name another, and %s.", error.filename,
+                         error.strerror, advice)  # fmt: skip
+        elif is_forbidden(error):
             logger.error("%s must not be written (%s). Give another --output_dir, or allow it and %s.", folder, error,
                          advice)  # fmt: skip
         else:
@@ -102,6 +105,14 @@ def is_forbidden(error):
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return True
     return any(f"os error {code})" in str(error) for code in (errno.EACCES, errno.EPERM, errno.EROFS))
+
+
+def is_elsewhere(error, folder):
+    """Whether an error names a file that is neither in a folder nor one of those that the folder is to lie in."""
+    if not isinstance(getattr(error, "filename", None), str):
+        return False
+    path, folder = Path(os.path.abspath(error.filename)), Path(os.path.abspath(folder))
+    return path not in (folder, *folder.parents) and folder not in path.parents
 
 
 def is_out_of_space(error):
@@ -180,11 +191,22 @@ def find_checkpoint(training_args, data_args, in_pieces=False):
         lock_folder(output_dir)  # refuses if the run is not interrupted, but going on
     resume = training_args.resume_from_checkpoint
     if resume is not None and str(resume).lower() not in ("false", "no", "0"):
-        if in_pieces:
-            if not says_true(resume) or not run_pieces(output_dir):
-                raise InputError(f"There is no run to resume in {output_dir}. Leave --resume_from_checkpoint out.")
-            return str(output_dir)
         last = last_complete_checkpoint(output_dir)
+        if last is not None if in_pieces else last is None and run_pieces(output_dir):
+            raise InputError(
+                f"The run in {output_dir} was begun with other flags, such as --num_seeds ({ARGUMENTS_FILE} has "
+                "them). Give these to go on with it, replace it with --overwrite_output_dir in place of "
+                "--resume_from_checkpoint, or give another --output_dir."
+            )
+        if in_pieces:
+            if not run_pieces(output_dir):
+                raise InputError(f"There is no run to resume in {output_dir}. Leave --resume_from_checkpoint out.")
+            if not says_true(resume):
+                raise InputError(
+                    f"The run in {output_dir} trains several models, and goes on with all: pass "
+                    f"--resume_from_checkpoint true, not {resume}."
+                )
+            return str(output_dir)
         path = last if says_true(resume) else Path(resume)
         if path is None or not _is_complete(path):
             inside = None if path is None else last_complete_checkpoint(path)

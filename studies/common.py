@@ -71,6 +71,7 @@ def study_parser(description, folder, output, script=None):
     return parser
 
 
+PARTS = ("train", "validation", "test")  # learned, the epoch chosen on, tested on
 FAILED = []  # commands of the cells that did, for the report
 
 
@@ -133,9 +134,9 @@ def interval(values, test_share=0.2):
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * np.sqrt(variance))
 
 
-def share_of_test(values):
-    """Returns the share of the test molecules of those that a run learned, chose its epoch on, or was tested on."""
-    sizes = [values[f"{part}_samples"] for part in ("train", "validation", "test")]
+def held_out_share(values, parts=PARTS):
+    """Returns the share that the last of `parts` has of the molecules of all of them, in a run's results."""
+    sizes = [values[f"{part}_samples"] for part in parts]
     return sizes[-1] / sum(sizes)
 
 

@@ -24,11 +24,11 @@ import pandas as pd
 from common import (
     FAILED,
     as_text,
+    held_out_share,
     interval,
     place_of,
     run_all,
     run_script,
-    share_of_test,
     study_parser,
     with_interval,
     write_report,
@@ -160,7 +160,7 @@ def summarize(runs):
                     name = "leakage"
                 errors[name][result["seed"]] = values["test_mse"]
                 added[name].append({key: values[key] for key in MEANS if key in values})
-                shares[name].append(share_of_test(values))
+                shares[name].append(held_out_share(values))
         shares = {name: max(found) for name, found in shares.items() if found}
         for name, by_seed in errors.items():
             if not by_seed:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import peft_comparison
 import table1
-from common import ROOT, interval, place_of, share_of_test, with_interval, write_report
+from common import PARTS, ROOT, held_out_share, interval, place_of, with_interval, write_report
 from run_once import is_finished
 
 from run_influence import PAPER_LOSSES
@@ -96,30 +96,30 @@ def rows_of(runs):
                      if "test_mse" in values["results"].get(name, {})}  # fmt: skip
             if seeds:
                 found = {"seeds": seeds, "command": runs["influence"]["command"]}
-                share = max(map(share_of_test, seeds.values()))  # the pool is not in all of them
-                rows.append(row(found, "1", title, METRICS, None, share))
-        losses = {
-            seed: values["results"]["selected"]["eval_losses"]
+                rows.append(row(found, "1", title, METRICS, None))
+        chosen = {
+            seed: values["results"]["selected"]
             for seed, values in runs["influence"]["seeds"].items()
             if "selected" in values["results"]
         }
-        for epoch in range(min((len(values) for values in losses.values()), default=0)):
-            numbers = {seed: {"loss": values[epoch]} for seed, values in losses.items()}
+        for epoch in range(min((len(values["eval_losses"]) for values in chosen.values()), default=0)):
+            numbers = {seed: values | {"loss": values["eval_losses"][epoch]} for seed, values in chosen.items()}
             paper = PAPER_LOSSES[epoch : epoch + 1]
             found = {"seeds": numbers, "command": runs["influence"]["command"]}
-            rows.append(row(found, "2", f"epoch {epoch + 1}", ("loss",), paper))
+            rows.append(row(found, "2", f"epoch {epoch + 1}", ("loss",), paper, parts=("train", "validation")))
     for name, paper in peft_comparison.PAPER.items():
         if name in runs:
             rows.append(row(runs[name], "appendix", name, ("test_mse", "final_train_mse"), paper))
     return rows
 
 
-def row(run, table, title, metrics, paper, share=0.2):
+def row(run, table, title, metrics, paper, parts=PARTS):
     """Returns one row: for each metric mean and half width, the values by seed, and the paper's numbers.
 
     Args:
-        share (`float`): of the test molecules, see `interval`.
+        parts (`tuple[str]`): of the molecules that the runs share; the metrics are of the last part.
     """
+    share = max(held_out_share(found, parts) for found in run["seeds"].values())
     values = {metric: {seed: found[metric] for seed, found in run["seeds"].items()} for metric in metrics}
     return {
         "table": table,

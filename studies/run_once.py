@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from arguments import InputError  # noqa: E402
-from utils_runs import UNFINISHED, is_finished, last_complete_checkpoint, lock, run_pieces  # noqa: E402
+from utils_runs import (  # noqa: E402
+    LOCK_FILE,
+    UNFINISHED,
+    is_finished,
+    last_complete_checkpoint,
+    lock,
+    run_pieces,
+    write_text,
+)
 
 
 def as_text(command):
@@ -60,7 +68,7 @@ def is_made_by(note, text):
     if not note.exists():
         return False
     kept, (command, *files) = note.read_text().splitlines(), text.splitlines()
-    return kept[0] == command and set(files) <= set(kept)
+    return kept[:1] == [command] and set(files) <= set(kept)
 
 
 def is_done(folder, command):
@@ -89,11 +97,11 @@ def run_once(folder, command, threads=None):
                 lock(folder).release()
             except InputError as error:
                 raise SystemExit(str(error)) from error
-            if is_finished(folder):
+            if any(path.name != LOCK_FILE for path in folder.iterdir()):
                 print(f"{folder} is of another command, or of other files, and is replaced.")
             shutil.rmtree(folder)  # nothing may take it for one of this command
         folder.mkdir(parents=True)
-        note.write_text(text)
+        write_text(text, note)
     elif is_finished(folder):
         return
     for part in command:

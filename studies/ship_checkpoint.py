@@ -138,9 +138,10 @@ def main():
     results = {key: value for key, value in results.items() if not key.startswith(("train_", "epoch"))}  # of one run
     (args.output / "all_results.json").write_text(json.dumps(results | {"molecules": seen}, indent=2) + "\n")
     plot(entries, args.output / "loss_curves.png")
-    card = (args.output / "README.md").read_text()
-    marks = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
-    (args.output / "README.md").write_text(marks.sub(lambda m: f"{m[1]}{table(entries)}\n{m[2]}", card))
+    card = args.output / "README.md"
+    if card.exists():
+        marks = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
+        card.write_text(marks.sub(lambda m: f"{m[1]}{table(entries)}\n{m[2]}", card.read_text()))
     print(table(entries))
 
 

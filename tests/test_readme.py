@@ -29,7 +29,7 @@ import peft_comparison  # noqa: E402
 import pretraining_trials  # noqa: E402
 import recipes  # noqa: E402
 import table1  # noqa: E402
-from common import interval, share_of_test  # noqa: E402
+from common import held_out_share, interval  # noqa: E402
 from kept_runs import read_records  # noqa: E402
 from readme_tables import BLOCK  # noqa: E402
 from ship_checkpoint import table  # noqa: E402
@@ -130,7 +130,8 @@ def test_what_the_readme_says_of_the_methods_is_what_they_reached():
     )
     assert "{:.3f} ± {:.3f} for `oft` (zero inside) and {:.4f} ± {:.4f} for `shira` (zero just outside)".format(
         *more["oft"], *more["shira"]) in text  # fmt: skip
-    mean, half = interval([errors["dora"][seed] - errors["rslora"][seed] for seed in range(5)])
+    # of the validation molecules, a tenth of those that are learned or choose the epoch
+    mean, half = interval([errors["dora"][seed] - errors["rslora"][seed] for seed in range(5)], 0.1)
     assert f"(`dora` is {mean:.3f} ± {half:.3f} behind)" in text
     failed = [run["test_r2"] for run in report["runs"] if run["name"].startswith("paper-") and run["test_r2"] < 0.2]
     assert f"have R² of {min(failed):.2f} to {max(failed):.2f}, and did not diverge" in text
@@ -296,7 +297,7 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
         """Returns the paired difference of two choices as text, and whether its interval excludes zero."""
         pairs = [[run["results"][choice] for choice in (name, other)] for run in runs]
         # what the splits share is known of the test molecules; of the validation molecules it is less
-        share = max(share_of_test(values) for pair in pairs for values in pair) if part == "test" else 0.2
+        share = max(held_out_share(values) for pair in pairs for values in pair) if part == "test" else 0.2
         mean, half = interval([first[f"{part}_mse"] - second[f"{part}_mse"] for first, second in pairs], share)
         return f"{abs(mean):.3f} ± {half:.3f}", abs(mean) > half
 
@@ -366,21 +367,23 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     leads = [row[key] for name, row in external.items() for key in keys if key in row and name != "leakage"]
     assert len(leads) == 14 and all(abs(mean) < half for mean, half in leads)
     assert {run["influence"]["training_molecules"] for run in report["runs"] if run["pool"] == "external"} == {3024}
-    scaffold = {r["name"]: r for r in report["selection"] if (r["pool"], r["split"]) == ("300", "scaffold")}
-    assert not [row for row in report["selection"] if (row["pool"], row["split"]) == ("external", "scaffold")]
     number = ("no", "one", "two", "three", "four", "five")
-    seeds = {len(scaffold[name]["test_mse"]) for name in five}
-    assert len(seeds) == 1 and f"the table has {number[seeds.pop()]} seeds with the pool of 300, and none with" in text
-    told = told.removeprefix("helps: ").replace("the test", "The test", 1)
-    assert told.format(**{name: f"{row['mean']:.3f}" for name, row in scaffold.items()}) in text
-    leads = [row[key] for row in scaffold.values() for key in keys if key in row]
-    assert len(leads) == 16 and all(abs(mean) < half for mean, half in leads)
+    told = told.removeprefix("helps: the test error is ")
+    seeds = {}
+    for pool, place in (("300", "With the pool the test error is "), ("external", "with external molecules it is ")):
+        scaffold = {r["name"]: r for r in report["selection"] if (r["pool"], r["split"]) == (pool, "scaffold")}
+        assert place + told.format(**{name: f"{row['mean']:.3f}" for name, row in scaffold.items()})[:-1] in text
+        (seeds[pool],) = {len(scaffold[name]["test_mse"]) for name in five if name in scaffold}
+        leads = [row[key] for row in scaffold.values() for key in keys if key in row]
+        assert len(leads) == (16 if pool == "300" else 14) and all(abs(mean) < half for mean, half in leads)
+    said = "On scaffold splits, {} seeds with the pool of 300 and {} with external molecules, no lead of either choice"
+    assert said.format(*(number[count] for count in seeds.values())) in text
     leaks = {r["pool"]: r for r in report["selection"] if r["name"] == "leakage"}
-    mean, half = leaks["300"]["selected_minus_this"]
-    assert abs(mean) < half
-    seeds = {pool: number[len(row["test_mse"])] for pool, row in leaks.items()}
-    assert f"leak: {leaks['300']['mean']:.3f} with the pool of 300 ({seeds['300']} seeds)" in text
-    assert f"external molecules have {seeds['external']} seed of it" in text
+    leads = [row["selected_minus_this"] for row in leaks.values()]
+    assert len(leads) == 2 and all(half is None or abs(mean) < half for mean, half in leads)
+    said = "leak: {:.3f} with the pool of 300 ({} seeds) and {:.3f} with external molecules ({} seed"
+    pairs = [(leaks[pool]["mean"], number[len(leaks[pool]["test_mse"])]) for pool in ("300", "external")]
+    assert said.format(*pairs[0], *pairs[1]) in text
 
 
 def test_what_the_readme_says_of_wrong_labels_is_what_came():

@@ -287,6 +287,12 @@ def test_other_flags_replace_no_runs_and_no_tables_of_the_project(script, tmp_pa
     assert ran.returncode == 0 and f"--output {tmp_path}/" in ran.stdout.splitlines()[-1]
 
 
+@pytest.mark.parametrize("script", ["reproduce_table1.sh", "reproduce_paper.sh"])
+def test_a_flag_that_a_chain_does_not_have_is_refused(script):
+    done = subprocess.run(["sh", str(ROOT / script), "--fast"], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and "unknown: --fast" in done.stderr
+
+
 def chain_of_table_1(folder, *arguments, **environment):
     """What the chain would run: `echo` stands in for Python."""
     environment = {**os.environ, "PYTHON": "echo", "SEEDS": "3", "RESULTS": str(folder), **environment}
@@ -408,6 +414,18 @@ def test_how_a_corpus_was_read_does_not_ship(tiny_checkpoint, tmp_path, monkeypa
     assert "| 16 |  | 4.500 |" in (shipped / "README.md").read_text()
 
 
+def test_a_checkpoint_ships_into_a_new_folder(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """Its card is then still to be written."""
+    run, shipped = tmp_path / "run", tmp_path / "shipped"
+    shutil.copytree(tiny_checkpoint, run)
+    state = {"global_step": 1, "train_batch_size": 8, "log_history": [{"step": 1, "eval_loss": 1.5}]}
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    (run / "all_results.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["ship_checkpoint.py", str(run), "--output", str(shipped)])
+    ship_checkpoint.main()
+    assert not (shipped / "README.md").exists() and "| 8 |" in capsys.readouterr().out
+
+
 def test_half_the_digits_are_stored_and_loaded_as_float32(tiny_checkpoint, tmp_path):
     """Reference: the same weights rounded to float16."""
     import torch
@@ -435,11 +453,12 @@ def finished(folder, name, values, command="python x.py"):
 
 def test_the_papers_tables_stand_beside_ours(tmp_path):
     """Reference: intervals worked by hand (Student's t of two values: 12.706; variance 0.005 times 1/2 + 1/4)."""
+    usual = {"train_samples": 70, "validation_samples": 10, "test_samples": 20}
     for seed, mse in enumerate((0.4, 0.5)):
-        finished(tmp_path, f"regression-{seed}", {"test_mse": mse, "test_mae": 0.5, "test_r2": 0.7})
-        finished(tmp_path, f"lora-{seed}", {"test_mse": mse, "final_train_mse": 0.1})
-        selected = {"eval_losses": [0.9, mse]}
+        finished(tmp_path, f"regression-{seed}", {"test_mse": mse, "test_mae": 0.5, "test_r2": 0.7, **usual})
+        finished(tmp_path, f"lora-{seed}", {"test_mse": mse, "final_train_mse": 0.1, **usual})
         sizes = {"train_samples": 40, "validation_samples": 10, "test_samples": 50}
+        selected = {"eval_losses": [0.9, mse], **sizes}
         controls = {"none": {}, "random": {"test_mse": 2 * mse, "test_mae": 0.5, "test_r2": 0.7, **sizes}}
         finished(tmp_path, f"influence-{seed}", {"results": {**controls, "selected": selected}})
     finished(tmp_path, "bitfit-0", {"test_mse": 9.0})
@@ -451,6 +470,8 @@ def test_the_papers_tables_stand_beside_ours(tmp_path):
     mean, half = rows[1]["intervals"]["test_mse"]  # half of the molecules are tested on: times 1/2 + 1
     assert mean == pytest.approx(0.9) and half == pytest.approx(12.706 * math.sqrt(0.02 * 1.5), rel=1e-3)
     mean, half = rows[0]["intervals"]["test_mse"]
+    assert mean == pytest.approx(0.45) and half == pytest.approx(12.706 * math.sqrt(0.005 * 0.75), rel=1e-3)
+    mean, half = rows[3]["intervals"]["loss"]  # of validation, a fifth of it and what is learned: times 1/2 + 1/4
     assert mean == pytest.approx(0.45) and half == pytest.approx(12.706 * math.sqrt(0.005 * 0.75), rel=1e-3)
     text = paper_tables.to_markdown(rows)
     assert "| regression | 2 | 0.450 ± 0.778 | 0.500 ± 0.000 | 0.700 ± 0.000 | 0.4827 | 0.5359 | 0.6733 |" in text
@@ -534,6 +555,18 @@ def test_a_finished_run_is_repeated_only_if_its_command_or_a_file_of_it_changed(
     torch.save({}, tmp_path / "a-0" / "checkpoint-3" / "scheduler.pt")
     calls()
     assert "true" in (tmp_path / "calls").read_text().splitlines()[-1]
+
+
+def test_a_run_that_is_replaced_is_named_though_interrupted(tmp_path, capsys):
+    """And a note that was cut, as a full disk leaves it, is no end of a study."""
+    (tmp_path / "count.py").write_text(COUNTING)
+    (tmp_path / "data.csv").write_text("one")
+    (tmp_path / "a-0" / "checkpoint-9").mkdir(parents=True)
+    (tmp_path / "a-0.command").touch()
+    assert not run_once.is_done(tmp_path / "a-0", [str(tmp_path / "count.py")])
+    common.run_once(tmp_path / "a-0", [str(tmp_path / "count.py")])
+    assert f"{tmp_path / 'a-0'} is of another command" in capsys.readouterr().out
+    assert not (tmp_path / "a-0" / "checkpoint-9").exists()
 
 
 def test_a_run_that_another_process_writes_is_not_replaced(tmp_path):

@@ -862,6 +862,29 @@ def test_a_card_is_told_from_a_text_of_the_users(tmp_path, text, ours):
     assert is_card(tmp_path / ("README.md" if ours else "MODEL_CARD.md"))
 
 
+def test_two_texts_of_the_users_stay_without_a_card(tmp_path, caplog):
+    for name in ("README.md", "MODEL_CARD.md"):
+        (tmp_path / name).write_text("mine")
+    utils_report.write_card(tmp_path, "regression")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"} and "No card is written" in caplog.text
+
+
+def test_the_card_of_an_evaluation_of_a_pretraining_tells_of_no_model(tmp_path):
+    results = {"eval_loss": 1.5, "eval_samples": 16, "eval_runtime": 2.0, "eval_model_preparation_time": 0.1}
+    split = {"split": "random", "hash": "0", "train": [0], "validation": [1]}
+    card = card_of(tmp_path, "mlm", {"model_name_or_path": "start"}, results, split=split)
+    assert "An evaluation of `start`, a MoLFormer that learned SMILES, on MoleculeNet Lipophilicity." in card
+    assert "| 16 held-out molecules | |\n| --- | ---: |\n| loss | 1.5 |\n\n" in card
+    for absent in ("fine-tuned", "was learned", "## Use", "starting point"):
+        assert absent not in card
+
+
+def test_a_path_with_a_space_can_be_typed_and_one_with_a_slash_at_its_end_has_a_name(tmp_path):
+    card = card_of(tmp_path / "my run", "regression", results={"test_mse": 1.0}, config={"a": 1})
+    assert f"--do_predict --model_name_or_path '{tmp_path}/my run' --test_file" in card
+    assert Run(f"{tmp_path}/my run/", "regression").name == f"{tmp_path}/my run"
+
+
 def test_a_folder_that_is_called_like_a_member_is_no_ensemble(tmp_path):
     card = card_of(tmp_path / "member-test", "regression", results={"test_mse": 1.0}, config={"a": 1})
     assert "ensemble" not in card and f'from_pretrained("{tmp_path / "member-test"}"' in card

@@ -214,6 +214,26 @@ def test_resume_without_a_complete_checkpoint_is_refused(tmp_path, state):
         assert str(named) in str(error.value)
 
 
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_a_run_of_one_model_is_not_resumed_as_one_of_several_nor_the_other_way(tmp_path, in_pieces):
+    """The advice leads on: to leave the flag out would end at the advice to give it."""
+    checkpoint(tmp_path if in_pieces else tmp_path / "member-0", 5)
+    (tmp_path / ("." if in_pieces else "member-0") / UNFINISHED).touch()
+    with pytest.raises(InputError, match=r"begun with other flags, such as --num_seeds \(arguments.json has them\)"):
+        find_checkpoint(*arguments_for(tmp_path, resume_from_checkpoint="true"), in_pieces=in_pieces)
+
+
+def test_a_run_of_several_models_is_resumed_with_all(tmp_path):
+    inside = checkpoint(tmp_path / "member-0", 5)
+    (tmp_path / "member-0" / UNFINISHED).touch()
+    with pytest.raises(InputError, match=f"pass --resume_from_checkpoint true, not {inside}"):
+        find_checkpoint(*arguments_for(tmp_path, resume_from_checkpoint=inside), in_pieces=True)
+    arguments = arguments_for(tmp_path, resume_from_checkpoint="true")
+    assert find_checkpoint(*arguments, in_pieces=True) == str(tmp_path)
+    with pytest.raises(InputError, match="no run to resume"):
+        find_checkpoint(*arguments_for(tmp_path / "new", resume_from_checkpoint="true"), in_pieces=True)
+
+
 def test_resume_into_a_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(InputError, match="no complete checkpoint"):
         find_checkpoint(*arguments_for(tmp_path / "new", resume_from_checkpoint="true"))
@@ -573,6 +593,25 @@ def test_a_folder_that_cannot_be_written_is_told(monkeypatch, tmp_path, caplog, 
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, tmp_path, main)
     assert ended.value.code == 1 and re.search(message, caplog.text) and advice in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/else/where/my.csv", "/else/where/my.csv must not be read or written .Permission denied.. Allow it"),
+        ("{}/splits.json", "{} must not be written"),
+        ("{}/..", "{} must not be written"),  # where it was to be made
+    ],
+)
+def test_a_file_elsewhere_that_must_not_be_read_is_no_fault_of_the_output_folder(
+    monkeypatch, tmp_path, caplog, path, message
+):
+    def main(*arguments):
+        raise PermissionError(13, "Permission denied", path.format(tmp_path))
+
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, main)
+    assert re.search(message.format(tmp_path), caplog.text)
 
 
 SCRIPT = """
