@@ -70,7 +70,8 @@ class MlmArguments:
         default=None,
         metadata={
             "help": "Files of molecules that a corpus is read without, such as those that are to test the model: "
-            "text, CSV or TSV. They are left out whatever their stereo, and as a part of a mixture too."
+            "text, CSV or TSV. They are left out whatever their stereo, and as a part of a mixture too; "
+            "with another charge a molecule counts as another one."
         },
     )
     preprocessing_num_workers: int | None = field(

@@ -16,6 +16,7 @@ import zlib
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import torch
 from transformers import EvalPrediction
 
@@ -44,6 +45,7 @@ from utils_molecules import (
     load_molecules,
     parse_smiles,
     read_header,
+    refuse_joined,
     refuse_or_warn,
     refuse_repeated,
     refuse_shifted,
@@ -100,7 +102,18 @@ def read_corpus(path, smiles_column=None, cache_dir=None, renew=False):
         if any(text in str(reason) for text in ("at least one example", "corresponds to no data")):
             raise InputError(f"{path} holds no molecule. Give another file.") from error
         raise InputError(f"{path} cannot be read as UTF-8 {'text' if text else 'CSV'}: {reason}") from error
+    if not text:
+        refuse_joined_rows(corpus, columns, separator, path)
     return take_smiles(corpus, column, path)
+
+
+def refuse_joined_rows(corpus, columns, separator, path):
+    """Raises `InputError` as `refuse_joined` does, of a table that does not fit into memory."""
+    several = [pc.match_substring_regex(column, "[\r\n]") for column in corpus.data.columns]
+    rows = np.unique(np.concatenate([np.flatnonzero(pc.fill_null(found, False)) for found in several]))
+    for row in rows:
+        table = corpus.select([row]).to_pandas().fillna("")
+        refuse_joined(table, columns, separator, path, int(row))
 
 
 def take_smiles(corpus, smiles_column, source):

@@ -28,6 +28,7 @@ from huggingface_hub.utils import get_session
 from pandas.io.common import get_handle
 from rdkit import Chem, rdBase
 from rdkit.Chem import EState, rdFingerprintGenerator, rdMolDescriptors, rdPartialCharges
+from rdkit.Chem.MolStandardize import rdMolStandardize
 from rdkit.Chem.Scaffolds import MurckoScaffold
 from tqdm.auto import tqdm
 
@@ -79,6 +80,12 @@ def read_table(path, smiles_column=None, label_column=None, prefix=""):
             are missing, infinite or text; the message names the value and its row.
     """
     columns, separator = read_header(path)
+    if has_lines(path, smiles_column):
+        raise InputError(
+            f"{path} is taken for a list of SMILES without a header, since its first line is {shorten(columns[0])!r}. "
+            f"Labels are needed here: give a table with a header, such as SMILES,label; if it is one, pass "
+            f"--{prefix}smiles_column."
+        )
     try:
         table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,7 +95,7 @@ def read_table(path, smiles_column=None, label_column=None, prefix=""):
     except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from error
     refuse_shifted(path, columns, separator)
-    refuse_joined(table, separator, path)
+    refuse_joined(table, columns, separator, path)
     molecules = _to_molecules(table, path, smiles_column, label_column, prefix)
     refuse_repeated([molecules.attrs["smiles_column"], *molecules.attrs["label_columns"]], columns, path)
     return molecules
@@ -98,7 +105,8 @@ def refuse_repeated(used, columns, path):
     """Raises `InputError` if a column that is read stands twice in the header: which one is meant?"""
     twice = next((name for name in used if columns.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"{path} has more than one column {twice!r}. Rename all but one.")
+        advice = "Rename all but one" if twice else "Name those that are needed, and remove the others"
+        raise InputError(f"{path} has more than one column {twice!r}. {advice}.")
 
 
 def refuse_shifted(path, columns, separator):
@@ -114,18 +122,26 @@ def refuse_shifted(path, columns, separator):
         )
 
 
-def refuse_joined(table, separator, path):
-    """Raises `InputError` for a cell of a TSV with tabs and line ends: quotes that were not meant have joined rows."""
-    if separator != "\t":
-        return
-    for name in table:
-        joined = table[name].str.contains("\t", regex=False) & table[name].str.contains("\n", regex=False)
-        if joined.any():
-            row = int(joined.to_numpy().argmax())
-            raise InputError(
-                f"Column {name!r} of {path} holds several lines in row {row}: {shorten(table[name].iloc[row])!r}. "
-                "Remove the quotes that no other one closes."
-            )
+def refuse_joined(table, columns, separator, source, first=0):
+    """Raises `InputError` for rows that quotes have joined which were not meant: `"name` in one, `"name` in a later.
+
+    Such a cell goes on to the end of its row, and ends within the same column of another row; one that is meant to
+    have several lines does so by chance alone.
+
+    Args:
+        table (`pandas.DataFrame`): of text, all columns of the file.
+        first (`int`): number of its first row.
+    """
+    for place, name in enumerate(columns):
+        texts = table.iloc[:, place].astype(str)
+        several = texts.str.contains("\n", regex=False) | texts.str.contains("\r", regex=False)
+        for row in np.flatnonzero(several):
+            lines = re.split(r"[\r\n]+", texts.iloc[row])
+            if [line.count(separator) for line in (lines[0], lines[-1])] == [len(columns) - 1 - place, place]:
+                raise InputError(
+                    f"Column {name!r} of {source} holds several rows in row {first + row}: "
+                    f"{shorten(texts.iloc[row])!r}. Remove the quotes that no other one closes."
+                )
 
 
 def not_utf8(path):
@@ -267,9 +283,13 @@ def read_hub_dataset(name, config_name=None, cache_dir=None, smiles_column=None,
 def find_column(columns, wanted, candidates, flag, source):
     """Returns the column called `wanted`, or the first of `candidates` that is there in any case; else `None`."""
     if wanted is not None:
-        if wanted not in columns:
-            raise InputError(f"Column {wanted!r} is not in {source}, which has: {', '.join(columns)}. Correct {flag}.")
-        return wanted
+        if wanted in columns:
+            return wanted
+        alike = [column for column in columns if column.strip() == wanted.strip()]
+        if len(alike) != 1:
+            has = f"has: {', '.join(columns)}" if columns else "has no header"
+            raise InputError(f"Column {wanted!r} is not in {source}, which {has}. Correct {flag}.")
+        return alike[0]
     lowered = {str(column).strip().lower(): column for column in reversed(columns)}
     return next((lowered[name] for name in candidates if name in lowered), None)
 
@@ -322,15 +342,16 @@ def _to_molecules(table, source, smiles_column, label_column, prefix=""):
     )
     for label in labels:
         name = "label" if len(labels) == 1 else f"{LABEL_PREFIX}{label}"
-        molecules[name] = _to_numbers(table[label], label, source, may_lack=len(labels) > 1)
+        molecules[name] = _to_numbers(table[label], label, source, f"--{prefix}label_column", len(labels) > 1)
     molecules.attrs |= {"smiles_column": smiles, "smiles_flag": f"--{prefix}smiles_column", "label_columns": labels}
     return molecules
 
 
-def _to_numbers(texts, column, source, may_lack=False):
+def _to_numbers(texts, column, source, flag, may_lack=False):
     """Labels as floats. Infinite and text values are an error, and missing ones.
 
     Args:
+        flag (`str`): that names the column.
         may_lack (`bool`): whether a label may be missing; it is NaN then.
     """
     numbers = pd.to_numeric(texts, errors="coerce").astype(float)
@@ -342,6 +363,8 @@ def _to_numbers(texts, column, source, may_lack=False):
         given = next((text for text in texts.iloc[bad].astype(str) if text.strip()), "")
         comma = re.fullmatch(r"\s*[-+]?\d+,\d+\s*", given)
         advice = "Decimals are to be written with a point." if comma else "Correct or remove these rows."
+        if not comma and len(bad) == len(texts):
+            advice = f"If another column has the labels, name it ({flag})."
         raise InputError(
             f"{len(bad)} of {len(texts)} labels in column {column!r} of {source} are missing, infinite or no numbers, "
             f"first at row {bad[0]}: {texts.iloc[bad[0]]!r}. {advice}"
@@ -637,6 +660,13 @@ def _given_split(molecules, data_args):
     except (OSError, ValueError) as error:
         raise InputError(f"--split_file {data_args.split_file} cannot be read as JSON: {error}") from error
     lists = [given.get(name) or [] for name in SPLITS] if isinstance(given, dict) else []
+    # beside them what splits.json of a run has, that of run_influence.py its pool
+    others = [name for name in given if name not in (*SPLITS, "split", "hash", "pool", "corrupted")] if lists else []
+    if others:
+        raise InputError(
+            f"{data_args.split_file} has the key {others[0]!r}, which is none of {', '.join(SPLITS)}. Correct or "
+            "remove it."
+        )
     right = all(isinstance(rows, list) and all(type(row) is int for row in rows) for rows in lists)
     if not right or not lists or not lists[0] or (data_args.test_fraction and not lists[2]):
         raise InputError(
@@ -694,6 +724,10 @@ def load_molecules(tokenizer, model_args, data_args, training_args):
     )
     seed = training_args.seed if data_args.split_seed is None else data_args.split_seed
     molecules["split"] = assign_splits(molecules, data_args, seed)
+    if (molecules["split"] == "").any():
+        count = int((molecules["split"] == "").sum())
+        logger.warning("%d of %d molecules are in no part of %s, and are left out", count, len(molecules),
+                       data_args.split_file)  # fmt: skip
     molecules = molecules[molecules["split"] != ""].reset_index(drop=True)
     molecules = leave_out_unlabeled(molecules)
     warn_of_leaks(molecules)
@@ -730,24 +764,34 @@ def leave_out_unlabeled(molecules):
     return molecules[known].reset_index(drop=True)
 
 
+def parent_of(smiles):
+    """Returns the largest part of a molecule, without the charges that protons give or take (canonical SMILES)."""
+    if not re.search(r"\.|[+-]\d?\]", smiles):
+        return smiles
+    parts = Chem.GetMolFrags(parse_smiles(smiles), asMols=True)
+    largest = max(parts, key=lambda part: (part.GetNumHeavyAtoms(), Chem.MolToSmiles(part)))
+    return Chem.MolToSmiles(rdMolStandardize.Uncharger(canonicalOrder=True).uncharge(largest), isomericSmiles=False)
+
+
 def warn_of_leaks(molecules):
-    """Warns of test molecules that are also, as stereo twins at least, in training or validation."""
+    """Warns of test molecules that are also, as stereo twins or salts at least, in training or validation."""
     test = molecules["split"] == "test"
-    seen = set(molecules.loc[~test, "group"])
-    leaked = int(molecules.loc[test, "group"].isin(seen).sum())
-    validation, learned = (molecules.loc[molecules["split"] == name, "group"] for name in ("validation", "train"))
+    parents = molecules["group"].map(parent_of)
+    seen = set(parents[~test])
+    leaked = int(parents[test].isin(seen).sum())
+    validation, learned = (parents[molecules["split"] == name] for name in ("validation", "train"))
     known = int(validation.isin(set(learned)).sum())
     if known:
         logger.warning(
-            "%d of %d validation molecules are, stereo aside, training molecules too: the validation numbers, and the "
-            "choice of the epoch by them, are optimistic",
+            "%d of %d validation molecules are, stereo and salts aside, training molecules too: the validation "
+            "numbers, and the choice of the epoch by them, are optimistic",
             known,
             len(validation),
         )
     if leaked:
         logger.warning(
-            "%d of %d test molecules are, stereo aside, also among the molecules of training and validation: the test "
-            "numbers are optimistic",
+            "%d of %d test molecules are, stereo and salts aside, also among the molecules of training and "
+            "validation: the test numbers are optimistic",
             leaked,
             test.sum(),
         )

@@ -42,6 +42,7 @@ from utils_molecules import (
     not_utf8,
     read_header,
     read_header_lines,
+    refuse_joined,
     refuse_repeated,
     split_header,
     unix_lines,
@@ -79,8 +80,9 @@ def open_table(source, data_args):
         "chunksize": PIECE,
         "index_col": False,
     }
-    file = source
+    file, name = source, source
     if source == "-":
+        name = "Standard input"
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(encoding="utf-8-sig")  # as files are, whatever the locale
         try:
@@ -100,13 +102,17 @@ def open_table(source, data_args):
         else:
             columns, separator = read_header(source)
             options |= {"header": 0, "encoding": "utf-8-sig"}
-    smiles = find_smiles(columns, data_args.smiles_column, source)
-    refuse_repeated(columns, columns, source)
-    return read_pieces(file, source, columns, separator, options), smiles, columns
+    smiles = find_smiles(columns, data_args.smiles_column, name)
+    refuse_repeated(columns, columns, name)
+    return read_pieces(file, name, columns, separator, options), smiles, columns
 
 
 def read_pieces(file, source, columns, separator, options):
-    """Yields the pieces; what is wrong anywhere in a file ends in an `InputError` that names it and the row."""
+    """Yields the pieces; what is wrong anywhere in a file ends in an `InputError` that names it and the row.
+
+    Args:
+        source (`str`): how messages name the `file` (a path, or what is open).
+    """
     done, reader = 0, None
     while True:
         try:
@@ -125,11 +131,15 @@ def read_pieces(file, source, columns, separator, options):
             return
         except (*UNREADABLE, pd.errors.ParserWarning) as error:
             where = f"after row {done - 1}" if done else "from its first row"
-            message = not_utf8(source) if isinstance(error, UnicodeDecodeError) and source != "-" else None
+            message = None
+            if isinstance(error, UnicodeDecodeError):
+                message = f"{source} is no UTF-8 ({error}). Save it as UTF-8." if file is sys.stdin else not_utf8(file)
             raise InputError(message or f"{source} cannot be read {where}: {error}") from error
         if not len(piece):
             return
         piece.columns = columns
+        if separator is not None:
+            refuse_joined(piece.fillna(""), columns, separator, source, done)
         done += len(piece)
         yield piece.fillna("").reset_index(drop=True)
 
@@ -156,6 +166,12 @@ class Writer:
             self.part.replace(self.path)
         else:
             self.file.flush()
+
+    def discard(self):
+        """Removes a file that was not written to its end."""
+        if self.path is not None:
+            self.file.close()
+            self.part.unlink(missing_ok=True)
 
 
 class EmbeddingWriter:
@@ -202,6 +218,12 @@ class EmbeddingWriter:
 
             save_file({"embeddings": np.concatenate(self.states), "rows": np.concatenate(self.rows)}, self.part)
         self.part.replace(self.path)
+
+    def discard(self):
+        """Removes a file that was not written to its end."""
+        if self.parquet is not None:
+            self.parquet.close()
+        self.part.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------------- prediction
@@ -445,40 +467,47 @@ def predict_file(models, tokenizer, data_args, regression_args, training_args, p
     bar = tqdm(desc="Predicting", unit=" SMILES", disable=training_args.disable_tqdm or not training_args.should_log)
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine
     workers = max(1, regression_args.preprocessing_num_workers // beside)
-    for piece, forms, reasons in prepared_pieces(pieces, smiles_column, arguments, workers, predictor.share):
-        reasons, values, states = predictor.predict_forms(forms, reasons, num_forms + 1, exported is not None, bar)
-        usable = [row for row, reason in enumerate(reasons) if reason is None]
-        values = values[usable]
-        broken = int((~np.isfinite(values)).sum())
-        if broken:
-            raise InputError(f"{broken} predictions are not finite: the checkpoint is broken. Use another one.")
-        members = values.transpose(2, 0, 1, 3)
-        prediction, spreads = summarize_predictions(list(members))
-        if any(labels):
-            known, texts = measured_labels(piece, labels)
-            measured.append(np.stack([prediction, known[usable]]))
-            no_numbers, example = no_numbers + len(texts), example or next(iter(texts), None)
-        for number, end in enumerate(ends):
-            for name, numbers in {"prediction": prediction, **spreads}.items():
-                column = pd.Series(numbers[:, number], index=usable, dtype=float)
-                piece[f"{name}{end}"] = column.reindex(range(len(piece)))
-        piece["status"] = [STATUS.get(reason, "ok") for reason in reasons]
-        for status, count in piece["status"].value_counts().items():
-            statuses[status] = statuses.get(status, 0) + int(count)
+    try:
+        for piece, forms, reasons in prepared_pieces(pieces, smiles_column, arguments, workers, predictor.share):
+            reasons, values, states = predictor.predict_forms(forms, reasons, num_forms + 1, exported is not None, bar)
+            usable = [row for row, reason in enumerate(reasons) if reason is None]
+            values = values[usable]
+            broken = int((~np.isfinite(values)).sum())
+            if broken:
+                raise InputError(f"{broken} predictions are not finite: the checkpoint is broken. Use another one.")
+            members = values.transpose(2, 0, 1, 3)
+            prediction, spreads = summarize_predictions(list(members))
+            if any(labels):
+                known, texts = measured_labels(piece, labels)
+                measured.append(np.stack([prediction, known[usable]]))
+                no_numbers, example = no_numbers + len(texts), example or next(iter(texts), None)
+            for number, end in enumerate(ends):
+                for name, numbers in {"prediction": prediction, **spreads}.items():
+                    column = pd.Series(numbers[:, number], index=usable, dtype=float)
+                    piece[f"{name}{end}"] = column.reindex(range(len(piece)))
+            piece["status"] = [STATUS.get(reason, "ok") for reason in reasons]
+            for status, count in piece["status"].value_counts().items():
+                statuses[status] = statuses.get(status, 0) + int(count)
+            if main:
+                writer.write(piece)
+                if embeddings is not None:
+                    embeddings.write(usable, states[usable], len(piece))
+            total += len(piece)
+        bar.close()
+        if main and total == statuses.get(STATUS["invalid"]):
+            logger.warning(
+                "No row of %s has a SMILES in column %r.%s",
+                source,
+                smiles_column,
+                OTHER_COLUMN.format("--smiles_column"),
+            )
         if main:
-            writer.write(piece)
+            writer.close(columns + sorted(f"prediction{end}" for end in ends) + ["status"])
             if embeddings is not None:
-                embeddings.write(usable, states[usable], len(piece))
-        total += len(piece)
-    bar.close()
-    if main and total == statuses.get(STATUS["invalid"]):
-        logger.warning(
-            "No row of %s has a SMILES in column %r.%s", source, smiles_column, OTHER_COLUMN.format("--smiles_column")
-        )
-    if main:
-        writer.close(columns + sorted(f"prediction{end}" for end in ends) + ["status"])
-        if embeddings is not None:
-            embeddings.close(config.hidden_size)
+                embeddings.close(config.hidden_size)
+    finally:  # what is not whole is of no use
+        for output in filter(None, (writer, embeddings)):
+            output.discard()
     seconds = time.monotonic() - started
     report = {"predict_samples": total, "predict_seconds": seconds, "predict_samples_per_second": total / seconds}
     report |= {f"predict_{status.replace(' ', '_')}": count for status, count in statuses.items()}

@@ -19,6 +19,7 @@ from modeling_molformer_reg import MolformerAtomHead, MolformerConfig, Molformer
 from run_mlm import MlmArguments
 from utils_checkpoints import build_tokenizer
 from utils_mlm import PretrainingCollator, describe_atoms, describe_molecules, mlm_metrics, score_tokens
+from utils_molecules import parent_of
 
 
 def parse(*flags):
@@ -371,6 +372,31 @@ def test_the_corpus_of_the_embedded_checkpoint_has_no_molecule_of_the_task():
     with lzma.open(path, "rt") as lines:
         found = [line for line in map(str.strip, lines) if not known.isdisjoint((line, *line.split(".")))]
     assert not found
+
+
+@pytest.mark.slow
+def test_the_card_says_how_many_molecules_of_the_task_the_corpus_has_with_another_charge():
+    """Reference: RDKit's Uncharger on the largest part (`parent_of`) of all lines that have charges or parts."""
+    path = ROOT.parent / "shared" / "data" / "pretrain_smiles.txt.xz"
+    if not path.exists():
+        pytest.skip("the corpus does not come with the repository")
+    known = {utils_mlm.canonicalize(text, "canonical") for text in pd.read_csv(EMBEDDED_DATA)["SMILES"]}
+    assert {parent_of(text) for text in known} == known
+    with lzma.open(path, "rt") as lines:
+        parents = {parent_of(line.strip()) for line in lines}
+    card = " ".join((ROOT / "models" / "molformer-mini" / "README.md").read_text().split())
+    assert f"{len(parents & known)} of the 4,200 Lipophilicity molecules are in the 2,000,000 lines" in card
+
+
+@pytest.mark.parametrize("mark", [",", "\t", ";"])
+def test_rows_of_a_corpus_that_quotes_join_are_told(mark, tiny_checkpoint, tmp_path):
+    """They would be left out without a word."""
+    rows = [mark.join(("C" * number, f"name {number}", "text")) for number in range(1, 31)]
+    rows[3], rows[20] = (rows[number].replace("name", '"name') for number in (3, 20))
+    file = tmp_path / f"corpus.{'tsv' if mark == chr(9) else 'csv'}"
+    file.write_text("\n".join([mark.join(("SMILES", "id", "note")), *rows]) + "\n")
+    with pytest.raises(InputError, match="Column 'id' of .* holds several rows in row 3: 'name 4.*Remove the quotes"):
+        load(file, tiny_checkpoint, tmp_path)
 
 
 def test_no_more_than_so_many_of_a_corpus_are_held_out(corpus, tiny_checkpoint, tmp_path, monkeypatch):

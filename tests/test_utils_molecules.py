@@ -54,6 +54,7 @@ from utils_molecules import (
     labels_of,
     load_molecules,
     morgan_counts,
+    parent_of,
     parse_smiles,
     prepare_molecules,
     random_smiles,
@@ -480,11 +481,51 @@ def test_a_quote_within_a_column_name_opens_nothing():
     assert read_header_lines(io.StringIO('SMILES,"a\nb"\nCC,1\n')) == 'SMILES,"a\nb"'
 
 
-def test_quotes_that_join_rows_of_a_tsv_are_told(tmp_path):
+@pytest.mark.parametrize("mark", ["\t", ",", ";"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("order", [("SMILES", "name", "y"), ("name", "y", "SMILES"), ("SMILES", "y", "name")])
+def test_quotes_that_join_rows_are_told(tmp_path, mark, end, order):
     """One label would be that of another molecule."""
-    (tmp_path / "t.tsv").write_text('SMILES\tname\ty\nCCO\t"alpha\t1\nCCC\tb\t2\nCCN\t"beta\t3\nCCF\td\t4\n')
-    with pytest.raises(InputError, match="Column 'name' of .* holds several lines in row 0: .*Remove the quotes"):
-        read_table(tmp_path / "t.tsv", label_column=["y"])
+    rows = [("CC", "a", "0"), ("CCO", '"alpha', "1"), ("CCC", "b", "2"), ("CCN", '"beta', "3"), ("CCF", "d", "4")]
+    places = [("SMILES", "name", "y").index(name) for name in order]
+    lines = [mark.join(order), *(mark.join(row[place] for place in places) for row in rows)]
+    (tmp_path / "t.csv").write_text(end.join(lines) + end, newline="")
+    with pytest.raises(InputError, match="Column 'name' of .* holds several rows in row 1: .*Remove the quotes"):
+        read_table(tmp_path / "t.csv", label_column=["y"])
+
+
+def test_a_cell_may_have_several_lines(tmp_path):
+    text = 'SMILES,name,y\nCCO,"two\nlines, yes",1\nCCC,"one, and\nmore, or\r\nless",2\n'
+    (tmp_path / "t.csv").write_text(text, newline="")
+    assert read_table(tmp_path / "t.csv", label_column=["y"])["label"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        (
+            "a.smi",
+            "CCO 1.2\nCCC 1\n",
+            "taken for a list of SMILES without a header, since its first line is 'CCO 1.2'",
+        ),
+        ("a.txt", "CCO 1.2\nCCC 1\n", "Labels are needed here: give a table with a header, such as SMILES,label"),
+        ("a.csv", "smiles,target,logD\nCCO,CHEMBL1,1\nCCC,CHEMBL2,2\n", "another column has the labels, name it .--l"),
+        ("a.csv", "smiles,y,,\nCCO,1,,\n", None),
+    ],
+)
+def test_labels_that_are_elsewhere_are_asked_for(tmp_path, name, text, told):
+    (tmp_path / name).write_text(text)
+    if told is None:
+        assert len(read_table(tmp_path / name)) == 1
+        return
+    with pytest.raises(InputError, match=told):
+        read_table(tmp_path / name)
+
+
+def test_spaces_around_a_columns_name_do_not_count(tmp_path):
+    (tmp_path / "a.csv").write_text("smiles, my label ,label\nCC,1,2\n")
+    assert read_table(tmp_path / "a.csv", label_column=["my label"])["label"].tolist() == [1]
+    assert read_table(tmp_path / "a.csv", label_column=[" my label "])["label"].tolist() == [1]
 
 
 def test_carriage_returns_do_not_end_rows(tmp_path):
@@ -872,6 +913,10 @@ def test_the_protocol_of_the_paper_refuses_validation_molecules(tokenizer, tmp_p
         ({"train": [0, -1], "validation": [3], "test": [1]}, r"Row -1 of train .* not among the usable"),
         ('{"train": [0, 1', r"cannot be read as JSON"),
         ("", r"cannot be read as JSON"),
+        (
+            {"train": [0, 1], "valid": [3], "test": [4]},
+            r"has the key 'valid', which is none of train, validation, test",
+        ),
         ({"train": [0, 1]}, r'needs the keys "train" and "test"'),
         ({"test": [0, 1]}, r'needs the keys "train" and "test"'),
         ({"train": [], "test": [1]}, r'needs the keys "train" and "test"'),
@@ -920,6 +965,33 @@ def test_separate_files_are_the_parts(tokenizer, tmp_path):
     assert molecules.groupby("split")["row"].agg(list)["test"] == [0, 1]
 
 
+def test_test_molecules_whose_salts_are_learned_are_told(tokenizer, tmp_path, caplog):
+    files = {
+        "train_file": write_molecules(tmp_path, "a.csv", ["CCN.Cl", "CC(=O)[O-].[Na+]", "CCC"]),
+        "validation_file": write_molecules(tmp_path, "b.csv", ["CN"]),
+        "test_file": write_molecules(tmp_path, "c.csv", ["CCN", "CC(=O)O", "C[N+](C)(C)C", "C[N+](=O)[O-]"]),
+    }
+    load(tokenizer, tmp_path, **files)
+    assert "2 of 4 test molecules are, stereo and salts aside, also among" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("smiles", "parent"),
+    [
+        ("CCN.Cl", "CCN"),
+        ("CC[NH2+]CC.[Cl-]", "CCNCC"),
+        ("CC(=O)[O-].[Na+]", "CC(=O)O"),
+        ("C[N+](C)(C)C", "C[N+](C)(C)C"),  # which no proton neutralizes
+        ("C[N+](=O)[O-]", "C[N+](=O)[O-]"),
+        ("CCO.CCN", "CCO"),  # of two of one size always the same
+        ("CCN.CCO", "CCO"),
+        ("CC", "CC"),
+    ],
+)
+def test_parents_of_salts_are_known_molecules(smiles, parent):
+    assert parent_of(smiles) == parent
+
+
 def test_validation_molecules_that_are_learned_are_told(tokenizer, tmp_path, caplog):
     files = {
         "train_file": write_molecules(tmp_path, "a.csv", ["C", "CC", "CCC"]),
@@ -927,11 +999,14 @@ def test_validation_molecules_that_are_learned_are_told(tokenizer, tmp_path, cap
         "test_file": write_molecules(tmp_path, "c.csv", ["CO", "CCO"]),
     }
     load(tokenizer, tmp_path, **files)
-    assert "1 of 2 validation molecules are, stereo aside, training molecules too" in caplog.text
+    assert "1 of 2 validation molecules are, stereo and salts aside, training molecules too" in caplog.text
     assert "test numbers are optimistic" not in caplog.text
     files["test_file"] = write_molecules(tmp_path, "d.csv", ["CO", "OCC", "NC", "CCC"])
     load(tokenizer, tmp_path, **files)
-    assert "2 of 4 test molecules are, stereo aside, also among the molecules of training and val" in caplog.text
+    assert (
+        "2 of 4 test molecules are, stereo and salts aside, also among the molecules of training and val"
+        in caplog.text
+    )
 
 
 def test_a_split_file_of_another_table_is_told(tokenizer, tmp_path, caplog):
@@ -978,11 +1053,13 @@ def test_a_validation_file_without_a_test_part_is_refused(tokenizer, tmp_path):
         load(tokenizer, tmp_path, train_file=train, validation_file=validation)
 
 
-def test_rows_of_no_part_are_left_out(tokenizer, tmp_path):
+def test_rows_of_no_part_are_left_out(tokenizer, tmp_path, caplog):
+    """As those of the pool are, which stand in splits.json of run_influence.py."""
     train = write_molecules(tmp_path, "a.csv", alcohols(5))
-    split = write(tmp_path, json.dumps({"train": [0, 1], "validation": [4], "test": [2]}), "s.json")
+    parts = {"split": "random", "hash": None, "train": [0, 1], "validation": [4], "test": [2], "pool": [3]}
+    split = write(tmp_path, json.dumps(parts), "s.json")
     molecules, _, _ = load(tokenizer, tmp_path, train_file=train, split_file=str(split))
-    assert molecules["row"].tolist() == [0, 1, 2, 4]
+    assert molecules["row"].tolist() == [0, 1, 2, 4] and "1 of 5 molecules are in no part of" in caplog.text
 
 
 def test_the_split_seed_holds_over_the_seed(tokenizer, tmp_path):

@@ -222,6 +222,25 @@ def test_standard_input_takes_what_a_file_may_be(tmp_path, fine_tuned, monkeypat
     assert read["status"].tolist() == statuses
 
 
+def test_standard_input_is_called_so(tmp_path, fine_tuned, monkeypatch):
+    flags = ["--do_predict", "--model_name_or_path", str(fine_tuned / "member-0"), "--test_file", "-"]
+    arguments = parse_arguments(*run_regression.ARGUMENTS, defaults=run_regression.DEFAULTS, args=flags)
+    for content, message in (("smi,y\nCC,1\n", "has no SMILES column"), ("smiles,a\nCC,1,2\n", "cannot be read from")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(content))
+        with pytest.raises(InputError, match=f"Standard input {message}"):
+            run_regression.main(*arguments)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
+def test_a_prediction_that_is_broken_off_leaves_no_parts_of_files(tmp_path, fine_tuned, monkeypatch, suffix):
+    monkeypatch.setattr(utils_predict, "PIECE", 2)
+    (tmp_path / "bad.csv").write_text("smiles,a\nCC,1\nCN,1\nCO,1\nCF,1,2,3\n")
+    flags = ["--model_name_or_path", fine_tuned / "member-0", "--test_file", tmp_path / "bad.csv"]
+    with pytest.raises(InputError, match="cannot be read after row 1"):
+        predict(tmp_path, *flags, "--export_embeddings", tmp_path / f"states.{suffix}")
+    assert not list(tmp_path.rglob("*.part")) and not (tmp_path / f"states.{suffix}").exists()
+
+
 def test_standard_input_that_is_no_utf8_is_refused(fine_tuned):
     flags = ["--do_predict", "--model_name_or_path", fine_tuned / "member-0", "--test_file", "-"]
     command = [sys.executable, str(ROOT / "run_regression.py"), *map(str, flags)]
@@ -398,6 +417,8 @@ def test_a_model_that_learned_another_form_of_smiles_is_given_it(tmp_path, fine_
         ("smiles,a\nCC,1\nCN,1,2,3\n", [], "cannot be read"),
         ("smiles,a\nCC,1,2\nCN,1,2\n", [], "cannot be read from its first row"),
         ("smiles,smiles\nCC,CN\n", [], "more than one column 'smiles'"),
+        ('smiles\tname\nCC\t"a\nCN\tb\nCO\t"c\n', [], "Column 'name' of .* several rows in row 0"),
+        ("smiles,y,,\nCC,1,,\n", [], "more than one column ''. Name those that are needed, and remove the others"),
         (b"smiles,name\nCC,caf\xe9\n", [], "is not UTF-8"),
     ],
 )
@@ -408,7 +429,8 @@ def test_a_file_that_cannot_be_predicted_is_refused(tmp_path, fine_tuned, conten
         predict(tmp_path, "--model_name_or_path", fine_tuned / "member-0", "--test_file", path, *flags)
     assert not (tmp_path / "out" / "predictions.csv").exists()
     # what can be seen before the first row is: then the corrected command needs no other folder
-    assert "cannot be read" in named or isinstance(content, bytes) or not (tmp_path / "out").exists()
+    later = ("cannot be read", "several rows")
+    assert any(text in named for text in later) or isinstance(content, bytes) or not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "safetensors"])
