@@ -177,8 +177,10 @@ class MolformerConfig(PreTrainedConfig):
         fields = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_random_features")
         for field in (*fields, "intermediate_size"):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field}={value!r} must be a whole number, at least 1.")
+        if self.pad_token_id not in (None, *range(self.vocab_size)):
+            raise ValueError(f"pad_token_id={self.pad_token_id!r} is none of the {self.vocab_size} tokens.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
@@ -440,6 +442,7 @@ class MolformerPreTrainedModel(PreTrainedModel):
             ValueError: if weights of the encoder are missing from the checkpoint, if a head is there in part, or if
                 the checkpoint holds weights that fit no module; the message names the keys. If the name is that of
                 an adapter.
+            RuntimeError: as the library's classes, if weights have other shapes than the configuration gives.
         """
         return_info = kwargs.pop("output_loading_info", False)
         model, info = cls._load(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -449,10 +452,12 @@ class MolformerPreTrainedModel(PreTrainedModel):
     @classmethod
     def _load(cls, source, *model_args, **kwargs):
         """Returns the model and what was loaded of it, not yet judged; refuses an adapter, whose scale of the labels
-        would stay behind."""
+        would stay behind, and weights of other shapes."""
         adapter = source is not None and Path(source, "adapter_config.json").exists()
+        ignored = kwargs.pop("ignore_mismatched_sizes", False)
         if not adapter:
-            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = super().from_pretrained(source, *model_args, **kwargs)
             adapter = getattr(model, "_hf_peft_config_loaded", False)  # of a name on the Hub
         if adapter:
             source = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or source
@@ -461,6 +466,9 @@ class MolformerPreTrainedModel(PreTrainedModel):
                 "with the configuration that lies beside the adapter, and then the adapter with "
                 "PeftModel.from_pretrained(base, …), as its card says."
             )
+        if info["mismatched_keys"] and not ignored:
+            others = [f"{name} {tuple(here)}, not {tuple(own)}" for name, here, own in sorted(info["mismatched_keys"])]
+            raise RuntimeError(f"{source} holds weights that mismatch its configuration: {_some(others)}.")
         return model, info
 
     def _check_loaded_keys(self, source, info):
@@ -789,7 +797,7 @@ class MolformerForMaskedLM(MolformerPreTrainedModel):
         if descriptors is not None:
             self._check_targets("descriptors", descriptors, (len(states), len(self.config.descriptor_names or ())))
             losses.append(self.descriptor_head.loss(descriptor_logits, descriptors))
-        if environments is not None:
+        if environments is not None or atom_descriptors is not None:
             shape = tuple(states.shape[:2])
             self._check_targets("environments", environments, (*shape, len(self.config.environment_buckets or ())))
             expected = (*shape, len(self.config.atom_descriptor_names or ()))
@@ -1011,12 +1019,13 @@ class MolformerForRegression(MolformerPreTrainedModel):
             if labels.shape != standardized.shape and (self.num_labels > 1 or labels.shape != standardized.shape[:1]):
                 raise ValueError(f"labels have shape {tuple(labels.shape)}, predictions {tuple(standardized.shape)}.")
             target = (labels.view_as(standardized).to(standardized.dtype) - mean) / std
-            count = target.numel()
+            count = max(target.numel(), 1)
             if self.num_labels > 1:
                 known = target.isfinite()
-                target = torch.where(known, target, standardized.detach())
+                squares = torch.where(known, standardized - target, 0.0).square().sum()
                 count = known.sum().clamp(min=1)
-            squares = nn.functional.mse_loss(standardized, target, reduction="sum")
+            else:
+                squares = nn.functional.mse_loss(standardized, target, reduction="sum")
             if num_items_in_batch is not None:
                 count = torch.as_tensor(num_items_in_batch).clamp(min=1)  # there may be no label at all
             loss = squares / count

@@ -72,7 +72,6 @@ from utils_runs import (
     paths_of_run,
     read_json,
     run_script,
-    says_true,
     setup_run,
     write_json,
 )
@@ -246,6 +245,8 @@ class InfluenceArguments:
             raise ValueError(
                 "--controls right_label goes without --external_file: of those no label is known to be right."
             )
+        if self.ihvp == "identity" and "gradient_dot" in self.controls:
+            raise ValueError("--controls gradient_dot is the score of --ihvp identity. Leave it out.")
         if self.rank_by in self.controls:
             raise ValueError(f"--controls {self.rank_by} is what --rank_by selects. Leave it out.")
         unread = {"lissa": (), "cg": ONLY_LISSA, "identity": (*ONLY_LISSA, *ONLY_SOLVERS)}[self.ihvp]
@@ -499,6 +500,7 @@ def plot_scores(table, path, by="score"):
         right.axhline(lowest, color="0.3", linewidth=1, linestyle="--")
     title = {"score": "influence score", "group_influence": "group influence"}[by]
     left.set(xlabel=f"{title} (positive: helpful)", ylabel="molecules")
+    left.locator_params(axis="x", nbins=6)  # or the labels touch
     right.set(xlabel="loss of the molecule (standardized)", ylabel=title)
     right.set_xscale("symlog", linthresh=0.1)
     right.set_xlim(left=0)
@@ -547,11 +549,11 @@ def plot_selection(results, path, label_name):
 def results_table(results, leakage=False):
     """Returns a text table of the fine-tuned models, one line each; `leakage` says that the test set has chosen."""
     lines = ["Chosen by the loss of the test molecules: their numbers are optimistic."] if leakage else []
-    lines += [f"{'added':<14} {'molecules':>9} {'validation MSE':>15} {'test MSE':>10} {'MAE':>8} {'R²':>8}"]
+    lines += [f"{'added':<15} {'molecules':>9} {'validation MSE':>15} {'test MSE':>10} {'MAE':>8} {'R²':>8}"]
     for name, values in results.items():
         numbers = [values.get(key) for key in ("validation_mse", "test_mse", "test_mae", "test_r2")]
         texts = [f"{number:.4f}" if number is not None else "" for number in numbers]
-        lines.append(f"{name:<14} {values['added']:>9} {texts[0]:>15} {texts[1]:>10} {texts[2]:>8} {texts[3]:>8}")
+        lines.append(f"{name:<15} {values['added']:>9} {texts[0]:>15} {texts[1]:>10} {texts[2]:>8} {texts[3]:>8}")
     return "\n".join(lines)
 
 
@@ -579,7 +581,6 @@ def compute_scores(problem, parts, external, influence_args, training_args):
     from trainer_regression import peak_memory
 
     started, seed = time.monotonic(), training_args.seed
-    problem.show_progress = training_args.should_log and not training_args.disable_tqdm
     halves, gradient = gradients_of_halves(problem, parts[influence_args.score_split])
     if not 0 < float(gradient.norm()) < math.inf:
         raise InputError("The gradient of the target loss is zero or not finite: no score can be computed.")
@@ -649,6 +650,7 @@ def kept_scores(output_dir, key, external):
 
 def find_scores(problem, parts, external, influence_args, training_args, checkpoint):
     """Returns what `compute_scores` does, which is computed again only where a run that is resumed has it not."""
+    problem.show_progress = training_args.should_log and not training_args.disable_tqdm
     with full_float32():
         key, kept = scores_key(problem, parts, external, influence_args, training_args.seed), None
         if checkpoint is not None:
@@ -656,10 +658,14 @@ def find_scores(problem, parts, external, influence_args, training_args, checkpo
             kept = kept_scores(output_dir, key, external)
         table, report = kept or compute_scores(problem, parts, external, influence_args, training_args)
         if influence_args.with_group_influence and "group_weight" not in report:  # a control that has been added
-            target = parts[influence_args.score_split]
+            from trainer_regression import peak_memory
+
+            target, started = parts[influence_args.score_split], time.monotonic()
             columns, group = order_by_group_influence(problem, parts["train"], target, external, training_args.seed)
             table = table.assign(**columns)
             report |= {**group, **detection(table, training_args.seed)}
+            report["seconds"] += time.monotonic() - started
+            report["peak_memory_bytes"] = max(report["peak_memory_bytes"], peak_memory())
     return table, report | {"scores_key": key}
 
 
@@ -737,7 +743,7 @@ def main(model_args, data_args, influence_args, training_args):
             "Scores are of the molecules of --external_file. New molecules are predicted by run_regression.py "
             "--do_predict."
         )
-    if not training_args.do_train and not says_true(training_args.resume_from_checkpoint):
+    if not training_args.do_train:
         check_replaced(output_dir)
     checkpoint = setup_run(training_args, data_args, in_pieces=True)
 
@@ -939,7 +945,7 @@ def pretrained_arguments(model_args, influence_args, model, needed=True):
             f"{model_args.model_name_or_path} is fine-tuned, and not from models/molformer-mini: their sizes "
             "differ. Pass --pretrained_model with the checkpoint that the selection is to be fine-tuned from."
         )
-    if needed or is_same_size(config, model.config):
+    if needed:
         logger.info("The selection is learned by models that start from %s; --pretrained_model names another", source)
     return pretrained_args
 

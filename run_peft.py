@@ -99,7 +99,8 @@ class PeftArguments:
     peft_alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Scaling of LoRA and its kin, divided by the rank. Default: twice the rank, of pissa the rank."
+            "help": "Scaling of LoRA and its kin, divided by the rank (of rslora by its square root). Default: twice "
+            "the rank, of pissa the rank."
         },
     )
     peft_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, where there is one."})
@@ -146,7 +147,7 @@ class PeftArguments:
             raise ValueError(f"--peft_dropout is {self.peft_dropout}; give a number from 0 up to, not including, 1.")
         if self.base_hub_name is not None:
             if self.peft_method == "full" or self.merge_adapter:
-                raise ValueError("--base_hub_name names the base of an adapter, and none is written. Leave it out.")
+                raise ValueError("--base_hub_name names the base of an adapter, and none is sent. Leave it out.")
             from huggingface_hub.utils import validate_repo_id
 
             validate_repo_id(self.base_hub_name)

@@ -308,6 +308,8 @@ class MolformerTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def _save_checkpoint(self, model, trial):
+        # what is kept of it is process 0's, and counts for all where a training goes on
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, reduction="mean")
         self._check_loss(self.stopwatch.loss_sum)  # what is broken must not take the place of what is not
         # where a run was taken up before this step, its checkpoint of then must not make that of now look whole
         if self.args.should_save:
@@ -427,7 +429,10 @@ class MolformerTrainer(Trainer):
         return result
 
     def evaluation_loop(self, *args, **kwargs):
-        """Evaluates as the library does, in bfloat16 within a training alone, with equal features on all processes."""
+        """Evaluates as the library does, with equal features on all processes.
+
+        In bfloat16 where `--bf16 true` says so, and after a training no longer.
+        """
         # Every process drew random features of its own; the ones that are saved are those of process 0.
         if self.args.world_size > 1:
             for name, buffer in self.model.named_buffers():
@@ -779,7 +784,9 @@ def peak_memory(of_children=False):
     status = Path("/proc/self/status")
     # getrusage counts on Linux what the parent held when it started this process
     if not of_children and status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())  # some sandboxes do not have it
+        if found is not None:
+            return 1024 * int(found[1])
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

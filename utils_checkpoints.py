@@ -102,20 +102,40 @@ def load_tokenizer(model_args):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **hub_options(model_args))
     except UNLOADABLE as error:
         raise InputError(_not_loaded("tokenizer", source, error)) from error
-    tokenizer.padding_side = "right"  # whatever it was saved with: a head may read the first token
+    # whatever it was saved with: a head may read the first token, and without a mask padding would count as atoms
+    tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids", "attention_mask"]
     tokenizer.init_kwargs.pop("auto_map", None)  # or the source's remote code would be named in our checkpoints
     return tokenizer
 
 
-def load_config(model_args):
+def read_config(source, hub, **values):
+    """Returns the configuration of a folder, a file or a Hub name, with these values in place of its own.
+
+    Raises:
+        ValueError: if there is none of a MoLFormer; the library would give one of MoLFormer-XL's size.
+    """
+    kind = MolformerConfig.get_config_dict(source, **hub)[0].get("model_type")
+    if kind != MolformerConfig.model_type:
+        what = "there is no config.json" if kind is None else f"it is that of a {kind}"
+        raise ValueError(f'{what} with "model_type": "{MolformerConfig.model_type}"')
+    return MolformerConfig.from_pretrained(source, **hub, **values)
+
+
+def load_config(model_args, **values):
     """Returns the configuration that the run starts from: that of --config_name, else the checkpoint's.
 
+    What a checkpoint has seen, and how it reads SMILES, holds in both cases.
+
+    Args:
+        values: what holds in place of the configuration's own values.
     Raises:
         InputError: if it cannot be loaded; if --config_name would stand in for that of a fine-tuned checkpoint.
     """
     source, named = model_args.model_name_or_path, model_args.config_name
     if named is not None and source is not None:
-        if load_config(replace(model_args, config_name=None)).label_mean is not None:
+        own = load_config(replace(model_args, config_name=None))
+        values = {name: getattr(own, name) for name in ("split_hash", "smiles_form", "smiles_max_length")} | values
+        if own.label_mean is not None:
             raise InputError(
                 f"--config_name {named} would replace what {source} knows from its fine-tuning: the scale of its "
                 "labels, its split and the form of its SMILES. Leave --config_name out."
@@ -123,7 +143,7 @@ def load_config(model_args):
     source = named or source
     refuse_missing_folder(source)
     try:
-        config = MolformerConfig.from_pretrained(source, **hub_options(model_args))
+        config = read_config(source, hub_options(model_args), **values)
     except UNLOADABLE as error:
         raise InputError(_not_loaded("configuration", source, error)) from error
     check_auto_map(source, getattr(config, "auto_map", None))
@@ -317,7 +337,8 @@ def check_base_fits(source, base, base_hub, config):
     if base is None:
         raise InputError(f"The configuration of the adapter in {source} names no base. Enter its folder or Hub name.")
     try:
-        other = MolformerConfig.from_pretrained(base, **base_hub)
+        refuse_missing_folder(base)
+        other = read_config(base, base_hub)
     except UNLOADABLE as error:
         raise InputError(_base_not_loaded(source, base, error)) from error
     for name in (*SHAPE_FIELDS, "num_random_features"):
@@ -353,7 +374,7 @@ def _load_adapted(model_class, source, found, hub, values, merge):
         for name in ("split_hash", "smiles_form", "smiles_max_length"):
             setattr(model.config, name, getattr(adapted.config, name))
         return model
-    config = MolformerConfig.from_pretrained(source, **hub, **values)
+    config = read_config(source, hub, **values)
     check_base_fits(source, base, {name: base_hub[name] for name in ("cache_dir", "revision")}, config)
     config.base_weights = None  # of the adapter alone
     try:
@@ -362,6 +383,7 @@ def _load_adapted(model_class, source, found, hub, values, merge):
     except UNLOADABLE as error:
         raise InputError(_base_not_loaded(source, base, error)) from error
     if not found["partial"]:
+        folder = fetch_adapter(source, hub)
         check_kind_of_adapter(source, found["method"])
         merge = merge if isinstance(merge, bool) else found["method"].lower() in merge
     try:
@@ -373,7 +395,6 @@ def _load_adapted(model_class, source, found, hub, values, merge):
         else:
             import peft
 
-            folder = fetch_adapter(source, hub)
             adapted = peft.PeftModel.from_pretrained(model, folder)
             weights = peft.load_peft_weights(folder, "cpu")
             wanted = {*peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)}
@@ -410,8 +431,9 @@ def fetch_adapter(source, hub):
     """Returns the folder of an adapter of PEFT, fetched if it is on the Hub: PEFT would ask the Hub even for a cached
     one, and end where there is no network."""
     config = find_file(source, "adapter_config.json", hub)
-    if find_file(source, "adapter_model.safetensors", hub) is None:
-        find_file(source, "adapter_model.bin", hub)
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    if all(find_file(source, name, hub) is None for name in names):
+        raise InputError(f"The adapter {source} has no {names[0]}. Bring it back, or train the adapter again.")
     return str(Path(config).parent)
 
 
@@ -516,7 +538,7 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
             check_descriptors(own, source, named)
             check_labels(own, source, values.get("num_labels", own.num_labels))
         if source is None:
-            config = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
+            config = load_config(model_args, **values)
             logger.warning(
                 "Training from scratch: %s names a configuration, the weights are random", model_args.config_name
             )
@@ -525,8 +547,7 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
             model = _load_adapted(model_class, source, found, hub, values, merge)
         else:
             if model_args.config_name:
-                hub["config"] = MolformerConfig.from_pretrained(model_args.config_name, **hub, **values)
-                values = {}
+                hub["config"], values = load_config(model_args, **values), {}
             check_index(source)
             with without_warnings():  # of a head that is new, which is told below; the other weights are checked
                 model = model_class.from_pretrained(source, dtype=torch.float32, **hub, **values)
@@ -541,9 +562,9 @@ def load_model(model_class, model_args, tokenizer, merge=False, **overrides):
             f"{source} holds weights that are no finite numbers, first in {broken}: its training diverged, or the "
             "file is damaged. Use another checkpoint."
         )
-    if getattr(model, "head_is_new", False):
+    if source is not None and getattr(model, "head_is_new", False):
         parts = " and ".join(prefix.strip(".").replace("_", " ") for prefix in model.new_heads)
-        logger.info("%s has new weights, random ones, in: %s", source or "The model", parts)
+        logger.info("%s has new weights, random ones, in: %s", source, parts)
     config = model.config
     if len(tokenizer) != config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise InputError(
@@ -598,6 +619,8 @@ def _not_loaded(what, source, error):
     # of a tokenizer that is not there the library says that it has no files to make it from
     absent = isinstance(error, (OSError, ValueError) if what == "tokenizer" else OSError)
     if what == "tokenizer" and Path(source).is_dir() and not (Path(source) / "tokenizer.json").exists():
+        if members := member_folders(source):
+            return f"{source} holds an ensemble of {len(members)} models. Pass one of them, such as {members[0]}."
         if (inside := Path(source) / "finetune-selected" / "tokenizer.json").exists():  # a run of run_influence.py
             return f"{source} holds no model itself. Pass {inside.parent}, or another of its models."
         if (Path(source) / "influence.json").exists():

@@ -53,6 +53,7 @@ class StudyParser(argparse.ArgumentParser):
         usual = [name for name in ("folder", "output") if getattr(values, name) == self.get_default(name)]
         if getattr(values, "extra", "") and usual:
             self.error("--extra makes other runs: give them a --folder and an --output of their own.")
+        values.folder = values.folder.resolve()  # the scripts run in another folder than this may
         return values
 
 

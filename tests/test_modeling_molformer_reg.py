@@ -978,7 +978,7 @@ def test_a_head_for_other_labels_replaces_the_old_one_where_that_is_asked_for(he
     """As the library's other classes do; the scale of the old labels goes with their head."""
     model = tiny_model(MolformerForRegression, regression_head=head, label_mean=[2.0], label_std=[1.2])
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="mismatch"):
+    with pytest.raises(RuntimeError, match=r"mismatch .*classifier.out_proj.bias \(1,\), not \(2,\)"):
         MolformerForRegression.from_pretrained(tmp_path, num_labels=2)
     again = MolformerForRegression.from_pretrained(tmp_path, num_labels=2, ignore_mismatched_sizes=True)
     assert again.head_is_new and again(*tiny_batch()).logits.shape == (4, 2)
@@ -1080,6 +1080,20 @@ def test_missing_labels_count_for_nothing():
     loss = model(*batch, labels=none, num_items_in_batch=torch.tensor(0)).loss  # as the trainer calls it
     loss.backward()
     assert loss == 0 and all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_missing_label_has_no_curvature_and_an_empty_batch_no_loss():
+    """Reference: the second derivative of a mean square by the head's bias, twice the share of the known labels."""
+    model, batch = tiny_model(MolformerForRegression, num_labels=2).eval(), tiny_batch()
+    labels = torch.randn(4, 2)
+    labels[:, 1] = labels[0, 0] = torch.nan
+    bias = model.classifier.out_proj.bias
+    gradient = torch.autograd.grad(model(*batch, labels=labels).loss, bias, create_graph=True)[0]
+    rows = [torch.autograd.grad(entry, bias, retain_graph=True)[0] for entry in gradient]
+    torch.testing.assert_close(torch.stack(rows), torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+    for count in (1, 2):
+        model = tiny_model(MolformerForRegression, num_labels=count)
+        assert model(*(part[:0] for part in batch), labels=torch.empty(0, count)).loss == 0
 
 
 @pytest.mark.parametrize(

@@ -296,8 +296,8 @@ def test_what_the_readme_says_of_the_influence_study_is_what_came():
     def difference(part, name, other):
         """Returns the paired difference of two choices as text, and whether its interval excludes zero."""
         pairs = [[run["results"][choice] for choice in (name, other)] for run in runs]
-        # what the splits share is known of the test molecules; of the validation molecules it is less
-        share = max(held_out_share(values) for pair in pairs for values in pair) if part == "test" else 0.2
+        parts = ("train", "validation", "test") if part == "test" else ("train", "validation")
+        share = max(held_out_share(values, parts) for pair in pairs for values in pair)
         mean, half = interval([first[f"{part}_mse"] - second[f"{part}_mse"] for first, second in pairs], share)
         return f"{abs(mean):.3f} ± {half:.3f}", abs(mean) > half
 

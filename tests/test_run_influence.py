@@ -816,6 +816,8 @@ def test_a_run_killed_in_its_recursion_goes_on_to_the_same_scores(scoring, tmp_p
 def test_a_model_without_head_is_refused_where_nothing_is_trained(flags, tmp_path):
     with pytest.raises(InputError, match="no trained regression head"):
         call_main(*flags, "--do_predict", "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match="which scores alone do not replace"):  # nor a comparison, by none
+        call_main(*flags, "--do_predict", "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "true")
 
 
 def test_new_molecules_alone_are_sent_to_the_script_that_predicts(small_table, tmp_path):
@@ -896,6 +898,10 @@ def test_external_columns_are_those_of_the_training_file_where_they_are_there(tm
         ({"damping": 0.1, "relative_damping": 0.1}, "--damping and --relative_damping: give one of them"),
         ({"scale": "5", "ihvp": "cg"}, "--scale does nothing with --ihvp cg. Leave it out"),
         ({"damping": 0.1, "ihvp": "identity"}, "--damping does nothing with --ihvp identity. Leave it out"),
+        (
+            {"controls": ["gradient_dot"], "ihvp": "identity"},
+            "--controls gradient_dot is the score of --ihvp identity",
+        ),
         (
             {"controls": ["right_label"], "external_file": "a.csv"},
             "--controls right_label goes without --external_file",

@@ -493,8 +493,8 @@ def test_new_molecules_are_left_to_run_regression(finished_run, tmp_path):
         ({"peft_alpha": 0.0}, "--peft_alpha is 0.0; give a positive number"),
         ({"peft_method": "vera", "peft_alpha": 8.0}, "has no alpha"),
         ({"base_hub_name": "no name"}, "no name"),
-        ({"base_hub_name": "a/b", "merge_adapter": True}, "none is written"),
-        ({"base_hub_name": "a/b", "peft_method": "full"}, "none is written"),
+        ({"base_hub_name": "a/b", "merge_adapter": True}, "none is sent"),
+        ({"base_hub_name": "a/b", "peft_method": "full"}, "none is sent"),
     ],
 )
 def test_arguments_are_checked(values, message):

@@ -697,6 +697,46 @@ def test_two_processes_evaluate_the_whole_test_set_and_come_close_to_one(
         assert float(model(**encoded).logits) == pytest.approx(table["prediction"][row], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_two_processes_log_the_same_losses_where_they_go_on(tiny_checkpoint, small_table, tmp_path, run_script):
+    """Reference: the log of the run that is not interrupted; checkpoints come between two logs."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml"), "--num_processes", "2"]
+    flags = [
+        "--model_name_or_path",
+        tiny_checkpoint,
+        "--train_file",
+        small_table,
+        "--use_cpu",
+        "--num_train_epochs",
+        2,
+    ]
+    flags += [
+        "--per_device_train_batch_size",
+        8,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        4,
+        "--eval_strategy",
+        "no",
+    ]
+    flags += ["--load_best_model_at_end", "false", "--save_total_limit", 9, "--output_dir", tmp_path / "run"]
+
+    def logged():
+        history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        return [*(entry["loss"] for entry in history if "loss" in entry), results(tmp_path / "run")["train_loss"]]
+
+    assert (done := run_script("run_regression.py", *flags, launcher=launcher)).returncode == 0, done.stderr
+    whole = logged()
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        if folder.name != "checkpoint-4":
+            shutil.rmtree(folder)
+    flags += ["--resume_from_checkpoint", "true"]
+    assert (done := run_script("run_regression.py", *flags, launcher=launcher)).returncode == 0, done.stderr
+    assert logged() == pytest.approx(whole, rel=1e-5) and len(whole) == 3
+
+
 SHARDED = """
 import sys
 import torch

@@ -42,6 +42,66 @@ def test_a_tokenizer_pads_on_the_right_whatever_it_was_saved_with(tmp_path):
     assert loaded(["C", "CCO"], padding=True)["attention_mask"][0] == [1, 1, 1, 0, 0]
 
 
+def test_a_tokenizer_gives_a_mask_whatever_it_was_saved_with(tmp_path):
+    """Without it padding would count as atoms."""
+    tokenizer = build_tokenizer()
+    tokenizer.model_input_names = ["input_ids"]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+    assert loaded.pad(loaded(["C", "CCO"]))["attention_mask"] == [[1, 1, 1, 0, 0], [1] * 5]
+
+
+def test_a_folder_without_a_configuration_gives_no_model(tmp_path):
+    """Not one of MoLFormer-XL's size, as the library would."""
+    args = ModelArguments(model_name_or_path=None, config_name=str(tmp_path))
+    for load in (load_config, lambda args: load_model(MolformerForRegression, args, build_tokenizer())):
+        with pytest.raises(InputError, match="configuration in .* cannot be loaded: there is no config.json"):
+            load(args)
+
+
+def test_a_named_configuration_keeps_what_the_checkpoint_has_seen(tiny_checkpoint, tmp_path):
+    """Or its test molecules could be learned after all."""
+    named = MolformerConfig.from_pretrained(tiny_checkpoint)
+    named.save_pretrained(tmp_path / "named")
+    named.split_hash, named.smiles_form, named.smiles_max_length = "abc", "isomeric", 99
+    shutil.copytree(tiny_checkpoint, tmp_path / "seen")
+    named.save_pretrained(tmp_path / "seen")
+    args = ModelArguments(model_name_or_path=str(tmp_path / "seen"), config_name=str(tmp_path / "named"))
+    for config in (load_config(args), load_model(MolformerForRegression, args, build_tokenizer()).config):
+        assert (config.split_hash, config.smiles_form, config.smiles_max_length) == ("abc", "isomeric", 99)
+
+
+def test_an_adapter_that_lacks_its_weights_or_its_base_is_told(tiny_checkpoint, tmp_path, monkeypatch):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_checkpoint, base)
+    model = MolformerForRegression.from_pretrained(base)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"])).save_pretrained(adapter)
+    model.config.save_pretrained(adapter)
+    weights = (adapter / "adapter_model.safetensors").rename(tmp_path / "weights")
+    args = ModelArguments(model_name_or_path=str(adapter), tokenizer_name=tiny_checkpoint)
+    with pytest.raises(InputError, match="adapter has no adapter_model.safetensors. Bring it back"):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+    weights.rename(adapter / "adapter_model.safetensors")
+    shutil.rmtree(base)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # nor is the Hub asked, for minutes
+    with pytest.raises(InputError, match="There is no local folder .*base. Correct its path. Or correct its name in"):
+        load_model(MolformerForRegression, args, load_tokenizer(args))
+
+
+def test_an_ensemble_is_no_model_to_start_from(tiny_checkpoint, tmp_path):
+    for number in range(2):
+        shutil.copytree(tiny_checkpoint, tmp_path / f"member-{number}")
+    with pytest.raises(InputError, match="holds an ensemble of 2 models. Pass one of them, such as .*member-0"):
+        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+def test_all_of_a_model_from_scratch_is_random_and_no_head_is_named(tiny_checkpoint, caplog):
+    args = ModelArguments(model_name_or_path=None, config_name=str(tiny_checkpoint))
+    with caplog.at_level("INFO"):
+        load_model(MolformerForRegression, args, build_tokenizer())
+    assert "the weights are random" in caplog.text and "has new weights" not in caplog.text
+
+
 def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     model = MolformerForMaskedLM(MolformerConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1,
         num_attention_heads=4, intermediate_size=32))  # fmt: skip
@@ -131,6 +191,11 @@ def test_weights_that_are_no_numbers_are_refused(tiny_checkpoint, tmp_path):
     [
         ("config.json", [], "cannot be loaded"),
         ("config.json", {"hidden_size": "abc"}, "hidden_size='abc' must be a whole number"),
+        ("config.json", {"vocab_size": True}, "vocab_size=True must be a whole number"),
+        ("config.json", {"pad_token_id": 2362}, "pad_token_id=2362 is none of the 2362 tokens"),
+        ("config.json", {"model_type": "bert"}, 'it is that of a bert with "model_type": "molformer"|it is that of'),
+        ("config.json", {"model_type": None}, "there is no config.json"),
+        ("config.json", {"intermediate_size": 56}, r"mismatch its configuration: .*dense.bias \(\d+,\), not \(56,\)"),
         ("config.json", {"label_mean": "x"}, "label_mean='x' must be a list of numbers"),
         ("config.json", {"label_mean": [float("nan")]}, "must be finite"),
         ("config.json", {"label_names": 5}, "label_names=5 must be a list of names"),
