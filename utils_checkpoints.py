@@ -145,6 +145,8 @@ def load_config(model_args, **values):
     try:
         config = read_config(source, hub_options(model_args), **values)
     except UNLOADABLE as error:
+        if named is None:
+            find_base(source, model_args)  # which knows what an adapter needs its configuration for
         raise InputError(_not_loaded("configuration", source, error)) from error
     check_auto_map(source, getattr(config, "auto_map", None))
     return config

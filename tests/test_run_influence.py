@@ -189,7 +189,7 @@ def test_the_papers_losses_stand_beside_those_of_its_property_alone(embedded, sm
     run_influence.write_comparison(tmp_path, report, results, data_args)
     shown = capsys.readouterr().out
     assert "with the selected molecules 0.2000, with as many at random 0.6000" in shown
-    assert "selected               3          0.1000     0.2000" in shown and "The scores are cut short" in shown
+    assert "selected                3          0.1000     0.2000" in shown and "The scores are cut short" in shown
     losses = json.loads((tmp_path / "all_results.json").read_text())["evaluation_losses"]
     assert losses == {"selected": [0.5, 0.25]} | ({"paper": list(PAPER_LOSSES)} if embedded else {})
     assert ("\npaper " in shown) == embedded and (tmp_path / "influence_selection.png").exists()
@@ -682,9 +682,18 @@ def test_the_command_that_is_printed_has_the_whole_start(finished_run, tiny_chec
     assert "--ignore_split_mismatch" in command and "--config_name" not in command
     command = merged_command("--model_name_or_path", start, "--config_name", tiny_checkpoint)
     assert f"--model_name_or_path {start} --config_name {tiny_checkpoint} " in command
-    assert "--ignore_split_mismatch" not in command and "--smiles_form" not in command
+    assert "--ignore_split_mismatch" in command and "--smiles_form" not in command
     (start / "config.json").write_text(json.dumps(config | {"smiles_form": "isomeric"}))
     assert "--smiles_form canonical" in merged_command(*flags)  # or the start's would be taken
+
+
+@pytest.mark.parametrize("resume", ["true", "false"])
+def test_a_comparison_is_not_replaced_by_scores_alone(finished_run, scoring, tmp_path, resume):
+    shutil.copytree(finished_run, tmp_path / "run")
+    before = (tmp_path / "run" / "all_results.json").read_text()
+    with pytest.raises(InputError, match="holds what a training made .*which scores alone do not replace"):
+        call_main(*scoring, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", resume)
+    assert (tmp_path / "run" / "all_results.json").read_text() == before
 
 
 def test_a_start_in_the_output_folder_is_not_replaced(finished_run, scoring, tmp_path):
@@ -816,8 +825,6 @@ def test_a_run_killed_in_its_recursion_goes_on_to_the_same_scores(scoring, tmp_p
 def test_a_model_without_head_is_refused_where_nothing_is_trained(flags, tmp_path):
     with pytest.raises(InputError, match="no trained regression head"):
         call_main(*flags, "--do_predict", "--output_dir", tmp_path / "out")
-    with pytest.raises(InputError, match="which scores alone do not replace"):  # nor a comparison, by none
-        call_main(*flags, "--do_predict", "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "true")
 
 
 def test_new_molecules_alone_are_sent_to_the_script_that_predicts(small_table, tmp_path):
